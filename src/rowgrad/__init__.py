@@ -1,0 +1,20 @@
+"""rowgrad: the gradients of neural networks, seen whole and example by example."""
+
+from rowgrad.errors import RowgradError, RowgradWarning
+from rowgrad.rows.matrix import Jacobian, grad_norms, jacobian
+from rowgrad.rows.objective import clip_weights, clipped_loss, per_example
+from rowgrad.rows.rules import RULES
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RULES",
+    "Jacobian",
+    "RowgradError",
+    "RowgradWarning",
+    "clip_weights",
+    "clipped_loss",
+    "grad_norms",
+    "jacobian",
+    "per_example",
+]

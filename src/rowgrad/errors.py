@@ -1,0 +1,69 @@
+"""Every error rowgrad raises on purpose.
+
+RowgradError
+├── GraphError                   the losses or their graph cannot be read
+│   ├── NotAVectorError          losses are a scalar, or have more than one dimension
+│   ├── NoGraphError             no graph: detached, under no_grad, from inference mode
+│   ├── FreedGraphError          the graph was freed by an earlier backward
+│   └── OpaqueGraphError         part of the graph hides parameters (reentrant checkpointing, compiled regions)
+├── ParameterError               what was passed as `params` cannot have rows
+│   └── HookedParameterError     a tensor hook on a parameter may change its gradient
+├── IndependenceError            examples are mixed where independent ones are needed
+├── NonFiniteError               an example's gradient is inf or nan
+├── StaleJacobianError           a parameter changed after the Jacobian was made
+└── ConsumedJacobianError        the factors were already used up by `backward`
+
+RowgradWarning                   something is right but not as expected (a slow exact path)
+"""
+
+
+class RowgradError(Exception):
+    """Base of every error that rowgrad raises on purpose."""
+
+
+class GraphError(RowgradError, ValueError):
+    """The losses, or the graph behind them, cannot be read."""
+
+
+class NotAVectorError(GraphError):
+    """The losses are not a vector with one entry per example."""
+
+
+class NoGraphError(GraphError):
+    """The losses have no computational graph."""
+
+
+class FreedGraphError(GraphError):
+    """The graph's saved tensors were freed by an earlier backward pass."""
+
+
+class OpaqueGraphError(GraphError):
+    """A node of the graph hides what is needed to separate the examples."""
+
+
+class ParameterError(RowgradError, ValueError):
+    """A tensor passed as a parameter cannot have rows."""
+
+
+class HookedParameterError(ParameterError):
+    """A tensor hook on a parameter may change the gradient that rows describe."""
+
+
+class IndependenceError(RowgradError, ValueError):
+    """Examples are mixed where independent examples are required."""
+
+
+class NonFiniteError(RowgradError, ArithmeticError):
+    """An example's gradient holds inf or nan."""
+
+
+class StaleJacobianError(RowgradError, RuntimeError):
+    """A parameter was changed after the Jacobian was made."""
+
+
+class ConsumedJacobianError(RowgradError, RuntimeError):
+    """The factors of this Jacobian were already used up."""
+
+
+class RowgradWarning(UserWarning):
+    """Something is exact but not as fast, or not as usual, as expected."""

@@ -1,0 +1,56 @@
+"""What was done for each parameter, as a table one can print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter and its uses."""
+
+    class Use(NamedTuple):
+        kind: str
+        rule: str | None
+        direct: bool
+        layout: str
+        proof: str
+
+    name: str
+    shape: tuple[int, ...]
+    uses: list[Entry.Use]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Per parameter: where it is used, by rule or general path, how the examples lie and how that is known."""
+
+    entries: list[Entry]
+    couplings: tuple[str, ...] = field(default=())
+
+    def slow_uses(self) -> list[tuple[str, str]]:
+        """(parameter, node) of each use that goes the general path for want of a rule."""
+        return [
+            (e.name, u.kind) for e in self.entries for u in e.uses if u.rule is None
+        ]
+
+    def __str__(self) -> str:
+        lines = [_line(e) for e in self.entries]
+        if self.couplings:
+            lines.append("examples are mixed below: " + ", ".join(self.couplings))
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _line(entry: Entry) -> str:
+    head = f"{entry.name} {list(entry.shape)}: "
+    if not entry.uses:
+        return head + "not in the graph, rows are zero"
+    shown = [
+        f"{u.kind} {u.rule or 'general path'}{'' if u.direct or u.rule is None else ', pushed down'} [{u.layout}, {u.proof}]"
+        for u in entry.uses[:2]
+    ]
+    more = f" and {len(entry.uses) - 2} more uses" if len(entry.uses) > 2 else ""
+    return head + "; ".join(shown) + more

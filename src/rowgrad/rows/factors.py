@@ -1,0 +1,506 @@
+"""The forms in which one use of a parameter holds all its rows, and the algebra on them.
+
+For a use of a parameter, row j is a block of the parameter's (effective) shape. It is never stored as such unless that
+is cheapest. Letters: B examples, T positions, G groups, a and b the two sides of an outer product, n scattered rows.
+
+    Outer   row j = left_j^T right_j per group     left (B, G, T, a), right (B, G, T, b)     linear, convolution
+    Rows    row j = zeros with rows added at ids   ids (B, T), rows (B, T, d)                embedding
+    Dense   row j itself                           (B, *shape)                               bias, scale, general path
+
+Every form answers the same questions, all in at least float32: `sq_norms`, `weighted_sum(c)`, `dot(direction)`,
+`dense()`, `select(index)`, and the functions `inner(f, g)` (row by row) and `gram(f, g)` (every row with every row)
+join any two. Law: each equals the same question asked of `dense()`.
+
+Note [gram or form]
+    ||left^T right||^2 is either the inner product of two T x T Gram matrices, T^2 (a + b) multiply-adds, or the squared
+    sum of the formed product, T a b. The Gram route loses digits where positions cancel: its error is relative to
+    (sum_t |left_t| |right_t|)^2. Where the result is a small part of that bound, the product is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 64 * 2**20  # largest temporary made by one step of a chunked product
+KEEP_BYTES = (
+    256 * 2**20
+)  # a formed product is kept for the next question up to this size
+CANCELLATION = (
+    1e-3  # Gram route trusted while its result is above this part of its bound
+)
+
+
+def wide(t: Tensor) -> Tensor:
+    """At least float32: products and sums of half-precision factors are taken in float32."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def same_shape(given: Tensor, found: Tensor) -> Tensor:
+    """What a user's transform returned, checked."""
+    if not isinstance(found, Tensor) or found.shape != given.shape:
+        shape = (
+            tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        )
+        raise ValueError(
+            f"transform was given cotangents of shape {tuple(given.shape)} and returned {shape}"
+        )
+    return found
+
+
+class Form(Protocol):
+    """All rows of one use of a parameter."""
+
+    shape: torch.Size
+
+    @property
+    def n_examples(self) -> int: ...
+    def sq_norms(self) -> Tensor: ...
+    def weighted_sum(self, c: Tensor) -> Tensor: ...
+    def dot(self, direction: Tensor) -> Tensor: ...
+    def dense(self) -> Tensor: ...
+    def select(self, index: Tensor) -> Form: ...
+    def scaled(self, weights: Tensor) -> Form: ...
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor]: ...
+    def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Form: ...
+
+
+def _columns(weights: Tensor, like: Tensor) -> Tensor:
+    return weights.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass
+class Dense:
+    """Rows as they are: values (B, *shape)."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape[1:]
+
+    @property
+    def n_examples(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def flat(self) -> Tensor:
+        return self.values.reshape(self.n_examples, prod(self.shape))
+
+    def sq_norms(self) -> Tensor:
+        return self.flat.square().sum(1)
+
+    def weighted_sum(self, c: Tensor) -> Tensor:
+        return (c.to(self.values.dtype) @ self.flat).reshape(self.shape)
+
+    def dot(self, direction: Tensor) -> Tensor:
+        return self.flat @ direction.to(self.values.dtype).reshape(-1)
+
+    def dense(self) -> Tensor:
+        return self.values
+
+    def select(self, index: Tensor) -> Dense:
+        return Dense(self.values[index])
+
+    def scaled(self, weights: Tensor) -> Dense:
+        return Dense(self.values * _columns(weights, self.values))
+
+    def factors(self) -> tuple[None, Tensor, Tensor]:
+        return (
+            None,
+            self.values,
+            torch.arange(self.n_examples, device=self.values.device),
+        )
+
+    def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Dense:
+        return Dense(same_shape(self.values, transform(self.values)))
+
+
+@dataclass
+class Outer:
+    """Row j = left_j^T right_j, group by group, reshaped to `shape`; (G, a, b) in memory order.
+
+    `cotangent_left` says which side is zbar, for those who ask for the factors by name.
+    """
+
+    left: Tensor  # (B, G, T, a)
+    right: Tensor  # (B, G, T, b)
+    shape: torch.Size
+    cotangent_left: bool
+    positions: Tensor | None = (
+        None  # (B, T) True where a position is real, None: all are
+    )
+    _formed: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def n_examples(self) -> int:
+        return self.left.shape[0]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        b, g, t, a = self.left.shape
+        return b, g, t, a, self.right.shape[3]
+
+    @property
+    def formed_bytes(self) -> int:
+        b, g, _, a, c = self.sizes
+        return b * g * a * c * self.left.element_size()
+
+    @property
+    def prefers_gram(self) -> bool:
+        _, _, t, a, b = self.sizes
+        return t * (a + b) < a * b
+
+    def transposed(self) -> Outer:
+        """The same rows with the two sides exchanged; only for a plain matrix or a stack of them."""
+        shape = torch.Size((*self.shape[:-2], self.shape[-1], self.shape[-2]))
+        formed = None if self._formed is None else self._formed.transpose(-1, -2)
+        return Outer(
+            self.right,
+            self.left,
+            shape,
+            not self.cotangent_left,
+            self.positions,
+            formed,
+        )
+
+    def chunks(self, bytes_per_example: int) -> Iterator[slice]:
+        step = max(1, CHUNK_BYTES // max(1, bytes_per_example))
+        return (slice(i, i + step) for i in range(0, self.n_examples, step))
+
+    def form(self) -> Tensor:
+        """(B, G, a, b); kept for the next question while it is small enough."""
+        if self._formed is not None:
+            return self._formed
+        formed = self.left.transpose(-1, -2) @ self.right
+        if self.formed_bytes <= KEEP_BYTES:
+            self._formed = formed
+        return formed
+
+    def sq_norms(self) -> Tensor:
+        t = self.sizes[2]
+        if t == 0 or self.n_examples == 0:
+            return self.left.new_zeros(self.n_examples)
+        if t == 1:
+            return (
+                self.left.square().sum((2, 3)) * self.right.square().sum((2, 3))
+            ).sum(1)
+        if self._formed is None and self.prefers_gram:
+            found = self._sq_norms_by_gram()
+            bound = (
+                (self.left.norm(dim=3) * self.right.norm(dim=3)).sum(2).square().sum(1)
+            )
+            if not bool((found < CANCELLATION * bound).any()):
+                return found
+        return self._sq_norms_by_forming()
+
+    def _sq_norms_by_gram(self) -> Tensor:
+        b, g, t, _, _ = self.sizes
+        found = self.left.new_empty(b)
+        for s in self.chunks(2 * g * t * t * self.left.element_size()):
+            gram_left = self.left[s] @ self.left[s].transpose(-1, -2)
+            gram_right = self.right[s] @ self.right[s].transpose(-1, -2)
+            found[s] = gram_left.mul_(gram_right).sum((1, 2, 3))
+        return found
+
+    def _sq_norms_by_forming(self) -> Tensor:
+        if self._formed is not None or self.formed_bytes <= KEEP_BYTES:
+            return self.form().square().sum((1, 2, 3))
+        found = self.left.new_empty(self.n_examples)
+        for s in self.chunks(self.formed_bytes // max(1, self.n_examples)):
+            found[s] = (
+                (self.left[s].transpose(-1, -2) @ self.right[s]).square().sum((1, 2, 3))
+            )
+        return found
+
+    def weighted_sum(self, c: Tensor) -> Tensor:
+        b, g, t, a, d = self.sizes
+        c = c.to(self.left.dtype)
+        if self._formed is not None:
+            return (c @ self._formed.reshape(b, -1)).reshape(self.shape)
+        smaller_left = a <= d
+        thin = (self.left if smaller_left else self.right) * c.reshape(-1, 1, 1, 1)
+        left, right = (thin, self.right) if smaller_left else (self.left, thin)
+        left = left.transpose(0, 1).reshape(g, b * t, a)
+        right = right.transpose(0, 1).reshape(g, b * t, d)
+        return (left.transpose(-1, -2) @ right).reshape(self.shape)
+
+    def dot(self, direction: Tensor) -> Tensor:
+        _, g, _, a, b = self.sizes
+        matrix = direction.to(self.left.dtype).reshape(g, a, b)
+        if self._formed is not None:
+            return self._formed.reshape(self.n_examples, -1) @ matrix.reshape(-1)
+        if a <= b:
+            return ((self.right @ matrix.transpose(-1, -2)) * self.left).sum((1, 2, 3))
+        return ((self.left @ matrix) * self.right).sum((1, 2, 3))
+
+    def dense(self) -> Tensor:
+        return self.form().reshape(self.n_examples, *self.shape)
+
+    def select(self, index: Tensor) -> Outer:
+        return replace(
+            self,
+            left=self.left[index],
+            right=self.right[index],
+            positions=None if self.positions is None else self.positions[index],
+            _formed=None if self._formed is None else self._formed[index],
+        )
+
+    def scaled(self, weights: Tensor) -> Outer:
+        if self.cotangent_left:
+            return replace(
+                self, left=self.left * _columns(weights, self.left), _formed=None
+            )
+        return replace(
+            self, right=self.right * _columns(weights, self.right), _formed=None
+        )
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        h, zbar = (
+            (self.right, self.left) if self.cotangent_left else (self.left, self.right)
+        )
+        b, g, t, _, _ = self.sizes
+        owner = torch.arange(b, device=h.device).repeat_interleave(t)
+        h, zbar = (side.transpose(1, 2).reshape(b * t, g, -1) for side in (h, zbar))
+        if g == 1:
+            h, zbar = h.squeeze(1), zbar.squeeze(1)
+        if self.positions is not None:
+            real = self.positions.reshape(-1)
+            h, zbar, owner = h[real], zbar[real], owner[real]
+        return h, zbar, owner
+
+    def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Outer:
+        old = self.left if self.cotangent_left else self.right
+        b, g, t, p = old.shape
+        _, given, _ = self.factors()
+        found = same_shape(given, transform(given)).to(old.dtype).reshape(-1, g, p)
+        if self.positions is not None:
+            whole = old.new_zeros(b * t, g, p)
+            whole[self.positions.reshape(-1)] = found
+            found = whole
+        new = found.reshape(b, t, g, p).transpose(1, 2)
+        left, right = (new, self.right) if self.cotangent_left else (self.left, new)
+        return replace(self, left=left, right=right, _formed=None)
+
+
+@dataclass
+class Rows:
+    """Row j of the Jacobian = zeros (V, d) with rows[j, t] added at ids[j, t]; absent positions hold zeros."""
+
+    ids: Tensor  # (B, T)
+    rows: Tensor  # (B, T, d)
+    shape: torch.Size  # (V, d)
+    sparse: bool = False
+
+    @property
+    def n_examples(self) -> int:
+        return self.ids.shape[0]
+
+    def _keys(self) -> Tensor:
+        owner = torch.arange(self.n_examples, device=self.ids.device).unsqueeze(1)
+        return (owner * self.shape[0] + self.ids).reshape(-1)
+
+    def coalesced(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(owner (n,), id (n,), rows (n, d)) with repeated ids of an example added up."""
+        keys, inverse = torch.unique(self._keys(), return_inverse=True)
+        merged = self.rows.new_zeros(len(keys), self.rows.shape[2])
+        merged.index_add_(0, inverse, self.rows.reshape(-1, self.rows.shape[2]))
+        return keys // self.shape[0], keys % self.shape[0], merged
+
+    def sq_norms(self) -> Tensor:
+        owner, _, rows = self.coalesced()
+        return rows.new_zeros(self.n_examples).index_add_(
+            0, owner, rows.square().sum(1)
+        )
+
+    def weighted_sum(self, c: Tensor) -> Tensor:
+        rows = self.rows * c.to(self.rows.dtype).reshape(-1, 1, 1)
+        flat_ids, flat_rows = self.ids.reshape(-1), rows.reshape(-1, rows.shape[2])
+        if self.sparse:
+            return torch.sparse_coo_tensor(
+                flat_ids.unsqueeze(0),
+                flat_rows,
+                tuple(self.shape),
+                check_invariants=False,
+            )
+        return rows.new_zeros(tuple(self.shape)).index_add_(0, flat_ids, flat_rows)
+
+    def dot(self, direction: Tensor) -> Tensor:
+        return (direction.to(self.rows.dtype)[self.ids] * self.rows).sum((1, 2))
+
+    def dense(self) -> Tensor:
+        found = self.rows.new_zeros(self.n_examples * self.shape[0], self.shape[1])
+        found.index_add_(0, self._keys(), self.rows.reshape(-1, self.shape[1]))
+        return found.reshape(self.n_examples, *self.shape)
+
+    def select(self, index: Tensor) -> Rows:
+        return replace(self, ids=self.ids[index], rows=self.rows[index])
+
+    def scaled(self, weights: Tensor) -> Rows:
+        return replace(self, rows=self.rows * _columns(weights, self.rows))
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        owner = torch.arange(self.n_examples, device=self.ids.device).repeat_interleave(
+            self.ids.shape[1]
+        )
+        return self.ids.reshape(-1), self.rows.reshape(-1, self.rows.shape[2]), owner
+
+    def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Rows:
+        flat = self.rows.reshape(-1, self.rows.shape[2])
+        return replace(
+            self, rows=same_shape(flat, transform(flat)).reshape(self.rows.shape)
+        )
+
+
+def inner(f: Form, g: Form) -> Tensor:
+    """<row j of f, row j of g> for every j, shape (B,)."""
+    if f is g:
+        return f.sq_norms()
+    if _same_split(f, g):
+        if (type(f), type(g)) in _INNER:
+            return _INNER[type(f), type(g)](f, g)
+        if (type(g), type(f)) in _INNER:
+            return _INNER[type(g), type(f)](g, f)
+    return (Dense(f.dense()).flat * Dense(g.dense()).flat).sum(1)
+
+
+def gram(f: Form, g: Form) -> Tensor:
+    """<row j of f, row k of g> for every j and k, shape (B, B')."""
+    if _same_split(f, g):
+        if (type(f), type(g)) in _GRAM:
+            return _GRAM[type(f), type(g)](f, g)
+        if (type(g), type(f)) in _GRAM:
+            return _GRAM[type(g), type(f)](g, f).T
+    return Dense(f.dense()).flat @ Dense(g.dense()).flat.T
+
+
+def _same_split(f: Form, g: Form) -> bool:
+    """Whether two forms see the block as the same stack of matrices."""
+    return _split(f) == _split(g)
+
+
+def _split(f: Form) -> tuple[int, ...]:
+    if isinstance(f, Outer):
+        _, groups, _, a, b = f.sizes
+        return (groups, a, b)
+    return (1, *f.shape)
+
+
+def _inner_outer_outer(f: Outer, g: Outer) -> Tensor:
+    _, _, t, a, b = f.sizes
+    s = g.sizes[2]
+    if (
+        f._formed is not None
+        or g._formed is not None
+        or t * s * (a + b) > (t + s) * a * b
+    ):
+        return (f.form() * g.form()).sum((1, 2, 3))
+    return (
+        (f.left @ g.left.transpose(-1, -2)) * (f.right @ g.right.transpose(-1, -2))
+    ).sum((1, 2, 3))
+
+
+def _inner_outer_rows(f: Outer, g: Rows) -> Tensor:
+    left, right = f.left[:, 0], f.right[:, 0]
+    index = g.ids.unsqueeze(1).expand(-1, left.shape[1], -1)
+    return (left.gather(2, index) * (right @ g.rows.transpose(1, 2))).sum((1, 2))
+
+
+def _inner_rows_rows(f: Rows, g: Rows) -> Tensor:
+    joined = Rows(torch.cat([f.ids, g.ids], 1), torch.cat([f.rows, g.rows], 1), f.shape)
+    keys, inverse = torch.unique(joined._keys(), return_inverse=True)
+    split = f.ids.numel()
+    inverse = inverse.reshape(f.n_examples, -1)
+    sides = [f.rows.new_zeros(len(keys), f.shape[1]) for _ in range(2)]
+    width = f.ids.shape[1]
+    sides[0].index_add_(0, inverse[:, :width].reshape(-1), f.rows.reshape(split, -1))
+    sides[1].index_add_(
+        0, inverse[:, width:].reshape(-1), g.rows.reshape(-1, f.shape[1])
+    )
+    owner = keys // f.shape[0]
+    return f.rows.new_zeros(f.n_examples).index_add_(
+        0, owner, (sides[0] * sides[1]).sum(1)
+    )
+
+
+def _gram_outer_outer(f: Outer, g: Outer) -> Tensor:
+    b, groups, t, a, d = f.sizes
+    other, _, s, _, _ = g.sizes
+    if t == 1 and s == 1:
+        lefts = torch.einsum("jgta,kgsa->gjk", f.left, g.left)
+        return (lefts * torch.einsum("jgtb,kgsb->gjk", f.right, g.right)).sum(0)
+    by_gram = b * t * other * s * (a + d)
+    by_form = (b * t + other * s + b * other) * a * d
+    if by_gram < by_form and f._formed is None:
+        return _gram_by_positions(f, g)
+    if f.formed_bytes + g.formed_bytes <= 2 * KEEP_BYTES:
+        return f.form().reshape(b, -1) @ g.form().reshape(other, -1).T
+    found = f.left.new_zeros(b, other)
+    step = max(1, CHUNK_BYTES // (max(b, other) * groups * d * f.left.element_size()))
+    for i in range(0, a, step):
+        part_f = f.left[..., i : i + step].transpose(-1, -2) @ f.right
+        part_g = g.left[..., i : i + step].transpose(-1, -2) @ g.right
+        found += part_f.reshape(b, -1) @ part_g.reshape(other, -1).T
+    return found
+
+
+def _gram_by_positions(f: Outer, g: Outer) -> Tensor:
+    b, groups, t, a, d = f.sizes
+    other, _, s, _, _ = g.sizes
+    found = f.left.new_zeros(b, other)
+    g_left = g.left.transpose(0, 1).reshape(groups, other * s, a)
+    g_right = g.right.transpose(0, 1).reshape(groups, other * s, d)
+    for piece in f.chunks(2 * groups * t * other * s * f.left.element_size()):
+        left = f.left[piece].transpose(0, 1).reshape(groups, -1, a)
+        right = f.right[piece].transpose(0, 1).reshape(groups, -1, d)
+        both = (
+            (left @ g_left.transpose(-1, -2))
+            .mul_(right @ g_right.transpose(-1, -2))
+            .sum(0)
+        )
+        found[piece] = both.reshape(-1, t, other, s).sum((1, 3))
+    return found
+
+
+def _gram_outer_rows(f: Outer, g: Rows) -> Tensor:
+    b, _, t, _, _ = f.sizes
+    other, s = g.ids.shape
+    found = f.left.new_zeros(b, other)
+    right_rows = g.rows.reshape(other * s, -1).T
+    ids = g.ids.reshape(-1)
+    for piece in f.chunks(2 * t * other * s * f.left.element_size()):
+        both = f.left[piece, 0][..., ids] * (f.right[piece, 0] @ right_rows)
+        found[piece] = both.reshape(-1, t, other, s).sum((1, 3))
+    return found
+
+
+def _gram_rows_rows(f: Rows, g: Rows) -> Tensor:
+    found = f.rows.new_zeros(f.n_examples, g.n_examples)
+    s = g.ids.shape[1]
+    columns, ids = g.rows.reshape(-1, g.rows.shape[2]).T, g.ids.reshape(-1)
+    step = max(
+        1, CHUNK_BYTES // max(1, 2 * f.ids.shape[1] * len(ids) * f.rows.element_size())
+    )
+    for i in range(0, f.n_examples, step):
+        piece = slice(i, i + step)
+        same = f.ids[piece].unsqueeze(-1) == ids
+        both = (f.rows[piece] @ columns) * same
+        found[piece] = both.sum(1).reshape(-1, g.n_examples, s).sum(2)
+    return found
+
+
+_INNER: dict[tuple[type, type], Callable] = {
+    (Outer, Outer): _inner_outer_outer,
+    (Outer, Rows): _inner_outer_rows,
+    (Rows, Rows): _inner_rows_rows,
+}
+_GRAM: dict[tuple[type, type], Callable] = {
+    (Outer, Outer): _gram_outer_outer,
+    (Outer, Rows): _gram_outer_rows,
+    (Rows, Rows): _gram_rows_rows,
+}

@@ -1,0 +1,127 @@
+"""Where parameters meet data: the slots at which the examples' cotangents are still apart and below which they are not.
+
+Note [taint]
+    A node is tainted if a cotangent of one of its outputs mixes examples, if it is a leaf or a chain of views that
+    leads only to a leaf, or if a tainted node sends it a cotangent. A use is a slot from an untainted node into a
+    tainted one. Every path from the losses to a parameter crosses into the taint exactly once, so the gradients at the
+    uses, pushed down through the tainted nodes, account for each path once. Status belongs to nodes, not to edges:
+    read edge by edge, nodes with several outputs would be crossed twice or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from rowgrad.rows.ownership import MIXED, Edge, Layout
+from rowgrad.rows.placement import VIEWS
+from rowgrad.tape import Node, Tape
+
+# Nodes that compute something of parameters alone when all their differentiable inputs are parameters and no other
+# tensor takes part. Used to tell a parameter that is computed (weight norm, merged updates) from examples that meet.
+_PARAMETER_ARITHMETIC = frozenset(
+    f"{name}Backward{i}"
+    for name in ["Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Mm", "Bmm", "Addmm", "Pow", "Exp", "Log", "Softplus", "Sigmoid", "Tanh", "Relu", "Softmax", "Sqrt", "Rsqrt", "LinalgVectorNorm", "WeightNormInterface", "Norm", "Cat", "Stack", "Sum", "Mean", "Expand", "Square", "Abs", "Clamp", "Outer", "Triu", "Tril", "Repeat", "Diag", "DiagEmbed", "Cumsum", "Reciprocal"]
+    for i in range(4)
+)
+
+
+@dataclass(frozen=True)
+class Use:
+    """A slot of an untainted node whose gradient goes to `target`, a tainted node or a leaf."""
+
+    node: int
+    slot: int
+    target: Edge
+
+
+@dataclass
+class Frontier:
+    """The uses, in topological order, and the nodes below them."""
+
+    uses: list[Use]
+    tainted: list[bool]
+    needed: list[bool]
+    couplings: tuple[Node, ...]
+
+
+def static_nodes(tape: Tape) -> list[bool]:
+    """Leaves, and chains of views that lead only to a leaf."""
+    static = [False] * len(tape)
+    for node in reversed(tape.nodes):
+        live = [t for t in node.slots if t is not None]
+        is_view = (
+            node.kind in VIEWS
+            and len(live) == 1
+            and static[live[0][0]]
+            and node.index != tape.root_slot[0]
+        )
+        static[node.index] = node.is_leaf or is_view
+    return static
+
+
+def needed_nodes(tape: Tape, leaves: Collection[int]) -> list[bool]:
+    """Nodes from which a wanted parameter can be reached."""
+    needed = [False] * len(tape)
+    for node in reversed(tape.nodes):
+        below = any(t is not None and needed[t[0]] for t in node.slots)
+        needed[node.index] = below or node.index in leaves
+    return needed
+
+
+def edges_to_prove(
+    tape: Tape, static: Sequence[bool], needed: Sequence[bool]
+) -> list[Edge]:
+    return [
+        (node.index, nr)
+        for node in tape.nodes
+        if needed[node.index] and not static[node.index]
+        for nr in range(node.n_outputs)
+        if node.is_traced(nr)
+    ]
+
+
+def find_uses(
+    tape: Tape,
+    layouts: Mapping[Edge, Layout],
+    static: Sequence[bool],
+    needed: Sequence[bool],
+) -> Frontier:
+    """Close the taint downwards and read off its border. See Note [taint]."""
+    tainted = list(static)
+    for (index, _), layout in layouts.items():
+        if layout is MIXED:
+            tainted[index] = True
+    uses: list[Use] = []
+    couplings: dict[int, Node] = {}
+    only_parameters = _only_parameters(tape)
+    for node in tape.nodes:
+        if not needed[node.index]:
+            continue
+        for slot, target in enumerate(node.slots):
+            if target is None or not needed[target[0]]:
+                continue
+            if tainted[node.index]:
+                tainted[target[0]] = True
+            elif tainted[target[0]]:
+                uses.append(Use(node.index, slot, target))
+    for use in uses:
+        if not only_parameters[use.target[0]]:
+            couplings[use.node] = tape.nodes[use.node]
+    return Frontier(uses, tainted, list(needed), tuple(couplings.values()))
+
+
+def _only_parameters(tape: Tape) -> list[bool]:
+    """Whether the value at a node is computed from parameters alone, as far as the graph tells."""
+    found = [False] * len(tape)
+    for node in reversed(tape.nodes):
+        if node.is_leaf:
+            found[node.index] = True
+            continue
+        live = [t for t in node.slots if t is not None]
+        lookup = node.kind == "EmbeddingBackward0" and (
+            len(node.shape()) <= 2 or node.shape()[0] == 1
+        )
+        known = node.kind in VIEWS or node.kind in _PARAMETER_ARITHMETIC or lookup
+        found[node.index] = known and bool(live) and all(found[t[0]] for t in live)
+    return found

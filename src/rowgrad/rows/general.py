@@ -1,0 +1,112 @@
+"""The general path: row j of any graph, by pushing example j's part of the uses down through the tainted nodes.
+
+Exact for everything, one sweep an example. At a use with a rule the example's gradient is read from the form; at any
+other use the node's cotangents are masked to the example and the node is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rowgrad.rows.factors import Form
+from rowgrad.rows.frontier import Use
+from rowgrad.rows.ownership import Edge, Layout, mask
+from rowgrad.tape import Tape
+
+
+@dataclass
+class GeneralPath:
+    """Rows of the parameters that lie below uses without a simple form.
+
+    `seeds`: uses whose gradient is known in factors; `masked`: nodes to be called with one example's cotangents.
+    """
+
+    tape: Tape
+    examples: list[int]  # which example each row belongs to
+    n_examples: int  # of the batch
+    layouts: Mapping[Edge, Layout]
+    needed: Sequence[bool]
+    seeds: list[tuple[Use, Form]]
+    masked: dict[
+        int, tuple[list[int], list[Tensor | None]]
+    ]  # node -> (slots, cotangents)
+    names: dict[int, str]  # leaf -> parameter name
+    scale: float  # the loss scale, to be divided out
+
+    def select(self, index: list[int]) -> GeneralPath:
+        return replace(self, examples=[self.examples[i] for i in index])
+
+    def reached(self) -> set[int]:
+        """Leaves with a name that lie below these uses."""
+        below = {use.target[0] for use, _ in self.seeds}
+        for node, (slots, _) in self.masked.items():
+            below |= {
+                t[0]
+                for t in (self.tape.nodes[node].slots[s] for s in slots)
+                if t is not None
+            }
+        for node in self.tape.nodes:
+            if node.index in below:
+                below |= {t[0] for t in node.slots if t is not None}
+        return {leaf for leaf in self.names if leaf in below}
+
+    def row(self, position: int) -> dict[str, Tensor]:
+        """Gradient of one example's loss that passes these uses, by parameter name; absent where there is none."""
+        example = self.examples[position]
+        inbox: dict[Edge, Tensor] = {}
+        index = torch.tensor([example], device=self.tape.output.device)
+        for use, form in self.seeds:
+            self._post(inbox, use.target, form.select(index).dense()[0])
+        for node_index, (slots, cotangents) in self.masked.items():
+            node = self.tape.nodes[node_index]
+            own = [
+                None
+                if z is None
+                else mask(z, self.layouts[node_index, nr], example, self.n_examples)
+                for nr, z in enumerate(cotangents)
+            ]
+            gradients = self.tape.local_gradients(node, own)
+            for slot in slots:
+                target, gradient = node.slots[slot], gradients[slot]
+                if target is not None and gradient is not None:
+                    self._post(inbox, target, gradient)
+        return {
+            name: g.to(torch.promote_types(g.dtype, torch.float32)) / self.scale
+            for name, g in self._sweep(inbox)
+        }
+
+    def _post(self, inbox: dict[Edge, Tensor], target: Edge, gradient: Tensor) -> None:
+        node = self.tape.nodes[target[0]]
+        gradient = (gradient.to_dense() if gradient.is_sparse else gradient).to(
+            node.dtype(target[1])
+        )
+        gradient = gradient.reshape(node.shape(target[1]))
+        inbox[target] = inbox[target] + gradient if target in inbox else gradient
+
+    def _sweep(self, inbox: dict[Edge, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        if not inbox:
+            return
+        for node in self.tape.nodes[min(edge[0] for edge in inbox) :]:
+            cotangents = [
+                inbox.pop((node.index, nr), None) for nr in range(node.n_outputs)
+            ]
+            if all(c is None for c in cotangents):
+                continue
+            if node.is_leaf:
+                if node.index in self.names:
+                    assert cotangents[0] is not None
+                    yield self.names[node.index], cotangents[0]
+                continue
+            for target, gradient in zip(
+                node.slots, self.tape.local_gradients(node, cotangents), strict=True
+            ):
+                if (
+                    target is not None
+                    and gradient is not None
+                    and self.needed[target[0]]
+                ):
+                    self._post(inbox, target, gradient)

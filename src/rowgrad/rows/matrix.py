@@ -1,0 +1,961 @@
+"""The Jacobian of the losses: made from one backward pass, asked through products."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rowgrad.errors import (
+    ConsumedJacobianError,
+    NoGraphError,
+    NonFiniteError,
+    NotAVectorError,
+    OpaqueGraphError,
+    ParameterError,
+    RowgradWarning,
+    StaleJacobianError,
+)
+from rowgrad.rows.block import Block, sum_of
+from rowgrad.rows.explain import Entry, Explanation
+from rowgrad.rows.factors import Dense, Form
+from rowgrad.rows.frontier import (
+    Frontier,
+    Use,
+    edges_to_prove,
+    find_uses,
+    needed_nodes,
+    static_nodes,
+)
+from rowgrad.rows.general import GeneralPath
+from rowgrad.rows.loss import weighted_rows
+from rowgrad.rows.ownership import Axis, Edge, Layout, Prover
+from rowgrad.rows.parameters import Parameters, Params, named
+from rowgrad.rows.placement import Place, place_of, settle
+from rowgrad.rows.rules import RULES, Recipe, Rule, Site
+from rowgrad.tape import Node, Tape
+
+GENERAL_BYTES = (
+    2**30
+)  # rows of the general path are kept up to this size, then computed anew for each question
+"""Default bound on the rows that the general path writes out."""
+
+
+@dataclass
+class _Plan:
+    """What is done at each use, decided before the pass that yields the cotangents."""
+
+    frontier: Frontier
+    recipes: dict[Use, Recipe]
+    places: dict[Use, Place]
+    layouts: Mapping[Edge, Layout]
+    proof: str
+
+    def edges(self, tape: Tape) -> list[Edge]:
+        nodes = sorted({use.node for use in self.frontier.uses})
+        return [
+            (i, nr)
+            for i in nodes
+            for nr in range(tape.nodes[i].n_outputs)
+            if tape.nodes[i].is_traced(nr)
+        ]
+
+    @property
+    def needs_graph(self) -> bool:
+        known = all(
+            use in self.recipes and use in self.places for use in self.frontier.uses
+        )
+        return not known or any(r.needs_graph for r in self.recipes.values())
+
+
+@dataclass
+class _Blocks:
+    """Rows of all parameters: in forms, and below the general path."""
+
+    by_name: dict[str, Block]
+    general: GeneralPath | None
+    general_names: set[str] = field(default_factory=set)
+
+
+class Jacobian:
+    """The rows of the Jacobian of B losses with respect to P parameters, never stored as such.
+
+    Row j is the gradient of `losses[j]`. Made by `rowgrad.jacobian`. Every product is detached, in at least float32
+    while it is summed, and works under `torch.no_grad()`.
+    """
+
+    def __init__(
+        self,
+        losses: Tensor,
+        parameters: Parameters,
+        blocks: _Blocks,
+        couplings: tuple[Node, ...],
+        explanation: Explanation,
+    ) -> None:
+        self._losses = losses
+        self._parameters = parameters
+        self._blocks: _Blocks | None = blocks
+        self._explanation = explanation
+        self._versions = {name: p._version for name, p in parameters.by_name.items()}
+        self._sq_norms: dict[str, Tensor] = {}
+        self.couplings = couplings
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters, in the order given."""
+        return tuple(self._parameters.by_name)
+
+    @property
+    def losses(self) -> Tensor:
+        """The losses the rows belong to, shape (B,), detached."""
+        return self._losses
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B examples, P parameters)."""
+        return len(self), sum(p.numel() for p in self._parameters.by_name.values())
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    def __repr__(self) -> str:
+        b, p = self.shape
+        return f"Jacobian({b} examples x {p:,} parameters in {len(self.names)} tensors)"
+
+    def explain(self) -> Explanation:
+        """Where each parameter is used, by which rule, how the examples lie there and how that is known."""
+        return self._explanation
+
+    # -- norms --------------------------------------------------------------------------------------------------------
+
+    def sq_norms(
+        self, by: str | Mapping[str, Any] | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """Squared L2 norm of each row, shape (B,), or of its parts.
+
+        Args:
+            by: None, "parameter", "module", or {group: names, tensors or modules}.
+        """
+        groups = self._groups(by)
+        per_parameter = self._parameter_sq_norms(
+            {n for names in groups.values() for n in names}
+        )
+        found = {
+            group: self._total(per_parameter[n] for n in names)
+            for group, names in groups.items()
+        }
+        return found[""] if by is None else found
+
+    def norms(
+        self, by: str | Mapping[str, Any] | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """L2 norm of each row, shape (B,), or of its parts; see `sq_norms`.
+
+        Source: Goodfellow 2015, "Efficient per-example gradient computations", section 4.
+        """
+        found = self.sq_norms(by)
+        if isinstance(found, dict):
+            return {group: sq.clamp_(min=0).sqrt() for group, sq in found.items()}
+        return found.clamp(min=0).sqrt()
+
+    def _groups(self, by: str | Mapping[str, Any] | None) -> dict[str, list[str]]:
+        if by is None:
+            return {"": list(self.names)}
+        if by == "parameter":
+            return {name: [name] for name in self.names}
+        if by == "module":
+            groups: dict[str, list[str]] = {}
+            for name in self.names:
+                groups.setdefault(name.rpartition(".")[0], []).append(name)
+            return groups
+        if isinstance(by, Mapping):
+            return {
+                group: list(dict.fromkeys(self._parameters.resolve(key)))
+                for group, key in by.items()
+            }
+        raise ValueError(
+            f'by={by!r}: expected None, "parameter", "module" or a mapping from group to parameters'
+        )
+
+    def _parameter_sq_norms(self, names: set[str]) -> dict[str, Tensor]:
+        missing = [n for n in self.names if n in names and n not in self._sq_norms]
+        if missing:
+            blocks = self._live()
+            for name in missing:
+                if name not in blocks.general_names:
+                    self._sq_norms[name] = blocks.by_name[name].sq_norms()
+            streamed = [n for n in missing if n in blocks.general_names]
+            if streamed:
+                rows = [
+                    {n: r[n].square().sum() for n in streamed}
+                    for r in self._streamed_rows(streamed)
+                ]
+                self._sq_norms |= {
+                    n: torch.stack([r[n] for r in rows]) for n in streamed
+                }
+        return self._sq_norms
+
+    def _total(self, parts: Iterator[Tensor] | Any) -> Tensor:
+        parts = list(parts)
+        if not parts:
+            return self._losses.new_zeros(len(self), dtype=self._dtype)
+        widest = max((p.dtype for p in parts), key=lambda d: d.itemsize)
+        return sum_of(p.to(widest).to(parts[0].device) for p in parts)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self._losses.dtype, torch.float32)
+
+    # -- linear products ----------------------------------------------------------------------------------------------
+
+    def weighted_sum(self, c: Any) -> dict[str, Tensor]:
+        """sum_j c_j row_j, by parameter name, in each parameter's shape and dtype.
+
+        Args:
+            c: a number, shape (B,), or {parameter or module: (B,)} for weights that differ by layer.
+        """
+        blocks = self._live()
+        weights = self._weights(c)
+        found = {
+            name: block.weighted_sum(weights[name])
+            for name, block in blocks.by_name.items()
+            if name not in blocks.general_names
+        }
+        streamed = list(blocks.general_names)
+        if streamed:
+            totals = {
+                n: torch.zeros_like(
+                    self._parameters.by_name[n], dtype=blocks.by_name[n].dtype
+                )
+                for n in streamed
+            }
+            for j, rows in enumerate(self._streamed_rows(streamed)):
+                for n in streamed:
+                    totals[n] += weights[n][j] * rows[n]
+            found |= totals
+        return {
+            name: found[name].to(self._parameters.by_name[name].dtype)
+            for name in self.names
+        }
+
+    def _weights(self, c: Any) -> dict[str, Tensor]:
+        if isinstance(c, Mapping):
+            weights: dict[str, Tensor] = {}
+            for key, value in c.items():
+                for name in self._parameters.resolve(key):
+                    weights[name] = self._weight(value)
+            missing = [n for n in self.names if n not in weights]
+            if missing:
+                raise ValueError(
+                    f"c: no weights for {missing[0]}"
+                    + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                    + '; give every parameter one, {"": c} covers all'
+                )
+            return weights
+        shared = self._weight(c)
+        return dict.fromkeys(self.names, shared)
+
+    def _weight(self, c: Any) -> Tensor:
+        weight = torch.as_tensor(c, device=self._losses.device).detach()
+        if weight.ndim == 0:
+            weight = weight.expand(len(self))
+        if weight.shape != (len(self),):
+            raise ValueError(
+                f"c has shape {tuple(weight.shape)}, expected a number or ({len(self)},), one per example"
+            )
+        return weight.to(torch.promote_types(weight.dtype, self._dtype))
+
+    def dot(self, direction: Any) -> Tensor:
+        """J v: the derivative of each loss along a direction in parameter space, shape (B,).
+
+        Args:
+            direction: {name: tensor}, or a sequence of tensors in the order of `names`, each of its parameter's shape.
+        """
+        blocks = self._live()
+        parts = self._direction(direction)
+        dots = [
+            blocks.by_name[n].dot(v.detach())
+            for n, v in parts.items()
+            if n not in blocks.general_names
+        ]
+        streamed = [n for n in parts if n in blocks.general_names]
+        if streamed:
+            rows = [
+                sum_of((r[n] * parts[n]).sum() for n in streamed)
+                for r in self._streamed_rows(streamed)
+            ]
+            dots.append(torch.stack(rows))
+        return self._total(dots)
+
+    __matmul__ = dot
+
+    def _direction(self, direction: Any) -> dict[str, Tensor]:
+        if isinstance(direction, Mapping):
+            pairs = {self._one_name(key): value for key, value in direction.items()}
+        else:
+            values = list(direction)
+            if len(values) != len(self.names):
+                raise ValueError(
+                    f"direction has {len(values)} tensors, expected {len(self.names)}, one per parameter"
+                )
+            pairs = dict(zip(self.names, values, strict=True))
+        for name, v in pairs.items():
+            if v.shape != self._parameters.by_name[name].shape:
+                raise ValueError(
+                    f"direction: {name} has shape {tuple(v.shape)}, expected {tuple(self._parameters.by_name[name].shape)}"
+                )
+        return pairs
+
+    def _one_name(self, key: Any) -> str:
+        (name,) = self._parameters.resolve(key)
+        return name
+
+    # -- products of examples -----------------------------------------------------------------------------------------
+
+    def gram(self, other: Jacobian | None = None) -> Tensor:
+        """J J'^T: the dot product of every row with every row of `other` (default: itself), shape (B, B')."""
+        other = self if other is None else other
+        mine, theirs = self._live(), other._live()
+        shared = self._shared_names(other)
+        total = torch.zeros(
+            len(self), len(other), dtype=self._dtype, device=self._losses.device
+        )
+        streamed = [n for n in shared if n in mine.general_names | theirs.general_names]
+        for name in shared:
+            if name not in streamed:
+                total = total + mine.by_name[name].gram(theirs.by_name[name]).to(
+                    total.device
+                )
+        if streamed:
+            for j, left in enumerate(self._streamed_rows(streamed)):
+                for k, right in enumerate(other._streamed_rows(streamed)):
+                    total[j, k] += sum_of((left[n] * right[n]).sum() for n in streamed)
+        return total
+
+    def cosines(self, other: Jacobian | None = None) -> Tensor:
+        """Cosine of the angle between every row and every row of `other`, shape (B, B'); nan for a zero row."""
+        other_norms = self.norms() if other is None else other.norms()
+        norms = self.norms()
+        assert isinstance(norms, Tensor) and isinstance(other_norms, Tensor)
+        return (self.gram(other) / (norms.unsqueeze(1) * other_norms)).clamp(-1, 1)
+
+    def diag_gram(self, other: Jacobian) -> Tensor:
+        """<row j, row j of other>, shape (B,): the same examples under two losses, or before and after a step."""
+        if len(other) != len(self):
+            raise ValueError(
+                f"diag_gram needs equally many examples, found {len(self)} and {len(other)}"
+            )
+        mine, theirs = self._live(), other._live()
+        shared = self._shared_names(other)
+        streamed = [n for n in shared if n in mine.general_names | theirs.general_names]
+        parts = [
+            mine.by_name[n].inner(theirs.by_name[n])
+            for n in shared
+            if n not in streamed
+        ]
+        if streamed:
+            pairs = zip(
+                self._streamed_rows(streamed),
+                other._streamed_rows(streamed),
+                strict=True,
+            )
+            parts.append(
+                torch.stack(
+                    [sum_of((a[n] * b[n]).sum() for n in streamed) for a, b in pairs]
+                )
+            )
+        return self._total(parts)
+
+    def _shared_names(self, other: Jacobian) -> list[str]:
+        shapes = {n: p.shape for n, p in other._parameters.by_name.items()}
+        mine = {n: p.shape for n, p in self._parameters.by_name.items()}
+        if mine != shapes:
+            odd = sorted(set(mine.items()) ^ set(shapes.items()), key=str)[0][0]
+            raise ValueError(
+                f"the two Jacobians have different parameters: {odd} is not in both with the same shape"
+            )
+        return list(mine)
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, key: Any) -> Jacobian:
+        """A sub-Jacobian: by parameter or module name(s), or by example index, slice or mask. Nothing is copied yet."""
+        if isinstance(key, str) or (
+            isinstance(key, (list, tuple)) and key and isinstance(key[0], str)
+        ):
+            return self._with_names(list(dict.fromkeys(self._parameters.resolve(key))))
+        if isinstance(key, (nn.Parameter, nn.Module)):
+            return self._with_names(list(dict.fromkeys(self._parameters.resolve(key))))
+        return self._with_examples(key)
+
+    def _with_names(self, names: list[str]) -> Jacobian:
+        blocks = self._live()
+        kept = {n: p for n, p in self._parameters.by_name.items() if n in names}
+        part = self._copy(
+            Parameters(
+                kept, {a: n for a, n in self._parameters.aliases.items() if n in kept}
+            ),
+            _Blocks(
+                {n: blocks.by_name[n] for n in kept},
+                blocks.general,
+                blocks.general_names & set(kept),
+            ),
+            self._losses,
+        )
+        part._sq_norms = {n: s for n, s in self._sq_norms.items() if n in kept}
+        return part
+
+    def _with_examples(self, key: Any) -> Jacobian:
+        index = torch.arange(len(self), device=self._losses.device)[key].reshape(-1)
+        blocks = self._live()
+        general = (
+            None if blocks.general is None else blocks.general.select(index.tolist())
+        )
+        chosen = {n: b.select(index) for n, b in blocks.by_name.items()}
+        part = self._copy(
+            self._parameters,
+            _Blocks(chosen, general, blocks.general_names),
+            self._losses[index],
+        )
+        part._sq_norms = {n: s[index] for n, s in self._sq_norms.items()}
+        return part
+
+    def _copy(
+        self, parameters: Parameters, blocks: _Blocks, losses: Tensor
+    ) -> Jacobian:
+        part = Jacobian(losses, parameters, blocks, self.couplings, self._explanation)
+        part._versions = {
+            n: v for n, v in self._versions.items() if n in parameters.by_name
+        }
+        return part
+
+    def factors(self, name: Any) -> list[tuple[Tensor | None, Tensor, Tensor]]:
+        """(H, Zbar, owner) for each use of one parameter.
+
+        For a weight matrix H is (N, d), Zbar (N, p) and owner (N,): row j of the Jacobian is the sum over the positions
+        n that example j owns of the outer product of H_n and Zbar_n, in the parameter's orientation. For an embedding H
+        holds the looked-up ids, (N,). For biases, scales and the general path H is None and Zbar holds the rows.
+
+        Source: Goodfellow 2015, section 4.
+        """
+        block = self._live().by_name[self._one_name(name)]
+        return [form.factors() for region in block.regions for form in region.forms]
+
+    def dense(self, as_dict: bool = False) -> Tensor | dict[str, Tensor]:
+        """All rows written out, shape (B, P) in the order of `names`, or {name: (B, *shape)}."""
+        blocks = self._live()
+        found = {
+            n: blocks.by_name[n].dense()
+            for n in self.names
+            if n not in blocks.general_names
+        }
+        streamed = list(blocks.general_names)
+        if streamed:
+            rows = list(self._streamed_rows(streamed))
+            found |= {n: torch.stack([r[n] for r in rows]) for n in streamed}
+        ordered = {n: found[n] for n in self.names}
+        if as_dict:
+            return ordered
+        return torch.cat(
+            [
+                t.reshape(len(self), p.numel())
+                for t, p in self._with_parameters(ordered)
+            ],
+            1,
+        )
+
+    def _with_parameters(
+        self, by_name: dict[str, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((t, self._parameters.by_name[n]) for n, t in by_name.items())
+
+    def _streamed_rows(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Rows of parameters whose rows are too large to keep, one example at a time."""
+        blocks = self._live()
+        for j in range(len(self)):
+            index = torch.tensor([j], device=self._losses.device)
+            found = {n: blocks.by_name[n].select(index).dense()[0] for n in names}
+            if blocks.general is not None:
+                for name, part in blocks.general.row(j).items():
+                    if name in found:
+                        found[name] = found[name] + part
+            yield found
+
+    # -- back into training -------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        c: Any,
+        *,
+        nonfinite: str = "raise",
+        transform: Any = None,
+        retain: bool = False,
+    ) -> None:
+        """Add sum_j c_j row_j to the parameters' `.grad`, as `losses.backward(c)` would, without the model.
+
+        Hooks that wait for gradients (accumulation hooks, the reducer of DistributedDataParallel) run as usual. The
+        factors are freed afterwards.
+
+        Args:
+            c: a number, shape (B,), or {parameter or module: (B,)}. Required: a mean over the batch is c = 1 / B.
+            nonfinite: what to do with examples whose row holds inf or nan: "raise", "zero" (leave them out), "propagate".
+            transform: f(name, Zbar) -> Zbar', applied to the cotangents of each use before the last product
+                (Goodfellow 2015, section 6).
+            retain: keep the factors for further products.
+
+        Raises:
+            NonFiniteError: with nonfinite="raise", naming the examples.
+        """
+        gradients = self._gradients(c, nonfinite, transform)
+        if not retain:
+            self._blocks = None
+        present = [(self._parameters.by_name[n], g) for n, g in gradients.items()]
+        if present:
+            torch.autograd.backward([p for p, _ in present], [g for _, g in present])
+
+    def loss(
+        self, c: Any, *, nonfinite: str = "propagate", retain: bool = False
+    ) -> Tensor:
+        """A scalar with value and parameter gradient of `(c.detach() * losses).sum()`.
+
+        `.backward()` on it, or on anything computed from it (a scaler's product, a division by the number of
+        accumulated batches), adds to `.grad` what `losses` weighted by `c` would, without the model. With weights by
+        layer the value is weighted by their mean over the parameters.
+
+        Args:
+            c, nonfinite, retain: as for `backward`. The default lets non-finite gradients through, as a scaler expects.
+        """
+        weights = self._weights(c)
+        self._live()
+        average = sum_of(weights.values()) / len(weights)
+        value = torch.where(
+            average == 0, 0.0, average * self._losses.to(average.dtype)
+        ).sum()
+
+        def gradients(upstream: Tensor) -> list[Tensor | None]:
+            scaled = {name: w * upstream for name, w in weights.items()}
+            found = self._gradients(scaled, nonfinite, None)
+            if not retain:
+                self._blocks = None
+            return [found.get(name) for name in self.names]
+
+        return weighted_rows(
+            gradients, value.to(self._dtype), list(self._parameters.by_name.values())
+        )
+
+    def group_names(self, key: Any) -> list[str]:
+        """Names of the parameters meant by a name, a module's name, a tensor, a module or a collection of them."""
+        return list(dict.fromkeys(self._parameters.resolve(key)))
+
+    def _gradients(self, c: Any, nonfinite: str, transform: Any) -> dict[str, Tensor]:
+        """Weighted sums of the parameters that the graph reaches."""
+        if nonfinite not in ("raise", "zero", "propagate"):
+            raise ValueError(
+                f'nonfinite={nonfinite!r}: expected "raise", "zero" or "propagate"'
+            )
+        source = self
+        if nonfinite != "propagate":
+            sq = self.sq_norms()
+            assert isinstance(sq, Tensor)
+            bad = (~sq.isfinite()).nonzero().squeeze(1).tolist()
+            if bad and nonfinite == "raise":
+                raise NonFiniteError(
+                    f"the gradient of {len(bad)} of {len(self)} examples is not finite (first: example {bad[0]}, loss "
+                    f'{float(self._losses[bad[0]]):g}). nonfinite="zero" leaves them out, "propagate" lets them through'
+                )
+            if bad:
+                good = sq.isfinite().nonzero().squeeze(1)
+                weights = {n: w[good] for n, w in self._weights(c).items()}
+                source, c = self[good], weights
+        if transform is not None:
+            source = source._transformed(transform)
+        blocks = source._live()
+        reached = {
+            n for n, b in blocks.by_name.items() if not b.is_absent
+        } | blocks.general_names
+        return {n: g for n, g in source.weighted_sum(c).items() if n in reached}
+
+    def _transformed(self, transform: Any) -> Jacobian:
+        blocks = self._live()
+        if blocks.general_names:
+            raise ValueError(
+                f"transform needs the factors of every use, and {sorted(blocks.general_names)[0]} goes the general path "
+                "without keeping its rows; raise max_bytes"
+            )
+        changed = {
+            n: b.with_cotangents(lambda z, n=n: transform(n, z))
+            for n, b in blocks.by_name.items()
+        }
+        return self._copy(self._parameters, _Blocks(changed, None), self._losses)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def _live(self) -> _Blocks:
+        if self._blocks is None:
+            raise ConsumedJacobianError(
+                "the factors were freed by an earlier backward; pass retain=True to it, or ask for what is needed before"
+            )
+        for name, version in self._versions.items():
+            if self._parameters.by_name[name]._version != version:
+                raise StaleJacobianError(
+                    f"{name} was changed after this Jacobian was made (an optimizer step?). Compute the losses and the "
+                    "Jacobian anew, or ask for products before the step"
+                )
+        return self._blocks
+
+
+def jacobian(
+    losses: Tensor,
+    params: Params,
+    *,
+    verify: str = "cached",
+    rules: Mapping[tuple[str, int], Rule] = RULES,
+    loss_scale: float = 1.0,
+    retain_graph: bool = False,
+    max_bytes: int | None = None,
+) -> Jacobian:
+    """The gradient of each loss with respect to the parameters, in factors, from one backward pass.
+
+    Law: `jacobian(losses, params).dense()[j]` equals `autograd.grad(losses[j], params)`, for every graph. What has no
+    rule is computed example by example, exactly, with a warning; what cannot be exact raises.
+
+    Args:
+        losses: one loss per example, shape (B,), not averaged, with its graph.
+        params: a module, `optimizer.param_groups`, or an iterable or mapping of leaf tensors.
+        verify: "cached" reuses the proof of which entry belongs to which example for graphs of the same structure,
+            where the structure alone settles it; "always" proves it at every call.
+        rules: the table of rules, `RULES | {...}` to add some, `{}` to send everything the general path.
+        loss_scale: the losses are scaled by this for the pass (float16), rows are in units of `losses` all the same.
+        retain_graph: keep the graph for further backward passes.
+        max_bytes: bound on the rows that the general path keeps; default 1 GiB. Above it they are computed anew for
+            each product.
+    Raises:
+        NotAVectorError: `losses` is a scalar or has more than one dimension.
+        NoGraphError: `losses` has no graph.
+        FreedGraphError: its graph was freed.
+        ParameterError: a parameter is not a real leaf tensor, or none of them is in the graph.
+        OpaqueGraphError: part of the graph hides its parameters.
+    Source: Goodfellow 2015, section 4, for linear layers.
+    """
+    if verify not in ("cached", "always"):
+        raise ValueError(f'verify={verify!r}: expected "cached" or "always"')
+    check_losses(losses)
+    parameters = named(params)
+    with _plain_numbers(losses):
+        return _build(
+            losses,
+            parameters,
+            verify,
+            rules,
+            loss_scale,
+            retain_graph,
+            max_bytes or GENERAL_BYTES,
+        )
+
+
+def check_losses(losses: Tensor) -> None:
+    """Refuse what is not a vector of losses with a graph."""
+    if not isinstance(losses, Tensor):
+        raise NotAVectorError(
+            f"losses is a {type(losses).__name__}, expected a tensor of shape (B,)"
+        )
+    if losses.ndim == 0:
+        raise NotAVectorError(
+            'losses is a scalar: the examples were already averaged. Compute the loss with reduction="none" to keep one '
+            "entry per example"
+        )
+    if losses.ndim > 1:
+        raise NotAVectorError(
+            f"losses has shape {tuple(losses.shape)}, expected (B,). Reduce all but the examples, for instance with "
+            "rowgrad.per_example(losses, mask)"
+        )
+    if losses.is_inference():
+        raise NoGraphError(
+            "losses were computed in inference mode and have no graph; run the forward pass outside it"
+        )
+    if not losses.dtype.is_floating_point:
+        raise NotAVectorError(
+            f"losses are {losses.dtype}, expected real floating point numbers"
+        )
+    if losses.grad_fn is None:
+        why = (
+            "they are a leaf"
+            if losses.requires_grad
+            else "they were detached or computed under torch.no_grad()"
+        )
+        raise NoGraphError(
+            f"losses have no graph: {why}. Pass the result of a forward pass with gradients enabled"
+        )
+
+
+class _plain_numbers:
+    """No autocast, no gradient recording, while rows are computed."""
+
+    def __init__(self, losses: Tensor) -> None:
+        devices = {"cpu", losses.device.type}
+        self._contexts: list[Any] = [
+            torch.no_grad(),
+            *(torch.autocast(d, enabled=False) for d in devices),
+        ]
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*error)
+
+
+def _build(
+    losses: Tensor,
+    parameters: Parameters,
+    verify: str,
+    rules: Mapping[tuple[str, int], Rule],
+    loss_scale: float,
+    retain_graph: bool,
+    general_bytes: int,
+) -> Jacobian:
+    tape = Tape(losses)
+    leaves = {
+        tape.leaves[id(p)]: name
+        for name, p in parameters.by_name.items()
+        if id(p) in tape.leaves
+    }
+    _refuse_hidden(tape)
+    if not leaves:
+        raise ParameterError(
+            f"none of the {len(parameters.by_name)} parameters is in the graph of the losses (first: "
+            f"{next(iter(parameters.by_name))}). Is this the model the losses came from, and not a copy of it?"
+        )
+    n = len(losses)
+    seed = torch.full_like(losses.detach(), loss_scale)
+    if n == 0:
+        blocks = {name: Block.of(p, [], 0) for name, p in parameters.by_name.items()}
+        return Jacobian(
+            losses.detach(), parameters, _Blocks(blocks, None), (), Explanation([])
+        )
+    plan = _plan(tape, seed, set(leaves), rules)
+    edges = plan.edges(tape)
+    free = not (retain_graph or plan.needs_graph)
+    found = dict(
+        zip(edges, tape.cotangents(edges, seed, retain_graph=not free), strict=True)
+    )
+    forms = _forms(tape, plan, found)
+    blocks = _blocks(
+        tape, parameters, plan, forms, found, leaves, n, loss_scale, general_bytes
+    )
+    explanation = _explain(tape, parameters, plan, leaves)
+    _warn_if_slow(explanation, n)
+    return Jacobian(
+        losses.detach(), parameters, blocks, plan.frontier.couplings, explanation
+    )
+
+
+def _refuse_hidden(tape: Tape) -> None:
+    for node in tape.nodes:
+        if node.kind == "CheckpointFunctionBackward":
+            raise OpaqueGraphError(
+                f"{node!r}: reentrant checkpointing hides the parameters inside it. Use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+
+
+def _plan(
+    tape: Tape, seed: Tensor, leaves: set[int], rules: Mapping[tuple[str, int], Rule]
+) -> _Plan:
+    static, needed = static_nodes(tape), needed_nodes(tape, leaves)
+    generator = torch.Generator().manual_seed(0x5EED)
+    prover = Prover(tape, seed, generator, allow_rounding=seed.device.type != "cpu")
+    layouts: dict[Edge, Layout] = dict(
+        prover.layouts(edges_to_prove(tape, static, needed))
+    )
+    frontier = find_uses(tape, layouts, static, needed)
+    recipes: dict[Use, Recipe] = {}
+    places: dict[Use, Place] = {}
+    for use in frontier.uses:
+        node = tape.nodes[use.node]
+        rule = rules.get((node.kind, use.slot))
+        recipe = (
+            rule(Site(tape, node, use.slot, layouts, len(seed)))
+            if rule is not None
+            else None
+        )
+        if recipe is not None:
+            recipes[use] = recipe
+            place = place_of(tape, use.target)
+            if place is not None:
+                places[use] = place
+    proof = "within rounding" if prover.rounded else "exact"
+    return _Plan(frontier, recipes, places, layouts, proof)
+
+
+def _forms(
+    tape: Tape, plan: _Plan, found: Mapping[Edge, Tensor | None]
+) -> dict[Use, Form]:
+    forms: dict[Use, Form] = {}
+    for use, recipe in plan.recipes.items():
+        node = tape.nodes[use.node]
+        cotangents = [found.get((use.node, nr)) for nr in range(node.n_outputs)]
+        if any(z is not None for z in cotangents):
+            forms[use] = recipe.build(cotangents)
+    return forms
+
+
+def _blocks(
+    tape: Tape,
+    parameters: Parameters,
+    plan: _Plan,
+    forms: Mapping[Use, Form],
+    found: Mapping[Edge, Tensor | None],
+    leaves: Mapping[int, str],
+    n_examples: int,
+    loss_scale: float,
+    general_bytes: int,
+) -> _Blocks:
+    by_leaf: dict[int, list[tuple[Form, Place]]] = {leaf: [] for leaf in leaves}
+    unit = torch.full((n_examples,), 1 / loss_scale, device=tape.output.device)
+    for use, place in plan.places.items():
+        if use in forms:
+            form = forms[use] if loss_scale == 1 else forms[use].scaled(unit)
+            by_leaf[place.leaf].append(settle(form, place))
+    general = _general_path(tape, plan, forms, found, leaves, n_examples, loss_scale)
+    reached = general.reached() if general is not None else set()
+    n_bytes = sum(
+        n_examples * parameters.by_name[leaves[leaf]].numel() * 4 for leaf in reached
+    )
+    if general is not None and n_bytes <= general_bytes:
+        for leaf, rows in _written_out(general, parameters, n_examples).items():
+            view = torch.empty(rows.shape[1:], device="meta")
+            by_leaf[leaf].append((Dense(rows), Place(leaf, view)))
+        general, reached = None, set()
+    leaf_of = {name: leaf for leaf, name in leaves.items()}
+    blocks = {
+        name: Block.of(p, by_leaf[leaf_of[name]] if name in leaf_of else [], n_examples)
+        for name, p in parameters.by_name.items()
+    }
+    return _Blocks(blocks, general, {leaves[leaf] for leaf in reached})
+
+
+def _general_path(
+    tape: Tape,
+    plan: _Plan,
+    forms: Mapping[Use, Form],
+    found: Mapping[Edge, Tensor | None],
+    leaves: Mapping[int, str],
+    n_examples: int,
+    loss_scale: float,
+) -> GeneralPath | None:
+    seeds: list[tuple[Use, Form]] = []
+    masked: dict[int, tuple[list[int], list[Tensor | None]]] = {}
+    for use in plan.frontier.uses:
+        if use in plan.places:
+            continue
+        if use in plan.recipes:
+            if use in forms:
+                seeds.append((use, forms[use]))
+            continue
+        node = tape.nodes[use.node]
+        cotangents = [found.get((use.node, nr)) for nr in range(node.n_outputs)]
+        if any(z is not None for z in cotangents):
+            masked.setdefault(use.node, ([], cotangents))[0].append(use.slot)
+    if not seeds and not masked:
+        return None
+    return GeneralPath(
+        tape,
+        list(range(n_examples)),
+        n_examples,
+        plan.layouts,
+        plan.frontier.needed,
+        seeds,
+        masked,
+        dict(leaves),
+        loss_scale,
+    )
+
+
+def _written_out(
+    general: GeneralPath, parameters: Parameters, n_examples: int
+) -> dict[int, Tensor]:
+    leaf_of = {name: leaf for leaf, name in general.names.items()}
+    rows: dict[int, Tensor] = {}
+    for j in range(n_examples):
+        for name, gradient in general.row(j).items():
+            leaf = leaf_of[name]
+            if leaf not in rows:
+                rows[leaf] = gradient.new_zeros(n_examples, *gradient.shape)
+            rows[leaf][j] = gradient
+    return rows
+
+
+def _explain(
+    tape: Tape, parameters: Parameters, plan: _Plan, leaves: Mapping[int, str]
+) -> Explanation:
+    reach = _reach(tape, plan, leaves)
+    entries = []
+    for name, p in parameters.by_name.items():
+        uses = [
+            Entry.Use(
+                kind=repr(tape.nodes[use.node]),
+                rule=plan.recipes[use].route if use in plan.recipes else None,
+                direct=use in plan.places,
+                layout=str(plan.layouts.get((use.node, 0), Axis(0))),
+                proof=plan.proof,
+            )
+            for use in plan.frontier.uses
+            if name in reach[use]
+        ]
+        entries.append(Entry(name, tuple(p.shape), uses))
+    return Explanation(entries, tuple(repr(n) for n in plan.frontier.couplings))
+
+
+def _reach(tape: Tape, plan: _Plan, leaves: Mapping[int, str]) -> dict[Use, set[str]]:
+    """Names of the parameters below each use."""
+    below: list[set[str]] = [set() for _ in tape.nodes]
+    for node in reversed(tape.nodes):
+        if node.index in leaves:
+            below[node.index].add(leaves[node.index])
+        elif plan.frontier.tainted[node.index]:
+            for target in node.slots:
+                if target is not None:
+                    below[node.index] |= below[target[0]]
+    return {use: below[use.target[0]] for use in plan.frontier.uses}
+
+
+_warned: set[tuple] = set()
+
+
+def _warn_if_slow(explanation: Explanation, n_examples: int) -> None:
+    slow = explanation.slow_uses()
+    key = (n_examples, tuple(slow))
+    if slow and key not in _warned:
+        _warned.add(key)
+        name, kind = slow[0]
+        more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
+        warnings.warn(
+            f"{name} at {kind}{more}: no rule for how the examples meet here, so rows are computed one by one, "
+            f"exactly, in {n_examples} partial backward passes. Are these {n_examples} losses tokens rather than "
+            "examples? Then rowgrad.per_example sums them first. See Jacobian.explain()",
+            RowgradWarning,
+            stacklevel=4,
+        )
+
+
+def grad_norms(
+    losses: Tensor,
+    params: Params,
+    *,
+    by: str | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Tensor | dict[str, Tensor]:
+    """L2 norm of each example's gradient, shape (B,), without forming any gradient.
+
+    Law: equals `jacobian(losses, params).norms(by)`; the same arguments and errors.
+    """
+    return jacobian(losses, params, **options).norms(by)

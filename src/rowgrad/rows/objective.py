@@ -1,0 +1,162 @@
+"""Losses made of rows: reweighted, clipped, and the reduction of token losses to examples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rowgrad.rows.matrix import Jacobian, jacobian
+from rowgrad.rows.parameters import Params
+
+logger = logging.getLogger("rowgrad")
+
+
+def clip_weights(
+    norms: Tensor, max_norm: float | Tensor, *, mode: str = "clip"
+) -> Tensor:
+    """Weights that bound each example's gradient norm.
+
+    | norm            | "clip"            | "normalize"       |
+    |-----------------|-------------------|-------------------|
+    | 0               | 1                 | 0                 |
+    | up to max_norm  | 1                 | max_norm / norm   |
+    | above           | max_norm / norm   | max_norm / norm   |
+    | inf             | 0                 | 0                 |
+    | nan             | 0                 | 0                 |
+
+    Args:
+        norms: (B,), as `Jacobian.norms` gives them.
+        max_norm: positive number or a tensor that broadcasts to (B,); inf clips nothing in mode "clip".
+        mode: "clip" or "normalize".
+    Returns:
+        (B,), detached, of the norms' dtype. The share clipped is logged at debug level.
+    Raises:
+        ValueError: max_norm is not positive, or the mode is unknown.
+    """
+    if mode not in ("clip", "normalize"):
+        raise ValueError(f'mode={mode!r}: expected "clip" or "normalize"')
+    norms = norms.detach()
+    bound = torch.as_tensor(max_norm, dtype=norms.dtype, device=norms.device)
+    if not bool((bound > 0).all()) or (
+        mode == "normalize" and not bool(bound.isfinite().all())
+    ):
+        raise ValueError(
+            f"max_norm={max_norm!r}: expected a positive number"
+            + (", finite" if mode != "clip" else "")
+        )
+    finite = norms.isfinite()
+    positive = norms > 0
+    ratio = torch.where(
+        finite & positive,
+        bound / torch.where(positive, norms, torch.ones_like(norms)),
+        0.0,
+    )
+    weights = (
+        torch.where(norms == 0, 1.0, ratio.clamp(max=1.0)) if mode == "clip" else ratio
+    )
+    logger.debug(
+        "clipped %.3f of %d examples", share_clipped(norms, bound), norms.numel()
+    )
+    return torch.where(finite, weights, 0.0).to(norms.dtype)
+
+
+def share_clipped(norms: Tensor, max_norm: float | Tensor) -> float:
+    """Share of examples whose norm is above `max_norm` (or not finite); nan for an empty batch."""
+    over = ~(norms.detach() <= torch.as_tensor(max_norm, device=norms.device))
+    return float(over.double().mean()) if over.numel() else float("nan")
+
+
+def clipped_loss(
+    losses: Tensor,
+    params: Params,
+    max_norm: float | Mapping[Any, float],
+    *,
+    mode: str = "clip",
+    reduction: str = "mean",
+    **options: Any,
+) -> Tensor:
+    """A scalar whose gradient is the mean (or sum) of the examples' gradients, each clipped to `max_norm`.
+
+    Use it in place of `losses.mean()`. With a mapping {group: bound}, each group of parameters is clipped by its own
+    norm; groups must cover all parameters. Examples with a non-finite gradient get weight 0.
+
+    Args:
+        losses, params, options: as for `rowgrad.jacobian`.
+        max_norm: bound on the L2 norm of each example's gradient, in units of loss per parameter; or by group.
+        mode: "clip" or "normalize", see `clip_weights`.
+        reduction: "mean" divides by B, "sum" does not.
+    Returns:
+        Scalar with value sum_j c_j losses_j; the attribute `share_clipped` on it tells the share of examples clipped
+        (a dict for groups).
+    Source: Goodfellow 2015, section 6.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction={reduction!r}: expected "mean" or "sum"')
+    J = jacobian(losses, params, **options)
+    size = max(1, len(J)) if reduction == "mean" else 1
+    if not isinstance(max_norm, Mapping):
+        norms = J.norms()
+        assert isinstance(norms, Tensor)
+        loss = J.loss(clip_weights(norms, max_norm, mode=mode) / size, nonfinite="zero")
+        loss.share_clipped = share_clipped(norms, max_norm)  # type: ignore[attr-defined]
+        return loss
+    names = {group: J.group_names(group) for group in max_norm}
+    by_group = J.norms(by=names)
+    assert isinstance(by_group, dict)
+    weights = {
+        name: clip_weights(by_group[group], bound, mode=mode) / size
+        for group, bound in max_norm.items()
+        for name in names[group]
+    }
+    loss = J.loss(weights, nonfinite="zero")
+    loss.share_clipped = {g: share_clipped(by_group[g], b) for g, b in max_norm.items()}  # type: ignore[attr-defined]
+    return loss
+
+
+def per_example(
+    token_losses: Tensor, mask: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Losses of positions (B, ...) to losses of examples (B,), differentiably.
+
+    Args:
+        token_losses: (B, *positions), for instance `F.cross_entropy(..., reduction="none")` reshaped to (B, T).
+        mask: broadcastable to `token_losses`; True (or a weight) where a position counts.
+        reduction: "mean" over the positions that count, or "sum".
+    Returns:
+        (B,); 0 for an example whose mask is empty. Masked positions may hold nan or inf.
+    Raises:
+        ValueError: no batch dimension, a mask that does not fit, an unknown reduction.
+    """
+    if token_losses.ndim == 0:
+        raise ValueError("token_losses is a scalar, expected (B, ...)")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction={reduction!r}: expected "mean" or "sum"')
+    flat = (
+        token_losses.reshape(len(token_losses), -1)
+        if token_losses.numel()
+        else token_losses.flatten(1)
+    )
+    if mask is None:
+        weights = torch.ones_like(flat)
+    else:
+        try:
+            weights = mask.expand(token_losses.shape).reshape(flat.shape).to(flat.dtype)
+        except RuntimeError as error:
+            raise ValueError(
+                f"mask of shape {tuple(mask.shape)} does not broadcast to the losses' {tuple(token_losses.shape)}"
+            ) from error
+    total = torch.where(weights != 0, flat * weights, 0.0).sum(1)
+    if reduction == "sum":
+        return total
+    return (
+        total
+        / weights.sum(1).clamp(min=torch.finfo(flat.dtype).tiny)
+        * (weights != 0).any(1)
+    )
+
+
+__all__ = ["Jacobian", "clip_weights", "clipped_loss", "per_example", "share_clipped"]

@@ -1,0 +1,510 @@
+"""Whose entry is it: which example each entry of each cotangent belongs to, proved by numbers.
+
+An entry of a cotangent belongs to example j if the losses of all other examples have zero derivative in it.
+
+Note [ownership by codes]
+    The losses are seeded with a code v instead of ones. Multiplication by zero and by powers of two commutes exactly
+    with rounding, so an entry of example j alone comes back multiplied by exactly v_j, bit for bit; an entry that
+    mixes examples does not. Each example has a word of digits, one digit a pass: 0 stands for the seed 0, higher digits
+    for powers of two far apart. All words have the same digit sum, so for any two examples j and k some pass seeds j
+    lower than k, and some other pass the other way round: an entry of j with a part of k, however small, shows that part
+    in the first of them. Where j is seeded 0 the part stands alone and any part above underflow is seen; where both are
+    powers of two it is seen above rounding of the separation, see `detectable_ratio`.
+
+Note [layouts]
+    What was proved is kept as a layout. `Axis(dim, inner)`: along `dim`, entry i belongs to example (i // inner) % B;
+    this covers batch-first, sequence-first, and batch dimensions flattened with others in either order. `Entries`: an
+    owner for each entry (packed or routed tokens). A cotangent that is zero in every pass has any layout: `ZERO`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rowgrad.tape import Tape
+
+Edge = tuple[int, int]
+PROBE_BYTES = (
+    256 * 2**20
+)  # cotangents of one block of edges held at a time while proving
+
+# dtype -> (number of digits, exponent of the separation). float16 has no room for more than zero and one.
+_CODES = {
+    torch.float64: (3, 200),
+    torch.float32: (3, 30),
+    torch.bfloat16: (3, 30),
+    torch.float16: (2, 0),
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Along dimension `dim`, entry i belongs to example (i // inner) % B."""
+
+    dim: int
+    inner: int = 1
+
+    def __str__(self) -> str:
+        return (
+            f"dim {self.dim}"
+            if self.inner == 1
+            else f"dim {self.dim}, every {self.inner}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """An owner for every entry, shape of the cotangent; -1 where the entry was zero in every pass."""
+
+    owner: Tensor
+
+    def __str__(self) -> str:
+        return "by entry"
+
+
+class _Mark:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+ZERO = _Mark("zero")
+MIXED = _Mark("mixed")
+Layout = Axis | Entries | _Mark
+
+
+def detectable_ratio(dtype: torch.dtype) -> float:
+    """Part of an entry that another example may contribute unseen where neither is seeded zero."""
+    n_digits, separation = _CODES[dtype]
+    return 0.0 if n_digits == 2 else torch.finfo(dtype).eps * 2.0 ** (-2 * separation)
+
+
+def whole(shape: Sequence[int], n_examples: int) -> Axis | None:
+    """For one example everything is its own: any layout that says so."""
+    return Axis(0, max(1, shape[0])) if n_examples == 1 and len(shape) else None
+
+
+def axis_candidates(shape: Sequence[int], n_examples: int) -> list[Axis]:
+    """Dimensions along which the examples may lie, the plain one first."""
+    found = []
+    for dim, size in enumerate(shape):
+        if size and size % n_examples == 0:
+            found.append(Axis(dim, 1))
+            if size > n_examples:
+                found.append(Axis(dim, size // n_examples))
+    return found
+
+
+def owners_along(
+    layout: Axis, shape: Sequence[int], n_examples: int, device: torch.device
+) -> Tensor:
+    """Owner of each index of the layout's dimension, shape (shape[dim],)."""
+    return (
+        torch.arange(shape[layout.dim], device=device).div(
+            layout.inner, rounding_mode="floor"
+        )
+        % n_examples
+    )
+
+
+def mask(cotangent: Tensor, layout: Layout, example: int, n_examples: int) -> Tensor:
+    """The cotangent with the entries of all other examples set to zero."""
+    if layout is ZERO:
+        return cotangent
+    if isinstance(layout, Entries):
+        return torch.where(
+            layout.owner == example, cotangent, torch.zeros_like(cotangent)
+        )
+    if cotangent.ndim == 0:
+        return cotangent
+    assert isinstance(layout, Axis)
+    keep = (
+        owners_along(layout, cotangent.shape, n_examples, cotangent.device) == example
+    )
+    index = keep.nonzero().squeeze(1)
+    return torch.zeros_like(cotangent).index_copy_(
+        layout.dim, index, cotangent.index_select(layout.dim, index)
+    )
+
+
+@dataclass(frozen=True)
+class Code:
+    """One pass: the seed of each example, and the value each digit stands for."""
+
+    seed: Tensor  # (B,)
+    values: tuple[float, ...]  # by digit
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The passes of one proof. See Note [ownership by codes]."""
+
+    words: Tensor  # (B, passes) digits
+    passes: tuple[Code, ...]
+    fresh: Code  # a different power of two for each example, beyond what was used for decoding
+    n_digits: int
+
+    @property
+    def owner_of_word(self) -> Tensor:
+        """Owner by the number that a word spells; -1 for words that were not issued."""
+        table = torch.full(
+            (self.n_digits ** self.words.shape[1],), -1, dtype=torch.long
+        )
+        table[
+            (self.words * self.n_digits ** torch.arange(self.words.shape[1])).sum(1)
+        ] = torch.arange(len(self.words))
+        return table
+
+
+def codebook(
+    n_examples: int,
+    dtypes: Iterable[torch.dtype],
+    losses: Tensor,
+    generator: torch.Generator,
+) -> Codebook:
+    """Words of equal digit sum, as short as the number of examples allows, for the narrowest dtype in the graph."""
+    known = [_CODES.get(d, _CODES[torch.float16]) for d in dtypes]
+    n_digits, separation = min(known)
+    words = _words(n_examples, n_digits)
+    words = words[torch.randperm(n_examples, generator=generator)]
+    passes = []
+    for column in words.T:
+        jitter = torch.randint(-2, 3, (n_digits,), generator=generator).tolist()
+        exponents = (
+            [jitter[1]]
+            if n_digits == 2
+            else [-separation + jitter[1], separation + jitter[2]]
+        )
+        values = (0.0, *(2.0**e for e in exponents))
+        passes.append(Code(_seed([values[d] for d in column.tolist()], losses), values))
+    spread = 2 if n_digits == 2 else 12
+    exponents = torch.randint(
+        -spread, spread + 1, (n_examples,), generator=generator
+    ).tolist()
+    fresh = Code(_seed([2.0**e for e in exponents], losses), ())
+    return Codebook(words, tuple(passes), fresh, n_digits)
+
+
+def _seed(values: list[float], losses: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).to(losses.dtype).to(losses.device)
+
+
+def _words(n: int, n_digits: int) -> Tensor:
+    """n distinct words over 0..n_digits-1 of equal digit sum, so that none is digit-wise at or below another."""
+    for length in range(1, 64):
+        middle = length * (n_digits - 1) // 2
+        found = list(islice(_compositions(length, middle, n_digits - 1), n))
+        if len(found) == n:
+            return torch.tensor(found, dtype=torch.long).reshape(n, length)
+    raise AssertionError(f"bug in rowgrad, please report: no code for {n} examples")
+
+
+def _compositions(length: int, total: int, largest: int) -> Iterable[tuple[int, ...]]:
+    if length == 0:
+        if total == 0:
+            yield ()
+        return
+    for digit in range(min(largest, total), -1, -1):
+        if total - digit <= largest * (length - 1):
+            for rest in _compositions(length - 1, total - digit, largest):
+                yield (digit, *rest)
+
+
+class Prover:
+    """Proves the layout of edges of one tape, in blocks of bounded size.
+
+    `exact` is False where a proof had to be taken within rounding (float16, kernels that add in no fixed order).
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        seed: Tensor,
+        generator: torch.Generator,
+        *,
+        allow_rounding: bool,
+    ) -> None:
+        self.tape = tape
+        self.seed = seed
+        self.n_examples = len(seed)
+        dtypes = {
+            n.dtype(nr)
+            for n in tape.nodes
+            for nr in range(n.n_outputs)
+            if n.is_traced(nr)
+        }
+        self.codes = codebook(self.n_examples, dtypes, seed, generator)
+        self.allow_rounding = allow_rounding or torch.float16 in dtypes
+        self.rounded: set[Edge] = set()
+
+    def layouts(self, edges: Sequence[Edge]) -> dict[Edge, Layout]:
+        if self.n_examples == 1:
+            return {
+                e: whole(self.tape.nodes[e[0]].shape(e[1]), 1) or Axis(0) for e in edges
+            }
+        found: dict[Edge, Layout] = {}
+        for block in self._blocks(edges):
+            found.update(self._prove(block))
+        return found
+
+    def _blocks(self, edges: Sequence[Edge]) -> Iterable[list[Edge]]:
+        block: list[Edge] = []
+        size = 0
+        for edge in edges:
+            node = self.tape.nodes[edge[0]]
+            n_bytes = prod(node.shape(edge[1])) * node.dtype(edge[1]).itemsize
+            if block and size + 2 * n_bytes > PROBE_BYTES:
+                yield block
+                block, size = [], 0
+            block.append(edge)
+            size += 2 * n_bytes
+        if block:
+            yield block
+
+    def _pass(self, edges: Sequence[Edge], code: Tensor) -> list[Tensor | None]:
+        return self.tape.cotangents(edges, code * self.seed)
+
+    def _prove(self, edges: list[Edge]) -> dict[Edge, Layout]:
+        base = self.tape.cotangents(edges, self.seed)
+        candidates: list[list[Axis]] = [
+            [] if z is None else axis_candidates(z.shape, self.n_examples) for z in base
+        ]
+        zero = [z is None or not bool(z.any()) for z in base]
+        for code in self.codes.passes:
+            for i, z in enumerate(self._pass(edges, code.seed)):
+                zero[i] = zero[i] and (z is None or not bool(z.any()))
+                if candidates[i]:
+                    candidates[i] = [
+                        a
+                        for a in candidates[i]
+                        if self._agrees(edges[i], a, base[i], z, code)
+                    ]
+        found: dict[Edge, Layout] = {}
+        open_edges: list[int] = []
+        for i, edge in enumerate(edges):
+            if zero[i]:
+                found[edge] = ZERO
+            elif candidates[i]:
+                found[edge] = candidates[i][0]
+            else:
+                open_edges.append(i)
+        if open_edges:
+            found.update(
+                self._decode(
+                    [edges[i] for i in open_edges], [base[i] for i in open_edges]
+                )
+            )
+        return found
+
+    def _agrees(
+        self, edge: Edge, axis: Axis, base: Tensor | None, z: Tensor | None, code: Code
+    ) -> bool:
+        if base is None or z is None:
+            return base is None and z is None
+        owner = owners_along(axis, base.shape, self.n_examples, base.device)
+        shape = [1] * base.ndim
+        shape[axis.dim] = -1
+        return self._scaled_exactly(
+            edge, base, z, code.seed[owner].to(_real(base.dtype)).reshape(shape)
+        )
+
+    def _scaled_exactly(self, edge: Edge, base: Tensor, z: Tensor, v: Tensor) -> bool:
+        expected = base * v
+        if torch.equal(z, expected):
+            return True
+        good = self._entrywise(base, z, expected, v)
+        if bool(good.all()):
+            return True
+        if self.allow_rounding and bool(
+            (good | self._within_rounding(base, z, expected, v)).all()
+        ):
+            self.rounded.add(edge)
+            return True
+        return False
+
+    @staticmethod
+    def _entrywise(base: Tensor, z: Tensor, expected: Tensor, v: Tensor) -> Tensor:
+        """Equal, or both below what the dtype holds exactly; entries of a non-finite example say nothing."""
+        tiny = torch.finfo(_real(base.dtype)).tiny
+        slack = (v.abs().clamp(min=1.0) * tiny).expand(base.shape)
+        near = (z - expected).abs() <= torch.where(
+            v == 0, torch.zeros_like(slack), slack
+        )
+        return near | (z == expected) | ~base.isfinite()
+
+    @staticmethod
+    def _within_rounding(
+        base: Tensor, z: Tensor, expected: Tensor, v: Tensor
+    ) -> Tensor:
+        """Within rounding of the largest entry along the last dimension; entries seeded zero must still be zero."""
+        info = torch.finfo(_real(base.dtype))
+        scale = (
+            base.abs().nan_to_num(0, 0, 0).amax(-1, keepdim=True)
+            if base.ndim
+            else base.abs()
+        )
+        slack = (32 * info.eps * scale + 32 * info.smallest_normal * info.eps) * v.abs()
+        return ((z - expected).abs() <= slack) & (v != 0)
+
+    def _decode(
+        self, edges: list[Edge], base: list[Tensor | None]
+    ) -> dict[Edge, Layout]:
+        """Read each entry's word from all passes, then check the owners against seeds never used before."""
+        words = [
+            None
+            if z is None
+            else torch.zeros(z.shape, dtype=torch.long, device=z.device)
+            for z in base
+        ]
+        valid = [None if z is None else z.isfinite() for z in base]
+        for k, code in enumerate(self.codes.passes):
+            for i, z in enumerate(self._pass(edges, code.seed)):
+                if base[i] is not None:
+                    self._read_digit(base[i], z, code, k, words[i], valid[i])
+        issued = self.codes.owner_of_word
+        owners: list[Tensor | None] = []
+        for z, word, ok in zip(base, words, valid, strict=True):
+            if z is None:
+                owners.append(None)
+                continue
+            owner = issued.to(z.device)[word]
+            owners.append(
+                owner if bool((ok & ((owner >= 0) | (z == 0))).all()) else None
+            )
+            if owners[-1] is not None:
+                owners[-1] = torch.where(z == 0, torch.full_like(owner, -1), owner)
+        for i, z in enumerate(self._pass(edges, self.codes.fresh.seed)):
+            owner, b = owners[i], base[i]
+            if owner is not None and b is not None:
+                v = torch.where(
+                    owner < 0,
+                    0,
+                    self.codes.fresh.seed.to(_real(b.dtype))[owner.clamp(min=0)],
+                )
+                if z is None or not self._scaled_exactly(edges[i], b, z, v):
+                    owners[i] = None
+        return {
+            e: MIXED if o is None else Entries(o)
+            for e, o in zip(edges, owners, strict=True)
+        }
+
+    def _read_digit(
+        self,
+        base: Tensor,
+        z: Tensor | None,
+        code: Code,
+        k: int,
+        word: Tensor,
+        valid: Tensor,
+    ) -> None:
+        z = torch.zeros_like(base) if z is None else z
+        matched = torch.zeros_like(valid)
+        for digit, value in enumerate(code.values):
+            v = torch.tensor(value, dtype=_real(base.dtype), device=base.device)
+            expected = base * v
+            good = self._entrywise(base, z, expected, v)
+            if self.allow_rounding:
+                good = good | self._within_rounding(base, z, expected, v)
+            good &= ~matched
+            word += good * (digit * self.codes.n_digits**k)
+            matched |= good
+        valid &= matched
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+class Grouping:
+    """Rearranges entries by example: (*positions, *features) -> (B, T, *features).
+
+    Made from the layout of a cotangent whose leading `n_positions` dimensions tell the owner; None where they do not.
+    """
+
+    def __init__(
+        self,
+        n_examples: int,
+        split: tuple[int, int, int, int] | None,
+        index: Tensor | None,
+    ) -> None:
+        self.n_examples = n_examples
+        self._split = split  # (dim, outer, inner, n_positions)
+        self._index = index  # (B, T) into the flattened positions, -1 where absent
+
+    @classmethod
+    def of(
+        cls, layout: Layout, shape: Sequence[int], n_positions: int, n_examples: int
+    ) -> Grouping | None:
+        if n_examples == 1 or layout is ZERO:
+            layout = (
+                Axis(0, max(1, shape[0] // n_examples))
+                if n_positions and n_examples == 1
+                else layout
+            )
+            if n_positions == 0:
+                return cls(n_examples, None, None) if n_examples == 1 else None
+        if layout is ZERO:
+            fitting = [
+                a for a in axis_candidates(shape, n_examples) if a.dim < n_positions
+            ]
+            layout = fitting[0] if fitting else Entries(torch.full(tuple(shape), -1))
+        if isinstance(layout, Axis):
+            if layout.dim >= n_positions:
+                return None
+            outer = shape[layout.dim] // (n_examples * layout.inner)
+            return cls(n_examples, (layout.dim, outer, layout.inner, n_positions), None)
+        if isinstance(layout, Entries):
+            return cls._by_entry(
+                layout.owner.reshape(prod(shape[:n_positions]), -1),
+                n_positions,
+                n_examples,
+            )
+        return None
+
+    @classmethod
+    def _by_entry(
+        cls, owner: Tensor, n_positions: int, n_examples: int
+    ) -> Grouping | None:
+        if owner.shape[1] == 0:
+            return None
+        of_row = owner.amax(1)
+        if not bool(((owner == of_row.unsqueeze(1)) | (owner < 0)).all()):
+            return None
+        order = torch.argsort(of_row, stable=True)
+        order = order[int((of_row < 0).sum()) :]
+        owners = of_row[order]
+        counts = torch.bincount(owners, minlength=n_examples)
+        start = counts.cumsum(0) - counts
+        index = owner.new_full((n_examples, max(1, int(counts.max()))), -1)
+        index[owners, torch.arange(len(order), device=owner.device) - start[owners]] = (
+            order
+        )
+        return cls(n_examples, (0, 0, 0, n_positions), index)
+
+    @property
+    def positions(self) -> Tensor | None:
+        """(B, T) True where a position is real; None where all are."""
+        return None if self._index is None else self._index >= 0
+
+    def __call__(self, t: Tensor) -> Tensor:
+        if self._split is None:
+            return t.reshape(1, 1, *t.shape)
+        dim, outer, inner, n_positions = self._split
+        features = t.shape[n_positions:]
+        if self._index is not None:
+            flat = t.reshape(-1, *features)
+            picked = flat[self._index.clamp(min=0)]
+            present = self.positions.reshape(*self._index.shape, *[1] * len(features))
+            return torch.where(present, picked, torch.zeros_like(picked))
+        t = t.reshape(
+            *t.shape[:dim], outer, self.n_examples, inner, *t.shape[dim + 1 :]
+        )
+        return t.movedim(dim + 1, 0).reshape(self.n_examples, -1, *features)

@@ -1,0 +1,167 @@
+"""From what a user calls parameters to named leaf tensors, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rowgrad.errors import HookedParameterError, ParameterError
+
+Params = (
+    nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[Mapping]
+)
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Trainable leaves by name, in order; `aliases` maps the other names of a shared tensor to its first."""
+
+    by_name: dict[str, Tensor]
+    aliases: dict[str, str]
+
+    def name_of(self, key: object) -> str | None:
+        """The first name of a parameter given by any of its names or as the tensor itself."""
+        if isinstance(key, str):
+            return key if key in self.by_name else self.aliases.get(key)
+        return next((name for name, p in self.by_name.items() if p is key), None)
+
+    def matching(self, key: str) -> list[str]:
+        """All names equal to `key` or inside the module of that name."""
+        exact = self.name_of(key)
+        if exact is not None:
+            return [exact]
+        prefix = f"{key}." if key else ""
+        inside = [name for name in self.by_name if name.startswith(prefix)]
+        return inside + [
+            self.aliases[a]
+            for a in self.aliases
+            if a.startswith(prefix) and self.aliases[a] not in inside
+        ]
+
+    def resolve(self, key: object) -> list[str]:
+        """Names meant by a name, a module's name, a tensor, a module or a collection of them."""
+        if isinstance(key, str):
+            found = self.matching(key)
+        elif isinstance(key, Tensor):
+            found = [name for name in [self.name_of(key)] if name is not None]
+        elif isinstance(key, nn.Module):
+            found = [
+                n for p in key.parameters() for n in [self.name_of(p)] if n is not None
+            ]
+        else:
+            return [name for item in key for name in self.resolve(item)]  # type: ignore[attr-defined]
+        if not found:
+            shown = (
+                f"a tensor of shape {tuple(key.shape)}"
+                if isinstance(key, Tensor)
+                else repr(key)[:80]
+            )
+            raise KeyError(
+                f"{shown} is not among the parameters; known names start with: {self._some_names()}"
+            )
+        return found
+
+    def _some_names(self) -> str:
+        names = list(self.by_name)
+        return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+
+
+def named(params: Params) -> Parameters:
+    """Name the parameters of a module, of `optimizer.param_groups`, of an iterable or mapping of tensors.
+
+    Frozen tensors are left out. Names are dotted, without the prefixes that wrappers add.
+
+    Raises:
+        ParameterError: nothing to train, a tensor that is not a leaf, a complex tensor, an object of another kind.
+        HookedParameterError: a tensor hook on a parameter may change its gradient.
+    """
+    by_name: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, p in _pairs(params):
+        name = _plain(name)
+        if not isinstance(p, Tensor):
+            raise ParameterError(
+                f"params: {name} is a {type(p).__name__}, expected a tensor"
+            )
+        if not p.requires_grad:
+            continue
+        _check(name, p)
+        if id(p) in first:
+            aliases[name] = first[id(p)]
+        elif name in by_name:
+            raise ParameterError(f"params: two different tensors are named {name!r}")
+        else:
+            first[id(p)] = name
+            by_name[name] = p
+    if not by_name:
+        raise ParameterError(
+            "params: no tensor that requires grad; pass a module, its parameters, or optimizer.param_groups"
+        )
+    return Parameters(by_name, aliases)
+
+
+def _pairs(params: Params) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(params, nn.Module):
+        yield from params.named_parameters(remove_duplicate=False)
+    elif isinstance(params, Tensor):
+        yield "0", params
+    elif isinstance(params, Mapping):
+        yield from params.items()
+    else:
+        position = 0
+        for group_nr, item in enumerate(params):
+            if isinstance(item, Mapping):
+                names = item.get("param_names") or [
+                    f"group{group_nr}.{i}" for i in range(len(item["params"]))
+                ]
+                yield from zip(names, item["params"], strict=True)
+            elif (
+                isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+            ):
+                yield item
+            else:
+                yield str(position), item
+                position += 1
+
+
+def _plain(name: str) -> str:
+    while True:
+        for prefix in _WRAPPERS:
+            if name.startswith(prefix):
+                name = name[len(prefix) :]
+                break
+        else:
+            return name.replace("._orig_mod.", ".")
+
+
+def _check(name: str, p: Tensor) -> None:
+    if not p.is_leaf:
+        raise ParameterError(
+            f"{name} is not a leaf: it was computed by {p.grad_fn.name() if p.grad_fn else '?'}. Pass the tensor that is "
+            "trained, from which it was computed"
+        )
+    if p.is_complex():
+        raise ParameterError(
+            f"{name} is complex ({p.dtype}); rows are defined for real parameters. Use view_as_real"
+        )
+    if p.is_inference():
+        raise ParameterError(
+            f"{name} was made in inference mode and has no gradient; make it outside"
+        )
+    hooks: Mapping[int, object] | None = p._backward_hooks
+    if hooks:
+        raise HookedParameterError(
+            f"{name} has {len(hooks)} tensor hook(s), which may change its gradient after the rows are read. Remove them "
+            "for this call, or use register_post_accumulate_grad_hook, which sees the gradient without changing it"
+        )
+    if type(p).__name__ == "DTensor" or isinstance(
+        p, torch.nn.parameter.UninitializedTensorMixin
+    ):
+        raise ParameterError(
+            f"{name} is a {type(p).__name__}: sharded or uninitialized parameters have no rows here"
+        )

@@ -1,0 +1,308 @@
+"""Reading autograd's graph: nodes, edges, saved values, one engine pass, one node called by itself.
+
+This is the only file that knows autograd's private names. A `Tape` is a snapshot of the graph behind a tensor, its
+nodes in topological order from the tensor towards the leaves.
+
+Note [a node called by itself]
+    `node(*cotangents)` is the local derivative, un-reduced: broadcasting is not summed away, a complex gradient of a
+    real input keeps its imaginary part, the dtype may be wider than the input's. The engine repairs all three between
+    nodes, and so does `Tape.local_gradients`. Calling a node runs no hook and frees nothing. `AccumulateGrad` must
+    never be called: it would write `.grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from rowgrad.errors import FreedGraphError, OpaqueGraphError
+
+ACCUMULATE = "torch::autograd::AccumulateGrad"
+_PYTHON_NODE = torch.autograd.function.BackwardCFunction
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One operation of the graph, seen from its backward side.
+
+    `slots[i]` is where the gradient of the i-th input goes: (node index, output number), or None for a constant.
+    """
+
+    fn: Any
+    index: int
+    kind: str
+    slots: tuple[tuple[int, int] | None, ...]
+    variable: Tensor | None
+
+    def __repr__(self) -> str:
+        return f"{self.kind.rsplit(':', 1)[-1]}#{self.index}"
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.variable is not None
+
+    @property
+    def is_python(self) -> bool:
+        return isinstance(self.fn, _PYTHON_NODE)
+
+    @property
+    def n_outputs(self) -> int:
+        return len(self.fn._input_metadata)
+
+    def shape(self, output_nr: int = 0) -> torch.Size:
+        """Shape of one output of the forward operation, which is the shape of its cotangent."""
+        shape = self.fn._input_metadata[output_nr].shape
+        return torch.Size(shape)
+
+    def dtype(self, output_nr: int = 0) -> torch.dtype:
+        return self.fn._input_metadata[output_nr].dtype
+
+    def device(self, output_nr: int = 0) -> torch.device:
+        return self.fn._input_metadata[output_nr].device
+
+    def is_traced(self, output_nr: int) -> bool:
+        """False for an output that is not a differentiable tensor and has no metadata worth reading."""
+        metadata = self.fn._input_metadata[output_nr]
+        return metadata.dtype.is_floating_point or metadata.dtype.is_complex
+
+    def saved(self, name: str) -> Any:
+        """A value the forward operation kept. Under checkpointing each access recomputes: read once."""
+        try:
+            return getattr(self.fn, f"_saved_{name}")
+        except RuntimeError as error:
+            raise FreedGraphError(
+                f"the saved tensors of {self!r} were already freed ({error}). Call rowgrad before any backward pass, or "
+                "keep the graph with retain_graph=True"
+            ) from error
+
+    def has_saved(self, name: str) -> bool:
+        return hasattr(type(self.fn), f"_saved_{name}")
+
+    def attributes(self) -> tuple[tuple[str, Any], ...]:
+        """All saved values that are not tensors: dims, sizes, flags, scalars."""
+        return tuple(
+            (name, _hashable(getattr(self.fn, name)))
+            for name in _plain_attributes(type(self.fn))
+        )
+
+    def attribute(self, name: str) -> Any:
+        return getattr(self.fn, f"_saved_{name}")
+
+    def dim(self, name: str, ndim: int) -> int:
+        """A saved dimension, wrapped to 0..ndim-1 (autograd shows negative ones as unsigned)."""
+        return signed(self.attribute(name)) % max(ndim, 1)
+
+
+def signed(value: int) -> int:
+    """Undo the unsigned view in which autograd shows negative integers."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+@cache
+def _plain_attributes(kind: type) -> tuple[str, ...]:
+    names = dir(kind)
+    tensors = {
+        name.replace("_raw_saved_", "_saved_")
+        for name in names
+        if name.startswith("_raw_saved_")
+    }
+    return tuple(
+        n
+        for n in names
+        if n.startswith("_saved_") and n not in tensors and n != "_saved_tensors"
+    )
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(v) for v in value)
+    if isinstance(
+        value,
+        (
+            int,
+            bool,
+            str,
+            type(None),
+            torch.dtype,
+            torch.device,
+            torch.layout,
+            torch.memory_format,
+        ),
+    ):
+        return value
+    return repr(value)
+
+
+class Tape:
+    """The graph behind `output`, as a list of nodes, each before the nodes its gradients go to."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.root = (output.grad_fn, output.output_nr)
+        self.output = output
+        order = _topological_order(output.grad_fn)
+        index = {fn: i for i, fn in enumerate(order)}
+        self.nodes = [_node(fn, i, index) for i, fn in enumerate(order)]
+        self.root_slot = (index[output.grad_fn], output.output_nr)
+        self.leaves = {
+            id(node.variable): node.index for node in self.nodes if node.is_leaf
+        }
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def consumers(self) -> list[list[tuple[int, int]]]:
+        """For each node the (node, slot) pairs that send it a cotangent."""
+        found: list[list[tuple[int, int]]] = [[] for _ in self.nodes]
+        for node in self.nodes:
+            for slot, target in enumerate(node.slots):
+                if target is not None:
+                    found[target[0]].append((node.index, slot))
+        return found
+
+    def cotangents(
+        self,
+        edges: Sequence[tuple[int, int]],
+        seed: Tensor,
+        *,
+        retain_graph: bool = True,
+    ) -> list[Tensor | None]:
+        """d<seed, output>/d(edge) for many edges in one engine pass that forms no parameter's gradient."""
+        if not edges:
+            return []
+        wanted = [GradientEdge(self.nodes[i].fn, nr) for i, nr in edges]
+        with engine_errors():
+            found = torch.autograd.grad(
+                self.output,
+                wanted,
+                grad_outputs=seed,
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+        return list(found)
+
+    def local_gradients(
+        self, node: Node, cotangents: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Gradient of each input of one node, repaired as the engine does. See Note [a node called by itself]."""
+        raw = self.raw_local_gradients(node, cotangents)
+        return [
+            None
+            if gradient is None or target is None
+            else self._repair(gradient, target)
+            for gradient, target in zip(raw, node.slots, strict=True)
+        ]
+
+    def raw_local_gradients(
+        self, node: Node, cotangents: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """As the node returns them: not summed over broadcast dimensions, one entry per slot."""
+        if node.is_leaf:
+            raise AssertionError(
+                f"bug in rowgrad, please report: {node!r} was about to be called"
+            )
+        with torch.no_grad(), engine_errors():
+            if node.is_python:
+                return self._call_python(node, cotangents)
+            result = node.fn(*cotangents)
+        result = list(result) if isinstance(result, (tuple, list)) else [result]
+        return result + [None] * (len(node.slots) - len(result))
+
+    def _call_python(
+        self, node: Node, cotangents: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        filled = [
+            torch.zeros(node.shape(nr), dtype=node.dtype(nr), device=node.device(nr))
+            if c is None
+            else c
+            for nr, c in enumerate(cotangents)
+        ]
+        result = node.fn.apply(*filled)
+        result = list(result) if isinstance(result, (tuple, list)) else [result]
+        needs = list(node.fn.needs_input_grad)
+        if len(result) == len(node.slots):
+            return result
+        differentiable = [r for r, n in zip(result, needs, strict=False) if n]
+        live = [i for i, target in enumerate(node.slots) if target is not None]
+        if len(differentiable) != len(live):
+            raise OpaqueGraphError(
+                f"{node!r} returned {len(differentiable)} gradients for {len(live)} differentiable inputs; rowgrad "
+                "cannot tell which belongs to which. Pass the tensors as separate arguments of the Function"
+            )
+        aligned: list[Tensor | None] = [None] * len(node.slots)
+        for i, gradient in zip(live, differentiable, strict=True):
+            aligned[i] = gradient
+        return aligned
+
+    def _repair(self, gradient: Tensor, target: tuple[int, int]) -> Tensor:
+        node, nr = self.nodes[target[0]], target[1]
+        dtype = node.dtype(nr)
+        if gradient.is_sparse:
+            return gradient.to(dtype)
+        if gradient.is_complex() and not dtype.is_complex:
+            gradient = gradient.real
+        shape = node.shape(nr)
+        if gradient.shape != shape:
+            gradient = gradient.sum_to_size(shape)
+        return gradient.to(dtype)
+
+
+class engine_errors:
+    """Turn autograd's complaint about a freed graph, or one that cannot be kept, into ours."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, _: object
+    ) -> None:
+        if not isinstance(error, RuntimeError):
+            return
+        text = str(error)
+        if "second time" in text or "already been freed" in text:
+            raise FreedGraphError(
+                "the graph behind the losses was already freed by an earlier backward pass. Call rowgrad first, or keep "
+                "the graph with retain_graph=True"
+            ) from error
+        if "donated buffers" in text:
+            raise OpaqueGraphError(
+                "a compiled region of the graph frees its buffers after one backward pass, and separating the examples "
+                "needs several. Set torch._functorch.config.donated_buffer = False before compiling, or leave that "
+                "region eager"
+            ) from error
+
+
+def _node(fn: Any, index: int, index_of: Mapping[Any, int]) -> Node:
+    slots = tuple(
+        None if f is None else (index_of[f], nr) for f, nr in fn.next_functions
+    )
+    return Node(
+        fn,
+        index,
+        fn.name(),
+        slots,
+        getattr(fn, "variable", None) if fn.name() == ACCUMULATE else None,
+    )
+
+
+def _topological_order(root: Any) -> list[Any]:
+    """Consumers before producers: reversed depth-first post-order, without recursion."""
+    order: list[Any] = []
+    seen = {root}
+    stack: list[tuple[Any, Iterator[Any]]] = [(root, iter(root.next_functions))]
+    while stack:
+        fn, rest = stack[-1]
+        for child, _ in rest:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append((child, iter(child.next_functions)))
+                break
+        else:
+            order.append(fn)
+            stack.pop()
+    return order[::-1]
