@@ -66,6 +66,9 @@ class Node:
     def device(self, output_nr: int = 0) -> torch.device:
         return self.fn._input_metadata[output_nr].device
 
+    def metadata(self) -> tuple:
+        return tuple((tuple(m.shape), m.dtype, m.device) for m in self.fn._input_metadata)
+
     def is_traced(self, output_nr: int) -> bool:
         """False for an output that is not a differentiable tensor and has no metadata worth reading."""
         metadata = self.fn._input_metadata[output_nr]
@@ -86,10 +89,7 @@ class Node:
 
     def attributes(self) -> tuple[tuple[str, Any], ...]:
         """All saved values that are not tensors: dims, sizes, flags, scalars."""
-        return tuple(
-            (name, _hashable(getattr(self.fn, name)))
-            for name in _plain_attributes(type(self.fn))
-        )
+        return tuple((name, _hashable(getattr(self.fn, name))) for name in _plain_attributes(type(self.fn)))
 
     def attribute(self, name: str) -> Any:
         return getattr(self.fn, f"_saved_{name}")
@@ -107,16 +107,8 @@ def signed(value: int) -> int:
 @cache
 def _plain_attributes(kind: type) -> tuple[str, ...]:
     names = dir(kind)
-    tensors = {
-        name.replace("_raw_saved_", "_saved_")
-        for name in names
-        if name.startswith("_raw_saved_")
-    }
-    return tuple(
-        n
-        for n in names
-        if n.startswith("_saved_") and n not in tensors and n != "_saved_tensors"
-    )
+    tensors = {name.replace("_raw_saved_", "_saved_") for name in names if name.startswith("_raw_saved_")}
+    return tuple(n for n in names if n.startswith("_saved_") and n not in tensors and n != "_saved_tensors")
 
 
 def _hashable(value: Any) -> Any:
@@ -149,21 +141,27 @@ class Tape:
         index = {fn: i for i, fn in enumerate(order)}
         self.nodes = [_node(fn, i, index) for i, fn in enumerate(order)]
         self.root_slot = (index[output.grad_fn], output.output_nr)
-        self.leaves = {
-            id(node.variable): node.index for node in self.nodes if node.is_leaf
-        }
+        self.leaves = {id(node.variable): node.index for node in self.nodes if node.is_leaf}
 
     def __len__(self) -> int:
         return len(self.nodes)
 
-    def consumers(self) -> list[list[tuple[int, int]]]:
-        """For each node the (node, slot) pairs that send it a cotangent."""
-        found: list[list[tuple[int, int]]] = [[] for _ in self.nodes]
-        for node in self.nodes:
-            for slot, target in enumerate(node.slots):
-                if target is not None:
-                    found[target[0]].append((node.index, slot))
-        return found
+    def signature(self) -> tuple:
+        """Everything about the graph but the contents of its tensors: kinds, edges, attributes, shapes, dtypes, leaves."""
+        leaves: dict[int, int] = {}
+        return (
+            self.root_slot,
+            tuple(
+                (
+                    node.kind,
+                    node.slots,
+                    node.attributes(),
+                    node.metadata(),
+                    leaves.setdefault(id(node.variable), len(leaves)) if node.is_leaf else None,
+                )
+                for node in self.nodes
+            ),
+        )
 
     def cotangents(
         self,
@@ -186,26 +184,18 @@ class Tape:
             )
         return list(found)
 
-    def local_gradients(
-        self, node: Node, cotangents: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
+    def local_gradients(self, node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradient of each input of one node, repaired as the engine does. See Note [a node called by itself]."""
         raw = self.raw_local_gradients(node, cotangents)
         return [
-            None
-            if gradient is None or target is None
-            else self._repair(gradient, target)
+            None if gradient is None or target is None else self._repair(gradient, target)
             for gradient, target in zip(raw, node.slots, strict=True)
         ]
 
-    def raw_local_gradients(
-        self, node: Node, cotangents: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
+    def raw_local_gradients(self, node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """As the node returns them: not summed over broadcast dimensions, one entry per slot."""
         if node.is_leaf:
-            raise AssertionError(
-                f"bug in rowgrad, please report: {node!r} was about to be called"
-            )
+            raise AssertionError(f"bug in rowgrad, please report: {node!r} was about to be called")
         with torch.no_grad(), engine_errors():
             if node.is_python:
                 return self._call_python(node, cotangents)
@@ -213,13 +203,9 @@ class Tape:
         result = list(result) if isinstance(result, (tuple, list)) else [result]
         return result + [None] * (len(node.slots) - len(result))
 
-    def _call_python(
-        self, node: Node, cotangents: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
+    def _call_python(self, node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         filled = [
-            torch.zeros(node.shape(nr), dtype=node.dtype(nr), device=node.device(nr))
-            if c is None
-            else c
+            torch.zeros(node.shape(nr), dtype=node.dtype(nr), device=node.device(nr)) if c is None else c
             for nr, c in enumerate(cotangents)
         ]
         result = node.fn.apply(*filled)
@@ -258,9 +244,7 @@ class engine_errors:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, _: object
-    ) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if not isinstance(error, RuntimeError):
             return
         text = str(error)
@@ -278,9 +262,7 @@ class engine_errors:
 
 
 def _node(fn: Any, index: int, index_of: Mapping[Any, int]) -> Node:
-    slots = tuple(
-        None if f is None else (index_of[f], nr) for f, nr in fn.next_functions
-    )
+    slots = tuple(None if f is None else (index_of[f], nr) for f, nr in fn.next_functions)
     return Node(
         fn,
         index,

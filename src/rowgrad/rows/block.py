@@ -31,11 +31,7 @@ class Region:
 
     @property
     def is_contiguous(self) -> bool:
-        return (
-            torch.empty(self.shape, device="meta")
-            .as_strided(self.shape, self.stride)
-            .is_contiguous()
-        )
+        return torch.empty(self.shape, device="meta").as_strided(self.shape, self.stride).is_contiguous()
 
     def sq_norms(self) -> Tensor:
         found = sum_of(form.sq_norms() for form in self.forms)
@@ -54,9 +50,7 @@ class Region:
         parts = [form.weighted_sum(c) for form in self.forms]
         if all(p.is_sparse for p in parts):
             return sum_of(parts)
-        return sum_of(
-            (p.to_dense() if p.is_sparse else p).reshape(self.shape) for p in parts
-        )
+        return sum_of((p.to_dense() if p.is_sparse else p).reshape(self.shape) for p in parts)
 
     def dot(self, direction: Tensor) -> Tensor:
         """direction: the parameter's, contiguous."""
@@ -72,9 +66,7 @@ def sum_of(parts: Iterable[Tensor]) -> Tensor:
     for part in parts:
         total = part if total is None else total + part
     if total is None:
-        raise AssertionError(
-            "bug in rowgrad, please report: a parameter's region has no forms"
-        )
+        raise AssertionError("bug in rowgrad, please report: a parameter's region has no forms")
     return total
 
 
@@ -89,9 +81,7 @@ class Block:
     device: torch.device
 
     @classmethod
-    def of(
-        cls, parameter: Tensor, uses: list[tuple[Form, Place]], n_examples: int
-    ) -> Block:
+    def of(cls, parameter: Tensor, uses: list[tuple[Form, Place]], n_examples: int) -> Block:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         block = cls(parameter.shape, [], n_examples, dtype, parameter.device)
         by_key: dict[tuple, list[tuple[Form, Place]]] = {}
@@ -142,32 +132,23 @@ class Block:
         """(B, *shape)."""
         if len(self.regions) == 1 and self.regions[0].covers(self.shape.numel()):
             return self.regions[0].dense().reshape(self.n_examples, *self.shape)
-        total = torch.zeros(
-            self.n_examples, *self.shape, dtype=self.dtype, device=self.device
-        )
+        total = torch.zeros(self.n_examples, *self.shape, dtype=self.dtype, device=self.device)
         numel = self.shape.numel()
         for region in self.regions:
-            view = total.as_strided(
-                (self.n_examples, *region.shape), (numel, *region.stride), region.offset
-            )
+            view = total.as_strided((self.n_examples, *region.shape), (numel, *region.stride), region.offset)
             view.add_(region.dense())
         return total
 
     def gram(self, other: Block) -> Tensor:
         """(B, B')."""
-        found = torch.zeros(
-            self.n_examples, other.n_examples, dtype=self.dtype, device=self.device
-        )
+        found = torch.zeros(self.n_examples, other.n_examples, dtype=self.dtype, device=self.device)
         if self.is_absent or other.is_absent:
             return found
         if self._matches(other):
             return sum_of(
                 [
                     found,
-                    *(
-                        r.gram(s)
-                        for r, s in zip(self.regions, other.regions, strict=True)
-                    ),
+                    *(r.gram(s) for r, s in zip(self.regions, other.regions, strict=True)),
                 ]
             )
         return Dense(self.dense()).flat @ Dense(other.dense()).flat.T
@@ -180,32 +161,22 @@ class Block:
             return sum_of(
                 [
                     self._zeros(),
-                    *(
-                        r.inner(s)
-                        for r, s in zip(self.regions, other.regions, strict=True)
-                    ),
+                    *(r.inner(s) for r, s in zip(self.regions, other.regions, strict=True)),
                 ]
             )
         return (Dense(self.dense()).flat * Dense(other.dense()).flat).sum(1)
 
     def _matches(self, other: Block) -> bool:
-        mine, theirs = (
-            [(r.shape, r.stride, r.offset) for r in b.regions] for b in (self, other)
-        )
+        mine, theirs = ([(r.shape, r.stride, r.offset) for r in b.regions] for b in (self, other))
         return mine == theirs
 
     def select(self, index: Tensor) -> Block:
-        regions = [
-            replace(r, forms=[f.select(index) for f in r.forms]) for r in self.regions
-        ]
+        regions = [replace(r, forms=[f.select(index) for f in r.forms]) for r in self.regions]
         return replace(self, regions=regions, n_examples=len(index))
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Block:
         """The block with `transform` applied to the cotangents of every use."""
-        changed = [
-            replace(r, forms=[f.with_cotangents(transform) for f in r.forms])
-            for r in self.regions
-        ]
+        changed = [replace(r, forms=[f.with_cotangents(transform) for f in r.forms]) for r in self.regions]
         return replace(self, regions=changed)
 
 
@@ -233,9 +204,7 @@ def _joined(forms: list[Form]) -> list[Form]:
     if rows:
         found.append(_cat_rows(rows))
     if dense:
-        found.append(
-            Dense(sum_of(f.values.reshape(-1, *dense[0].shape) for f in dense))
-        )
+        found.append(Dense(sum_of(f.values.reshape(-1, *dense[0].shape) for f in dense)))
     return found
 
 
@@ -255,9 +224,7 @@ def _cat_outer(forms: list[Outer]) -> Outer:
 def _positions(form: Outer) -> Tensor:
     if form.positions is not None:
         return form.positions
-    return torch.ones(
-        form.sizes[0], form.sizes[2], dtype=torch.bool, device=form.left.device
-    )
+    return torch.ones(form.sizes[0], form.sizes[2], dtype=torch.bool, device=form.left.device)
 
 
 def _cat_rows(forms: list[Rows]) -> Rows:

@@ -31,9 +31,7 @@ class Explanation:
 
     def slow_uses(self) -> list[tuple[str, str]]:
         """(parameter, node) of each use that goes the general path for want of a rule."""
-        return [
-            (e.name, u.kind) for e in self.entries for u in e.uses if u.rule is None
-        ]
+        return [(e.name, u.kind) for e in self.entries for u in e.uses if u.rule is None]
 
     def __str__(self) -> str:
         lines = [_line(e) for e in self.entries]

@@ -28,12 +28,8 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # largest temporary made by one step of a chunked product
-KEEP_BYTES = (
-    256 * 2**20
-)  # a formed product is kept for the next question up to this size
-CANCELLATION = (
-    1e-3  # Gram route trusted while its result is above this part of its bound
-)
+KEEP_BYTES = 256 * 2**20  # a formed product is kept for the next question up to this size
+CANCELLATION = 1e-3  # Gram route trusted while its result is above this part of its bound
 
 
 def wide(t: Tensor) -> Tensor:
@@ -44,12 +40,8 @@ def wide(t: Tensor) -> Tensor:
 def same_shape(given: Tensor, found: Tensor) -> Tensor:
     """What a user's transform returned, checked."""
     if not isinstance(found, Tensor) or found.shape != given.shape:
-        shape = (
-            tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        )
-        raise ValueError(
-            f"transform was given cotangents of shape {tuple(given.shape)} and returned {shape}"
-        )
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"transform was given cotangents of shape {tuple(given.shape)} and returned {shape}")
     return found
 
 
@@ -132,9 +124,7 @@ class Outer:
     right: Tensor  # (B, G, T, b)
     shape: torch.Size
     cotangent_left: bool
-    positions: Tensor | None = (
-        None  # (B, T) True where a position is real, None: all are
-    )
+    positions: Tensor | None = None  # (B, T) True where a position is real, None: all are
     _formed: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -187,14 +177,10 @@ class Outer:
         if t == 0 or self.n_examples == 0:
             return self.left.new_zeros(self.n_examples)
         if t == 1:
-            return (
-                self.left.square().sum((2, 3)) * self.right.square().sum((2, 3))
-            ).sum(1)
+            return (self.left.square().sum((2, 3)) * self.right.square().sum((2, 3))).sum(1)
         if self._formed is None and self.prefers_gram:
             found = self._sq_norms_by_gram()
-            bound = (
-                (self.left.norm(dim=3) * self.right.norm(dim=3)).sum(2).square().sum(1)
-            )
+            bound = (self.left.norm(dim=3) * self.right.norm(dim=3)).sum(2).square().sum(1)
             if not bool((found < CANCELLATION * bound).any()):
                 return found
         return self._sq_norms_by_forming()
@@ -213,9 +199,7 @@ class Outer:
             return self.form().square().sum((1, 2, 3))
         found = self.left.new_empty(self.n_examples)
         for s in self.chunks(self.formed_bytes // max(1, self.n_examples)):
-            found[s] = (
-                (self.left[s].transpose(-1, -2) @ self.right[s]).square().sum((1, 2, 3))
-            )
+            found[s] = (self.left[s].transpose(-1, -2) @ self.right[s]).square().sum((1, 2, 3))
         return found
 
     def weighted_sum(self, c: Tensor) -> Tensor:
@@ -253,17 +237,11 @@ class Outer:
 
     def scaled(self, weights: Tensor) -> Outer:
         if self.cotangent_left:
-            return replace(
-                self, left=self.left * _columns(weights, self.left), _formed=None
-            )
-        return replace(
-            self, right=self.right * _columns(weights, self.right), _formed=None
-        )
+            return replace(self, left=self.left * _columns(weights, self.left), _formed=None)
+        return replace(self, right=self.right * _columns(weights, self.right), _formed=None)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        h, zbar = (
-            (self.right, self.left) if self.cotangent_left else (self.left, self.right)
-        )
+        h, zbar = (self.right, self.left) if self.cotangent_left else (self.left, self.right)
         b, g, t, _, _ = self.sizes
         owner = torch.arange(b, device=h.device).repeat_interleave(t)
         h, zbar = (side.transpose(1, 2).reshape(b * t, g, -1) for side in (h, zbar))
@@ -314,9 +292,7 @@ class Rows:
 
     def sq_norms(self) -> Tensor:
         owner, _, rows = self.coalesced()
-        return rows.new_zeros(self.n_examples).index_add_(
-            0, owner, rows.square().sum(1)
-        )
+        return rows.new_zeros(self.n_examples).index_add_(0, owner, rows.square().sum(1))
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         rows = self.rows * c.to(self.rows.dtype).reshape(-1, 1, 1)
@@ -345,16 +321,12 @@ class Rows:
         return replace(self, rows=self.rows * _columns(weights, self.rows))
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        owner = torch.arange(self.n_examples, device=self.ids.device).repeat_interleave(
-            self.ids.shape[1]
-        )
+        owner = torch.arange(self.n_examples, device=self.ids.device).repeat_interleave(self.ids.shape[1])
         return self.ids.reshape(-1), self.rows.reshape(-1, self.rows.shape[2]), owner
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Rows:
         flat = self.rows.reshape(-1, self.rows.shape[2])
-        return replace(
-            self, rows=same_shape(flat, transform(flat)).reshape(self.rows.shape)
-        )
+        return replace(self, rows=same_shape(flat, transform(flat)).reshape(self.rows.shape))
 
 
 def inner(f: Form, g: Form) -> Tensor:
@@ -394,15 +366,9 @@ def _split(f: Form) -> tuple[int, ...]:
 def _inner_outer_outer(f: Outer, g: Outer) -> Tensor:
     _, _, t, a, b = f.sizes
     s = g.sizes[2]
-    if (
-        f._formed is not None
-        or g._formed is not None
-        or t * s * (a + b) > (t + s) * a * b
-    ):
+    if f._formed is not None or g._formed is not None or t * s * (a + b) > (t + s) * a * b:
         return (f.form() * g.form()).sum((1, 2, 3))
-    return (
-        (f.left @ g.left.transpose(-1, -2)) * (f.right @ g.right.transpose(-1, -2))
-    ).sum((1, 2, 3))
+    return ((f.left @ g.left.transpose(-1, -2)) * (f.right @ g.right.transpose(-1, -2))).sum((1, 2, 3))
 
 
 def _inner_outer_rows(f: Outer, g: Rows) -> Tensor:
@@ -419,13 +385,9 @@ def _inner_rows_rows(f: Rows, g: Rows) -> Tensor:
     sides = [f.rows.new_zeros(len(keys), f.shape[1]) for _ in range(2)]
     width = f.ids.shape[1]
     sides[0].index_add_(0, inverse[:, :width].reshape(-1), f.rows.reshape(split, -1))
-    sides[1].index_add_(
-        0, inverse[:, width:].reshape(-1), g.rows.reshape(-1, f.shape[1])
-    )
+    sides[1].index_add_(0, inverse[:, width:].reshape(-1), g.rows.reshape(-1, f.shape[1]))
     owner = keys // f.shape[0]
-    return f.rows.new_zeros(f.n_examples).index_add_(
-        0, owner, (sides[0] * sides[1]).sum(1)
-    )
+    return f.rows.new_zeros(f.n_examples).index_add_(0, owner, (sides[0] * sides[1]).sum(1))
 
 
 def _gram_outer_outer(f: Outer, g: Outer) -> Tensor:
@@ -458,11 +420,7 @@ def _gram_by_positions(f: Outer, g: Outer) -> Tensor:
     for piece in f.chunks(2 * groups * t * other * s * f.left.element_size()):
         left = f.left[piece].transpose(0, 1).reshape(groups, -1, a)
         right = f.right[piece].transpose(0, 1).reshape(groups, -1, d)
-        both = (
-            (left @ g_left.transpose(-1, -2))
-            .mul_(right @ g_right.transpose(-1, -2))
-            .sum(0)
-        )
+        both = (left @ g_left.transpose(-1, -2)).mul_(right @ g_right.transpose(-1, -2)).sum(0)
         found[piece] = both.reshape(-1, t, other, s).sum((1, 3))
     return found
 
@@ -483,9 +441,7 @@ def _gram_rows_rows(f: Rows, g: Rows) -> Tensor:
     found = f.rows.new_zeros(f.n_examples, g.n_examples)
     s = g.ids.shape[1]
     columns, ids = g.rows.reshape(-1, g.rows.shape[2]).T, g.ids.reshape(-1)
-    step = max(
-        1, CHUNK_BYTES // max(1, 2 * f.ids.shape[1] * len(ids) * f.rows.element_size())
-    )
+    step = max(1, CHUNK_BYTES // max(1, 2 * f.ids.shape[1] * len(ids) * f.rows.element_size()))
     for i in range(0, f.n_examples, step):
         piece = slice(i, i + step)
         same = f.ids[piece].unsqueeze(-1) == ids

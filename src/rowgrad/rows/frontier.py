@@ -15,13 +15,52 @@ from dataclasses import dataclass
 
 from rowgrad.rows.ownership import MIXED, Edge, Layout
 from rowgrad.rows.placement import VIEWS
-from rowgrad.tape import Node, Tape
+from rowgrad.tape import Tape
 
 # Nodes that compute something of parameters alone when all their differentiable inputs are parameters and no other
 # tensor takes part. Used to tell a parameter that is computed (weight norm, merged updates) from examples that meet.
 _PARAMETER_ARITHMETIC = frozenset(
     f"{name}Backward{i}"
-    for name in ["Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Mm", "Bmm", "Addmm", "Pow", "Exp", "Log", "Softplus", "Sigmoid", "Tanh", "Relu", "Softmax", "Sqrt", "Rsqrt", "LinalgVectorNorm", "WeightNormInterface", "Norm", "Cat", "Stack", "Sum", "Mean", "Expand", "Square", "Abs", "Clamp", "Outer", "Triu", "Tril", "Repeat", "Diag", "DiagEmbed", "Cumsum", "Reciprocal"]
+    for name in [
+        "Add",
+        "Sub",
+        "Rsub",
+        "Mul",
+        "Div",
+        "Neg",
+        "Mm",
+        "Bmm",
+        "Addmm",
+        "Pow",
+        "Exp",
+        "Log",
+        "Softplus",
+        "Sigmoid",
+        "Tanh",
+        "Relu",
+        "Softmax",
+        "Sqrt",
+        "Rsqrt",
+        "LinalgVectorNorm",
+        "WeightNormInterface",
+        "Norm",
+        "Cat",
+        "Stack",
+        "Sum",
+        "Mean",
+        "Expand",
+        "Square",
+        "Abs",
+        "Clamp",
+        "Outer",
+        "Triu",
+        "Tril",
+        "Repeat",
+        "Diag",
+        "DiagEmbed",
+        "Cumsum",
+        "Reciprocal",
+    ]
     for i in range(4)
 )
 
@@ -42,7 +81,7 @@ class Frontier:
     uses: list[Use]
     tainted: list[bool]
     needed: list[bool]
-    couplings: tuple[Node, ...]
+    couplings: tuple[int, ...]
 
 
 def static_nodes(tape: Tape) -> list[bool]:
@@ -50,12 +89,7 @@ def static_nodes(tape: Tape) -> list[bool]:
     static = [False] * len(tape)
     for node in reversed(tape.nodes):
         live = [t for t in node.slots if t is not None]
-        is_view = (
-            node.kind in VIEWS
-            and len(live) == 1
-            and static[live[0][0]]
-            and node.index != tape.root_slot[0]
-        )
+        is_view = node.kind in VIEWS and len(live) == 1 and static[live[0][0]] and node.index != tape.root_slot[0]
         static[node.index] = node.is_leaf or is_view
     return static
 
@@ -69,15 +103,15 @@ def needed_nodes(tape: Tape, leaves: Collection[int]) -> list[bool]:
     return needed
 
 
-def edges_to_prove(
-    tape: Tape, static: Sequence[bool], needed: Sequence[bool]
-) -> list[Edge]:
+def edges_to_prove(tape: Tape, static: Sequence[bool], needed: Sequence[bool]) -> list[Edge]:
+    """Outputs that something reads, of nodes that lead to a wanted parameter."""
+    read = {tape.root_slot, *(t for node in tape.nodes for t in node.slots if t is not None)}
     return [
         (node.index, nr)
         for node in tape.nodes
         if needed[node.index] and not static[node.index]
         for nr in range(node.n_outputs)
-        if node.is_traced(nr)
+        if (node.index, nr) in read and node.is_traced(nr)
     ]
 
 
@@ -93,7 +127,7 @@ def find_uses(
         if layout is MIXED:
             tainted[index] = True
     uses: list[Use] = []
-    couplings: dict[int, Node] = {}
+    couplings: dict[int, None] = {}
     only_parameters = _only_parameters(tape)
     for node in tape.nodes:
         if not needed[node.index]:
@@ -107,8 +141,8 @@ def find_uses(
                 uses.append(Use(node.index, slot, target))
     for use in uses:
         if not only_parameters[use.target[0]]:
-            couplings[use.node] = tape.nodes[use.node]
-    return Frontier(uses, tainted, list(needed), tuple(couplings.values()))
+            couplings[use.node] = None
+    return Frontier(uses, tainted, list(needed), tuple(couplings))
 
 
 def _only_parameters(tape: Tape) -> list[bool]:
@@ -119,9 +153,7 @@ def _only_parameters(tape: Tape) -> list[bool]:
             found[node.index] = True
             continue
         live = [t for t in node.slots if t is not None]
-        lookup = node.kind == "EmbeddingBackward0" and (
-            len(node.shape()) <= 2 or node.shape()[0] == 1
-        )
+        lookup = node.kind == "EmbeddingBackward0" and (len(node.shape()) <= 2 or node.shape()[0] == 1)
         known = node.kind in VIEWS or node.kind in _PARAMETER_ARITHMETIC or lookup
         found[node.index] = known and bool(live) and all(found[t[0]] for t in live)
     return found

@@ -31,9 +31,7 @@ class GeneralPath:
     layouts: Mapping[Edge, Layout]
     needed: Sequence[bool]
     seeds: list[tuple[Use, Form]]
-    masked: dict[
-        int, tuple[list[int], list[Tensor | None]]
-    ]  # node -> (slots, cotangents)
+    masked: dict[int, tuple[list[int], list[Tensor | None]]]  # node -> (slots, cotangents)
     names: dict[int, str]  # leaf -> parameter name
     scale: float  # the loss scale, to be divided out
 
@@ -44,11 +42,7 @@ class GeneralPath:
         """Leaves with a name that lie below these uses."""
         below = {use.target[0] for use, _ in self.seeds}
         for node, (slots, _) in self.masked.items():
-            below |= {
-                t[0]
-                for t in (self.tape.nodes[node].slots[s] for s in slots)
-                if t is not None
-            }
+            below |= {t[0] for t in (self.tape.nodes[node].slots[s] for s in slots) if t is not None}
         for node in self.tape.nodes:
             if node.index in below:
                 below |= {t[0] for t in node.slots if t is not None}
@@ -64,9 +58,7 @@ class GeneralPath:
         for node_index, (slots, cotangents) in self.masked.items():
             node = self.tape.nodes[node_index]
             own = [
-                None
-                if z is None
-                else mask(z, self.layouts[node_index, nr], example, self.n_examples)
+                None if z is None else mask(z, self.layouts[node_index, nr], example, self.n_examples)
                 for nr, z in enumerate(cotangents)
             ]
             gradients = self.tape.local_gradients(node, own)
@@ -74,16 +66,11 @@ class GeneralPath:
                 target, gradient = node.slots[slot], gradients[slot]
                 if target is not None and gradient is not None:
                     self._post(inbox, target, gradient)
-        return {
-            name: g.to(torch.promote_types(g.dtype, torch.float32)) / self.scale
-            for name, g in self._sweep(inbox)
-        }
+        return {name: g.to(torch.promote_types(g.dtype, torch.float32)) / self.scale for name, g in self._sweep(inbox)}
 
     def _post(self, inbox: dict[Edge, Tensor], target: Edge, gradient: Tensor) -> None:
         node = self.tape.nodes[target[0]]
-        gradient = (gradient.to_dense() if gradient.is_sparse else gradient).to(
-            node.dtype(target[1])
-        )
+        gradient = (gradient.to_dense() if gradient.is_sparse else gradient).to(node.dtype(target[1]))
         gradient = gradient.reshape(node.shape(target[1]))
         inbox[target] = inbox[target] + gradient if target in inbox else gradient
 
@@ -91,9 +78,7 @@ class GeneralPath:
         if not inbox:
             return
         for node in self.tape.nodes[min(edge[0] for edge in inbox) :]:
-            cotangents = [
-                inbox.pop((node.index, nr), None) for nr in range(node.n_outputs)
-            ]
+            cotangents = [inbox.pop((node.index, nr), None) for nr in range(node.n_outputs)]
             if all(c is None for c in cotangents):
                 continue
             if node.is_leaf:
@@ -101,12 +86,6 @@ class GeneralPath:
                     assert cotangents[0] is not None
                     yield self.names[node.index], cotangents[0]
                 continue
-            for target, gradient in zip(
-                node.slots, self.tape.local_gradients(node, cotangents), strict=True
-            ):
-                if (
-                    target is not None
-                    and gradient is not None
-                    and self.needed[target[0]]
-                ):
+            for target, gradient in zip(node.slots, self.tape.local_gradients(node, cotangents), strict=True):
+                if target is not None and gradient is not None and self.needed[target[0]]:
                     self._post(inbox, target, gradient)

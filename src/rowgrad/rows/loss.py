@@ -13,9 +13,7 @@ Gradients = Callable[[Tensor], Sequence[Tensor | None]]
 
 class _WeightedRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, gradients: Gradients, value: Tensor, *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, gradients: Gradients, value: Tensor, *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
         return value.clone()
 
@@ -24,9 +22,7 @@ class _WeightedRows(torch.autograd.Function):
         return None, None, *ctx.gradients(upstream)
 
 
-def weighted_rows(
-    gradients: Gradients, value: Tensor, parameters: Sequence[Tensor]
-) -> Tensor:
+def weighted_rows(gradients: Gradients, value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """A scalar equal to `value`; its gradient is `gradients(upstream)`, one tensor or None per parameter."""
     with torch.enable_grad():
         return _WeightedRows.apply(gradients, value, *parameters)

@@ -23,53 +23,19 @@ from rowgrad.errors import (
 from rowgrad.rows.block import Block, sum_of
 from rowgrad.rows.explain import Entry, Explanation
 from rowgrad.rows.factors import Dense, Form
-from rowgrad.rows.frontier import (
-    Frontier,
-    Use,
-    edges_to_prove,
-    find_uses,
-    needed_nodes,
-    static_nodes,
-)
+from rowgrad.rows.frontier import Use
 from rowgrad.rows.general import GeneralPath
 from rowgrad.rows.loss import weighted_rows
-from rowgrad.rows.ownership import Axis, Edge, Layout, Prover
+from rowgrad.rows.ownership import Axis, Edge
 from rowgrad.rows.parameters import Parameters, Params, named
-from rowgrad.rows.placement import Place, place_of, settle
-from rowgrad.rows.rules import RULES, Recipe, Rule, Site
-from rowgrad.tape import Node, Tape
+from rowgrad.rows.placement import Place, settle
+from rowgrad.rows.plan import Plan
+from rowgrad.rows.plan import plan as make_plan
+from rowgrad.rows.rules import RULES, Rule
+from rowgrad.tape import Tape
 
-GENERAL_BYTES = (
-    2**30
-)  # rows of the general path are kept up to this size, then computed anew for each question
+GENERAL_BYTES = 2**30  # rows of the general path are kept up to this size, then computed anew for each question
 """Default bound on the rows that the general path writes out."""
-
-
-@dataclass
-class _Plan:
-    """What is done at each use, decided before the pass that yields the cotangents."""
-
-    frontier: Frontier
-    recipes: dict[Use, Recipe]
-    places: dict[Use, Place]
-    layouts: Mapping[Edge, Layout]
-    proof: str
-
-    def edges(self, tape: Tape) -> list[Edge]:
-        nodes = sorted({use.node for use in self.frontier.uses})
-        return [
-            (i, nr)
-            for i in nodes
-            for nr in range(tape.nodes[i].n_outputs)
-            if tape.nodes[i].is_traced(nr)
-        ]
-
-    @property
-    def needs_graph(self) -> bool:
-        known = all(
-            use in self.recipes and use in self.places for use in self.frontier.uses
-        )
-        return not known or any(r.needs_graph for r in self.recipes.values())
 
 
 @dataclass
@@ -93,7 +59,6 @@ class Jacobian:
         losses: Tensor,
         parameters: Parameters,
         blocks: _Blocks,
-        couplings: tuple[Node, ...],
         explanation: Explanation,
     ) -> None:
         self._losses = losses
@@ -102,7 +67,6 @@ class Jacobian:
         self._explanation = explanation
         self._versions = {name: p._version for name, p in parameters.by_name.items()}
         self._sq_norms: dict[str, Tensor] = {}
-        self.couplings = couplings
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -121,6 +85,11 @@ class Jacobian:
         """(B examples, P parameters)."""
         return len(self), sum(p.numel() for p in self._parameters.by_name.values())
 
+    @property
+    def couplings(self) -> tuple[str, ...]:
+        """Names of the nodes at which examples meet; empty when every loss depends on its own example alone."""
+        return self._explanation.couplings
+
     def __len__(self) -> int:
         return len(self._losses)
 
@@ -134,27 +103,18 @@ class Jacobian:
 
     # -- norms --------------------------------------------------------------------------------------------------------
 
-    def sq_norms(
-        self, by: str | Mapping[str, Any] | None = None
-    ) -> Tensor | dict[str, Tensor]:
+    def sq_norms(self, by: str | Mapping[str, Any] | None = None) -> Tensor | dict[str, Tensor]:
         """Squared L2 norm of each row, shape (B,), or of its parts.
 
         Args:
             by: None, "parameter", "module", or {group: names, tensors or modules}.
         """
         groups = self._groups(by)
-        per_parameter = self._parameter_sq_norms(
-            {n for names in groups.values() for n in names}
-        )
-        found = {
-            group: self._total(per_parameter[n] for n in names)
-            for group, names in groups.items()
-        }
+        per_parameter = self._parameter_sq_norms({n for names in groups.values() for n in names})
+        found = {group: self._total(per_parameter[n] for n in names) for group, names in groups.items()}
         return found[""] if by is None else found
 
-    def norms(
-        self, by: str | Mapping[str, Any] | None = None
-    ) -> Tensor | dict[str, Tensor]:
+    def norms(self, by: str | Mapping[str, Any] | None = None) -> Tensor | dict[str, Tensor]:
         """L2 norm of each row, shape (B,), or of its parts; see `sq_norms`.
 
         Source: Goodfellow 2015, "Efficient per-example gradient computations", section 4.
@@ -175,13 +135,8 @@ class Jacobian:
                 groups.setdefault(name.rpartition(".")[0], []).append(name)
             return groups
         if isinstance(by, Mapping):
-            return {
-                group: list(dict.fromkeys(self._parameters.resolve(key)))
-                for group, key in by.items()
-            }
-        raise ValueError(
-            f'by={by!r}: expected None, "parameter", "module" or a mapping from group to parameters'
-        )
+            return {group: list(dict.fromkeys(self._parameters.resolve(key))) for group, key in by.items()}
+        raise ValueError(f'by={by!r}: expected None, "parameter", "module" or a mapping from group to parameters')
 
     def _parameter_sq_norms(self, names: set[str]) -> dict[str, Tensor]:
         missing = [n for n in self.names if n in names and n not in self._sq_norms]
@@ -192,13 +147,8 @@ class Jacobian:
                     self._sq_norms[name] = blocks.by_name[name].sq_norms()
             streamed = [n for n in missing if n in blocks.general_names]
             if streamed:
-                rows = [
-                    {n: r[n].square().sum() for n in streamed}
-                    for r in self._streamed_rows(streamed)
-                ]
-                self._sq_norms |= {
-                    n: torch.stack([r[n] for r in rows]) for n in streamed
-                }
+                rows = [{n: r[n].square().sum() for n in streamed} for r in self._streamed_rows(streamed)]
+                self._sq_norms |= {n: torch.stack([r[n] for r in rows]) for n in streamed}
         return self._sq_norms
 
     def _total(self, parts: Iterator[Tensor] | Any) -> Tensor:
@@ -229,20 +179,12 @@ class Jacobian:
         }
         streamed = list(blocks.general_names)
         if streamed:
-            totals = {
-                n: torch.zeros_like(
-                    self._parameters.by_name[n], dtype=blocks.by_name[n].dtype
-                )
-                for n in streamed
-            }
+            totals = {n: torch.zeros_like(self._parameters.by_name[n], dtype=blocks.by_name[n].dtype) for n in streamed}
             for j, rows in enumerate(self._streamed_rows(streamed)):
                 for n in streamed:
                     totals[n] += weights[n][j] * rows[n]
             found |= totals
-        return {
-            name: found[name].to(self._parameters.by_name[name].dtype)
-            for name in self.names
-        }
+        return {name: found[name].to(self._parameters.by_name[name].dtype) for name in self.names}
 
     def _weights(self, c: Any) -> dict[str, Tensor]:
         if isinstance(c, Mapping):
@@ -266,9 +208,7 @@ class Jacobian:
         if weight.ndim == 0:
             weight = weight.expand(len(self))
         if weight.shape != (len(self),):
-            raise ValueError(
-                f"c has shape {tuple(weight.shape)}, expected a number or ({len(self)},), one per example"
-            )
+            raise ValueError(f"c has shape {tuple(weight.shape)}, expected a number or ({len(self)},), one per example")
         return weight.to(torch.promote_types(weight.dtype, self._dtype))
 
     def dot(self, direction: Any) -> Tensor:
@@ -279,17 +219,10 @@ class Jacobian:
         """
         blocks = self._live()
         parts = self._direction(direction)
-        dots = [
-            blocks.by_name[n].dot(v.detach())
-            for n, v in parts.items()
-            if n not in blocks.general_names
-        ]
+        dots = [blocks.by_name[n].dot(v.detach()) for n, v in parts.items() if n not in blocks.general_names]
         streamed = [n for n in parts if n in blocks.general_names]
         if streamed:
-            rows = [
-                sum_of((r[n] * parts[n]).sum() for n in streamed)
-                for r in self._streamed_rows(streamed)
-            ]
+            rows = [sum_of((r[n] * parts[n]).sum() for n in streamed) for r in self._streamed_rows(streamed)]
             dots.append(torch.stack(rows))
         return self._total(dots)
 
@@ -301,9 +234,7 @@ class Jacobian:
         else:
             values = list(direction)
             if len(values) != len(self.names):
-                raise ValueError(
-                    f"direction has {len(values)} tensors, expected {len(self.names)}, one per parameter"
-                )
+                raise ValueError(f"direction has {len(values)} tensors, expected {len(self.names)}, one per parameter")
             pairs = dict(zip(self.names, values, strict=True))
         for name, v in pairs.items():
             if v.shape != self._parameters.by_name[name].shape:
@@ -323,15 +254,11 @@ class Jacobian:
         other = self if other is None else other
         mine, theirs = self._live(), other._live()
         shared = self._shared_names(other)
-        total = torch.zeros(
-            len(self), len(other), dtype=self._dtype, device=self._losses.device
-        )
+        total = torch.zeros(len(self), len(other), dtype=self._dtype, device=self._losses.device)
         streamed = [n for n in shared if n in mine.general_names | theirs.general_names]
         for name in shared:
             if name not in streamed:
-                total = total + mine.by_name[name].gram(theirs.by_name[name]).to(
-                    total.device
-                )
+                total = total + mine.by_name[name].gram(theirs.by_name[name]).to(total.device)
         if streamed:
             for j, left in enumerate(self._streamed_rows(streamed)):
                 for k, right in enumerate(other._streamed_rows(streamed)):
@@ -348,28 +275,18 @@ class Jacobian:
     def diag_gram(self, other: Jacobian) -> Tensor:
         """<row j, row j of other>, shape (B,): the same examples under two losses, or before and after a step."""
         if len(other) != len(self):
-            raise ValueError(
-                f"diag_gram needs equally many examples, found {len(self)} and {len(other)}"
-            )
+            raise ValueError(f"diag_gram needs equally many examples, found {len(self)} and {len(other)}")
         mine, theirs = self._live(), other._live()
         shared = self._shared_names(other)
         streamed = [n for n in shared if n in mine.general_names | theirs.general_names]
-        parts = [
-            mine.by_name[n].inner(theirs.by_name[n])
-            for n in shared
-            if n not in streamed
-        ]
+        parts = [mine.by_name[n].inner(theirs.by_name[n]) for n in shared if n not in streamed]
         if streamed:
             pairs = zip(
                 self._streamed_rows(streamed),
                 other._streamed_rows(streamed),
                 strict=True,
             )
-            parts.append(
-                torch.stack(
-                    [sum_of((a[n] * b[n]).sum() for n in streamed) for a, b in pairs]
-                )
-            )
+            parts.append(torch.stack([sum_of((a[n] * b[n]).sum() for n in streamed) for a, b in pairs]))
         return self._total(parts)
 
     def _shared_names(self, other: Jacobian) -> list[str]:
@@ -377,18 +294,14 @@ class Jacobian:
         mine = {n: p.shape for n, p in self._parameters.by_name.items()}
         if mine != shapes:
             odd = sorted(set(mine.items()) ^ set(shapes.items()), key=str)[0][0]
-            raise ValueError(
-                f"the two Jacobians have different parameters: {odd} is not in both with the same shape"
-            )
+            raise ValueError(f"the two Jacobians have different parameters: {odd} is not in both with the same shape")
         return list(mine)
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: Any) -> Jacobian:
         """A sub-Jacobian: by parameter or module name(s), or by example index, slice or mask. Nothing is copied yet."""
-        if isinstance(key, str) or (
-            isinstance(key, (list, tuple)) and key and isinstance(key[0], str)
-        ):
+        if isinstance(key, str) or (isinstance(key, (list, tuple)) and key and isinstance(key[0], str)):
             return self._with_names(list(dict.fromkeys(self._parameters.resolve(key))))
         if isinstance(key, (nn.Parameter, nn.Module)):
             return self._with_names(list(dict.fromkeys(self._parameters.resolve(key))))
@@ -398,9 +311,7 @@ class Jacobian:
         blocks = self._live()
         kept = {n: p for n, p in self._parameters.by_name.items() if n in names}
         part = self._copy(
-            Parameters(
-                kept, {a: n for a, n in self._parameters.aliases.items() if n in kept}
-            ),
+            Parameters(kept, {a: n for a, n in self._parameters.aliases.items() if n in kept}),
             _Blocks(
                 {n: blocks.by_name[n] for n in kept},
                 blocks.general,
@@ -414,9 +325,7 @@ class Jacobian:
     def _with_examples(self, key: Any) -> Jacobian:
         index = torch.arange(len(self), device=self._losses.device)[key].reshape(-1)
         blocks = self._live()
-        general = (
-            None if blocks.general is None else blocks.general.select(index.tolist())
-        )
+        general = None if blocks.general is None else blocks.general.select(index.tolist())
         chosen = {n: b.select(index) for n, b in blocks.by_name.items()}
         part = self._copy(
             self._parameters,
@@ -426,13 +335,9 @@ class Jacobian:
         part._sq_norms = {n: s[index] for n, s in self._sq_norms.items()}
         return part
 
-    def _copy(
-        self, parameters: Parameters, blocks: _Blocks, losses: Tensor
-    ) -> Jacobian:
-        part = Jacobian(losses, parameters, blocks, self.couplings, self._explanation)
-        part._versions = {
-            n: v for n, v in self._versions.items() if n in parameters.by_name
-        }
+    def _copy(self, parameters: Parameters, blocks: _Blocks, losses: Tensor) -> Jacobian:
+        part = Jacobian(losses, parameters, blocks, self._explanation)
+        part._versions = {n: v for n, v in self._versions.items() if n in parameters.by_name}
         return part
 
     def factors(self, name: Any) -> list[tuple[Tensor | None, Tensor, Tensor]]:
@@ -450,11 +355,7 @@ class Jacobian:
     def dense(self, as_dict: bool = False) -> Tensor | dict[str, Tensor]:
         """All rows written out, shape (B, P) in the order of `names`, or {name: (B, *shape)}."""
         blocks = self._live()
-        found = {
-            n: blocks.by_name[n].dense()
-            for n in self.names
-            if n not in blocks.general_names
-        }
+        found = {n: blocks.by_name[n].dense() for n in self.names if n not in blocks.general_names}
         streamed = list(blocks.general_names)
         if streamed:
             rows = list(self._streamed_rows(streamed))
@@ -463,16 +364,11 @@ class Jacobian:
         if as_dict:
             return ordered
         return torch.cat(
-            [
-                t.reshape(len(self), p.numel())
-                for t, p in self._with_parameters(ordered)
-            ],
+            [t.reshape(len(self), p.numel()) for t, p in self._with_parameters(ordered)],
             1,
         )
 
-    def _with_parameters(
-        self, by_name: dict[str, Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _with_parameters(self, by_name: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         return ((t, self._parameters.by_name[n]) for n, t in by_name.items())
 
     def _streamed_rows(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
@@ -519,9 +415,7 @@ class Jacobian:
         if present:
             torch.autograd.backward([p for p, _ in present], [g for _, g in present])
 
-    def loss(
-        self, c: Any, *, nonfinite: str = "propagate", retain: bool = False
-    ) -> Tensor:
+    def loss(self, c: Any, *, nonfinite: str = "propagate", retain: bool = False) -> Tensor:
         """A scalar with value and parameter gradient of `(c.detach() * losses).sum()`.
 
         `.backward()` on it, or on anything computed from it (a scaler's product, a division by the number of
@@ -534,9 +428,7 @@ class Jacobian:
         weights = self._weights(c)
         self._live()
         average = sum_of(weights.values()) / len(weights)
-        value = torch.where(
-            average == 0, 0.0, average * self._losses.to(average.dtype)
-        ).sum()
+        value = torch.where(average == 0, 0.0, average * self._losses.to(average.dtype)).sum()
 
         def gradients(upstream: Tensor) -> list[Tensor | None]:
             scaled = {name: w * upstream for name, w in weights.items()}
@@ -545,9 +437,7 @@ class Jacobian:
                 self._blocks = None
             return [found.get(name) for name in self.names]
 
-        return weighted_rows(
-            gradients, value.to(self._dtype), list(self._parameters.by_name.values())
-        )
+        return weighted_rows(gradients, value.to(self._dtype), list(self._parameters.by_name.values()))
 
     def group_names(self, key: Any) -> list[str]:
         """Names of the parameters meant by a name, a module's name, a tensor, a module or a collection of them."""
@@ -556,9 +446,7 @@ class Jacobian:
     def _gradients(self, c: Any, nonfinite: str, transform: Any) -> dict[str, Tensor]:
         """Weighted sums of the parameters that the graph reaches."""
         if nonfinite not in ("raise", "zero", "propagate"):
-            raise ValueError(
-                f'nonfinite={nonfinite!r}: expected "raise", "zero" or "propagate"'
-            )
+            raise ValueError(f'nonfinite={nonfinite!r}: expected "raise", "zero" or "propagate"')
         source = self
         if nonfinite != "propagate":
             sq = self.sq_norms()
@@ -576,9 +464,7 @@ class Jacobian:
         if transform is not None:
             source = source._transformed(transform)
         blocks = source._live()
-        reached = {
-            n for n, b in blocks.by_name.items() if not b.is_absent
-        } | blocks.general_names
+        reached = {n for n, b in blocks.by_name.items() if not b.is_absent} | blocks.general_names
         return {n: g for n, g in source.weighted_sum(c).items() if n in reached}
 
     def _transformed(self, transform: Any) -> Jacobian:
@@ -588,10 +474,7 @@ class Jacobian:
                 f"transform needs the factors of every use, and {sorted(blocks.general_names)[0]} goes the general path "
                 "without keeping its rows; raise max_bytes"
             )
-        changed = {
-            n: b.with_cotangents(lambda z, n=n: transform(n, z))
-            for n, b in blocks.by_name.items()
-        }
+        changed = {n: b.with_cotangents(lambda z, n=n: transform(n, z)) for n, b in blocks.by_name.items()}
         return self._copy(self._parameters, _Blocks(changed, None), self._losses)
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -662,9 +545,7 @@ def jacobian(
 def check_losses(losses: Tensor) -> None:
     """Refuse what is not a vector of losses with a graph."""
     if not isinstance(losses, Tensor):
-        raise NotAVectorError(
-            f"losses is a {type(losses).__name__}, expected a tensor of shape (B,)"
-        )
+        raise NotAVectorError(f"losses is a {type(losses).__name__}, expected a tensor of shape (B,)")
     if losses.ndim == 0:
         raise NotAVectorError(
             'losses is a scalar: the examples were already averaged. Compute the loss with reduction="none" to keep one '
@@ -676,22 +557,12 @@ def check_losses(losses: Tensor) -> None:
             "rowgrad.per_example(losses, mask)"
         )
     if losses.is_inference():
-        raise NoGraphError(
-            "losses were computed in inference mode and have no graph; run the forward pass outside it"
-        )
+        raise NoGraphError("losses were computed in inference mode and have no graph; run the forward pass outside it")
     if not losses.dtype.is_floating_point:
-        raise NotAVectorError(
-            f"losses are {losses.dtype}, expected real floating point numbers"
-        )
+        raise NotAVectorError(f"losses are {losses.dtype}, expected real floating point numbers")
     if losses.grad_fn is None:
-        why = (
-            "they are a leaf"
-            if losses.requires_grad
-            else "they were detached or computed under torch.no_grad()"
-        )
-        raise NoGraphError(
-            f"losses have no graph: {why}. Pass the result of a forward pass with gradients enabled"
-        )
+        why = "they are a leaf" if losses.requires_grad else "they were detached or computed under torch.no_grad()"
+        raise NoGraphError(f"losses have no graph: {why}. Pass the result of a forward pass with gradients enabled")
 
 
 class _plain_numbers:
@@ -723,11 +594,7 @@ def _build(
     general_bytes: int,
 ) -> Jacobian:
     tape = Tape(losses)
-    leaves = {
-        tape.leaves[id(p)]: name
-        for name, p in parameters.by_name.items()
-        if id(p) in tape.leaves
-    }
+    leaves = {tape.leaves[id(p)]: name for name, p in parameters.by_name.items() if id(p) in tape.leaves}
     _refuse_hidden(tape)
     if not leaves:
         raise ParameterError(
@@ -738,24 +605,16 @@ def _build(
     seed = torch.full_like(losses.detach(), loss_scale)
     if n == 0:
         blocks = {name: Block.of(p, [], 0) for name, p in parameters.by_name.items()}
-        return Jacobian(
-            losses.detach(), parameters, _Blocks(blocks, None), (), Explanation([])
-        )
-    plan = _plan(tape, seed, set(leaves), rules)
+        return Jacobian(losses.detach(), parameters, _Blocks(blocks, None), Explanation([]))
+    plan = make_plan(tape, seed, leaves, rules, verify)
     edges = plan.edges(tape)
     free = not (retain_graph or plan.needs_graph)
-    found = dict(
-        zip(edges, tape.cotangents(edges, seed, retain_graph=not free), strict=True)
-    )
+    found = dict(zip(edges, tape.cotangents(edges, seed, retain_graph=not free), strict=True))
     forms = _forms(tape, plan, found)
-    blocks = _blocks(
-        tape, parameters, plan, forms, found, leaves, n, loss_scale, general_bytes
-    )
+    blocks = _blocks(tape, parameters, plan, forms, found, leaves, n, loss_scale, general_bytes)
     explanation = _explain(tape, parameters, plan, leaves)
     _warn_if_slow(explanation, n)
-    return Jacobian(
-        losses.detach(), parameters, blocks, plan.frontier.couplings, explanation
-    )
+    return Jacobian(losses.detach(), parameters, blocks, explanation)
 
 
 def _refuse_hidden(tape: Tape) -> None:
@@ -767,38 +626,7 @@ def _refuse_hidden(tape: Tape) -> None:
             )
 
 
-def _plan(
-    tape: Tape, seed: Tensor, leaves: set[int], rules: Mapping[tuple[str, int], Rule]
-) -> _Plan:
-    static, needed = static_nodes(tape), needed_nodes(tape, leaves)
-    generator = torch.Generator().manual_seed(0x5EED)
-    prover = Prover(tape, seed, generator, allow_rounding=seed.device.type != "cpu")
-    layouts: dict[Edge, Layout] = dict(
-        prover.layouts(edges_to_prove(tape, static, needed))
-    )
-    frontier = find_uses(tape, layouts, static, needed)
-    recipes: dict[Use, Recipe] = {}
-    places: dict[Use, Place] = {}
-    for use in frontier.uses:
-        node = tape.nodes[use.node]
-        rule = rules.get((node.kind, use.slot))
-        recipe = (
-            rule(Site(tape, node, use.slot, layouts, len(seed)))
-            if rule is not None
-            else None
-        )
-        if recipe is not None:
-            recipes[use] = recipe
-            place = place_of(tape, use.target)
-            if place is not None:
-                places[use] = place
-    proof = "within rounding" if prover.rounded else "exact"
-    return _Plan(frontier, recipes, places, layouts, proof)
-
-
-def _forms(
-    tape: Tape, plan: _Plan, found: Mapping[Edge, Tensor | None]
-) -> dict[Use, Form]:
+def _forms(tape: Tape, plan: Plan, found: Mapping[Edge, Tensor | None]) -> dict[Use, Form]:
     forms: dict[Use, Form] = {}
     for use, recipe in plan.recipes.items():
         node = tape.nodes[use.node]
@@ -811,7 +639,7 @@ def _forms(
 def _blocks(
     tape: Tape,
     parameters: Parameters,
-    plan: _Plan,
+    plan: Plan,
     forms: Mapping[Use, Form],
     found: Mapping[Edge, Tensor | None],
     leaves: Mapping[int, str],
@@ -827,9 +655,7 @@ def _blocks(
             by_leaf[place.leaf].append(settle(form, place))
     general = _general_path(tape, plan, forms, found, leaves, n_examples, loss_scale)
     reached = general.reached() if general is not None else set()
-    n_bytes = sum(
-        n_examples * parameters.by_name[leaves[leaf]].numel() * 4 for leaf in reached
-    )
+    n_bytes = sum(n_examples * parameters.by_name[leaves[leaf]].numel() * 4 for leaf in reached)
     if general is not None and n_bytes <= general_bytes:
         for leaf, rows in _written_out(general, parameters, n_examples).items():
             view = torch.empty(rows.shape[1:], device="meta")
@@ -845,7 +671,7 @@ def _blocks(
 
 def _general_path(
     tape: Tape,
-    plan: _Plan,
+    plan: Plan,
     forms: Mapping[Use, Form],
     found: Mapping[Edge, Tensor | None],
     leaves: Mapping[int, str],
@@ -854,7 +680,7 @@ def _general_path(
 ) -> GeneralPath | None:
     seeds: list[tuple[Use, Form]] = []
     masked: dict[int, tuple[list[int], list[Tensor | None]]] = {}
-    for use in plan.frontier.uses:
+    for use in plan.uses:
         if use in plan.places:
             continue
         if use in plan.recipes:
@@ -871,8 +697,8 @@ def _general_path(
         tape,
         list(range(n_examples)),
         n_examples,
-        plan.layouts,
-        plan.frontier.needed,
+        plan.ownership.layouts,
+        plan.ownership.frontier.needed,
         seeds,
         masked,
         dict(leaves),
@@ -880,9 +706,7 @@ def _general_path(
     )
 
 
-def _written_out(
-    general: GeneralPath, parameters: Parameters, n_examples: int
-) -> dict[int, Tensor]:
+def _written_out(general: GeneralPath, parameters: Parameters, n_examples: int) -> dict[int, Tensor]:
     leaf_of = {name: leaf for leaf, name in general.names.items()}
     rows: dict[int, Tensor] = {}
     for j in range(n_examples):
@@ -894,9 +718,7 @@ def _written_out(
     return rows
 
 
-def _explain(
-    tape: Tape, parameters: Parameters, plan: _Plan, leaves: Mapping[int, str]
-) -> Explanation:
+def _explain(tape: Tape, parameters: Parameters, plan: Plan, leaves: Mapping[int, str]) -> Explanation:
     reach = _reach(tape, plan, leaves)
     entries = []
     for name, p in parameters.by_name.items():
@@ -905,27 +727,27 @@ def _explain(
                 kind=repr(tape.nodes[use.node]),
                 rule=plan.recipes[use].route if use in plan.recipes else None,
                 direct=use in plan.places,
-                layout=str(plan.layouts.get((use.node, 0), Axis(0))),
-                proof=plan.proof,
+                layout=str(plan.ownership.layouts.get((use.node, 0), Axis(0))),
+                proof=plan.ownership.proof,
             )
-            for use in plan.frontier.uses
+            for use in plan.uses
             if name in reach[use]
         ]
         entries.append(Entry(name, tuple(p.shape), uses))
-    return Explanation(entries, tuple(repr(n) for n in plan.frontier.couplings))
+    return Explanation(entries, tuple(repr(tape.nodes[i]) for i in plan.ownership.frontier.couplings))
 
 
-def _reach(tape: Tape, plan: _Plan, leaves: Mapping[int, str]) -> dict[Use, set[str]]:
+def _reach(tape: Tape, plan: Plan, leaves: Mapping[int, str]) -> dict[Use, set[str]]:
     """Names of the parameters below each use."""
     below: list[set[str]] = [set() for _ in tape.nodes]
     for node in reversed(tape.nodes):
         if node.index in leaves:
             below[node.index].add(leaves[node.index])
-        elif plan.frontier.tainted[node.index]:
+        elif plan.ownership.frontier.tainted[node.index]:
             for target in node.slots:
                 if target is not None:
                     below[node.index] |= below[target[0]]
-    return {use: below[use.target[0]] for use in plan.frontier.uses}
+    return {use: below[use.target[0]] for use in plan.uses}
 
 
 _warned: set[tuple] = set()

@@ -15,9 +15,7 @@ from rowgrad.rows.parameters import Params
 logger = logging.getLogger("rowgrad")
 
 
-def clip_weights(
-    norms: Tensor, max_norm: float | Tensor, *, mode: str = "clip"
-) -> Tensor:
+def clip_weights(norms: Tensor, max_norm: float | Tensor, *, mode: str = "clip") -> Tensor:
     """Weights that bound each example's gradient norm.
 
     | norm            | "clip"            | "normalize"       |
@@ -41,13 +39,8 @@ def clip_weights(
         raise ValueError(f'mode={mode!r}: expected "clip" or "normalize"')
     norms = norms.detach()
     bound = torch.as_tensor(max_norm, dtype=norms.dtype, device=norms.device)
-    if not bool((bound > 0).all()) or (
-        mode == "normalize" and not bool(bound.isfinite().all())
-    ):
-        raise ValueError(
-            f"max_norm={max_norm!r}: expected a positive number"
-            + (", finite" if mode != "clip" else "")
-        )
+    if not bool((bound > 0).all()) or (mode == "normalize" and not bool(bound.isfinite().all())):
+        raise ValueError(f"max_norm={max_norm!r}: expected a positive number" + (", finite" if mode != "clip" else ""))
     finite = norms.isfinite()
     positive = norms > 0
     ratio = torch.where(
@@ -55,12 +48,8 @@ def clip_weights(
         bound / torch.where(positive, norms, torch.ones_like(norms)),
         0.0,
     )
-    weights = (
-        torch.where(norms == 0, 1.0, ratio.clamp(max=1.0)) if mode == "clip" else ratio
-    )
-    logger.debug(
-        "clipped %.3f of %d examples", share_clipped(norms, bound), norms.numel()
-    )
+    weights = torch.where(norms == 0, 1.0, ratio.clamp(max=1.0)) if mode == "clip" else ratio
+    logger.debug("clipped %.3f of %d examples", share_clipped(norms, bound), norms.numel())
     return torch.where(finite, weights, 0.0).to(norms.dtype)
 
 
@@ -117,9 +106,7 @@ def clipped_loss(
     return loss
 
 
-def per_example(
-    token_losses: Tensor, mask: Tensor | None = None, reduction: str = "mean"
-) -> Tensor:
+def per_example(token_losses: Tensor, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
     """Losses of positions (B, ...) to losses of examples (B,), differentiably.
 
     Args:
@@ -135,11 +122,7 @@ def per_example(
         raise ValueError("token_losses is a scalar, expected (B, ...)")
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction={reduction!r}: expected "mean" or "sum"')
-    flat = (
-        token_losses.reshape(len(token_losses), -1)
-        if token_losses.numel()
-        else token_losses.flatten(1)
-    )
+    flat = token_losses.reshape(len(token_losses), -1) if token_losses.numel() else token_losses.flatten(1)
     if mask is None:
         weights = torch.ones_like(flat)
     else:
@@ -152,11 +135,7 @@ def per_example(
     total = torch.where(weights != 0, flat * weights, 0.0).sum(1)
     if reduction == "sum":
         return total
-    return (
-        total
-        / weights.sum(1).clamp(min=torch.finfo(flat.dtype).tiny)
-        * (weights != 0).any(1)
-    )
+    return total / weights.sum(1).clamp(min=torch.finfo(flat.dtype).tiny) * (weights != 0).any(1)
 
 
 __all__ = ["Jacobian", "clip_weights", "clipped_loss", "per_example", "share_clipped"]

@@ -19,7 +19,7 @@ Note [layouts]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -30,9 +30,7 @@ from torch import Tensor
 from rowgrad.tape import Tape
 
 Edge = tuple[int, int]
-PROBE_BYTES = (
-    256 * 2**20
-)  # cotangents of one block of edges held at a time while proving
+PROBE_BYTES = 256 * 2**20  # cotangents of one block of edges held at a time while proving
 
 # dtype -> (number of digits, exponent of the separation). float16 has no room for more than zero and one.
 _CODES = {
@@ -51,11 +49,7 @@ class Axis:
     inner: int = 1
 
     def __str__(self) -> str:
-        return (
-            f"dim {self.dim}"
-            if self.inner == 1
-            else f"dim {self.dim}, every {self.inner}"
-        )
+        return f"dim {self.dim}" if self.inner == 1 else f"dim {self.dim}, every {self.inner}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,16 +97,9 @@ def axis_candidates(shape: Sequence[int], n_examples: int) -> list[Axis]:
     return found
 
 
-def owners_along(
-    layout: Axis, shape: Sequence[int], n_examples: int, device: torch.device
-) -> Tensor:
+def owners_along(layout: Axis, shape: Sequence[int], n_examples: int, device: torch.device) -> Tensor:
     """Owner of each index of the layout's dimension, shape (shape[dim],)."""
-    return (
-        torch.arange(shape[layout.dim], device=device).div(
-            layout.inner, rounding_mode="floor"
-        )
-        % n_examples
-    )
+    return torch.arange(shape[layout.dim], device=device).div(layout.inner, rounding_mode="floor") % n_examples
 
 
 def mask(cotangent: Tensor, layout: Layout, example: int, n_examples: int) -> Tensor:
@@ -120,19 +107,13 @@ def mask(cotangent: Tensor, layout: Layout, example: int, n_examples: int) -> Te
     if layout is ZERO:
         return cotangent
     if isinstance(layout, Entries):
-        return torch.where(
-            layout.owner == example, cotangent, torch.zeros_like(cotangent)
-        )
+        return torch.where(layout.owner == example, cotangent, torch.zeros_like(cotangent))
     if cotangent.ndim == 0:
         return cotangent
     assert isinstance(layout, Axis)
-    keep = (
-        owners_along(layout, cotangent.shape, n_examples, cotangent.device) == example
-    )
+    keep = owners_along(layout, cotangent.shape, n_examples, cotangent.device) == example
     index = keep.nonzero().squeeze(1)
-    return torch.zeros_like(cotangent).index_copy_(
-        layout.dim, index, cotangent.index_select(layout.dim, index)
-    )
+    return torch.zeros_like(cotangent).index_copy_(layout.dim, index, cotangent.index_select(layout.dim, index))
 
 
 @dataclass(frozen=True)
@@ -155,12 +136,8 @@ class Codebook:
     @property
     def owner_of_word(self) -> Tensor:
         """Owner by the number that a word spells; -1 for words that were not issued."""
-        table = torch.full(
-            (self.n_digits ** self.words.shape[1],), -1, dtype=torch.long
-        )
-        table[
-            (self.words * self.n_digits ** torch.arange(self.words.shape[1])).sum(1)
-        ] = torch.arange(len(self.words))
+        table = torch.full((self.n_digits ** self.words.shape[1],), -1, dtype=torch.long)
+        table[(self.words * self.n_digits ** torch.arange(self.words.shape[1])).sum(1)] = torch.arange(len(self.words))
         return table
 
 
@@ -178,17 +155,11 @@ def codebook(
     passes = []
     for column in words.T:
         jitter = torch.randint(-2, 3, (n_digits,), generator=generator).tolist()
-        exponents = (
-            [jitter[1]]
-            if n_digits == 2
-            else [-separation + jitter[1], separation + jitter[2]]
-        )
+        exponents = [jitter[1]] if n_digits == 2 else [-separation + jitter[1], separation + jitter[2]]
         values = (0.0, *(2.0**e for e in exponents))
         passes.append(Code(_seed([values[d] for d in column.tolist()], losses), values))
     spread = 2 if n_digits == 2 else 12
-    exponents = torch.randint(
-        -spread, spread + 1, (n_examples,), generator=generator
-    ).tolist()
+    exponents = torch.randint(-spread, spread + 1, (n_examples,), generator=generator).tolist()
     fresh = Code(_seed([2.0**e for e in exponents], losses), ())
     return Codebook(words, tuple(passes), fresh, n_digits)
 
@@ -235,21 +206,17 @@ class Prover:
         self.tape = tape
         self.seed = seed
         self.n_examples = len(seed)
-        dtypes = {
-            n.dtype(nr)
-            for n in tape.nodes
-            for nr in range(n.n_outputs)
-            if n.is_traced(nr)
-        }
+        dtypes = {n.dtype(nr) for n in tape.nodes for nr in range(n.n_outputs) if n.is_traced(nr)}
         self.codes = codebook(self.n_examples, dtypes, seed, generator)
         self.allow_rounding = allow_rounding or torch.float16 in dtypes
         self.rounded: set[Edge] = set()
+        self._expected: Mapping[Edge, Axis] = {}
 
-    def layouts(self, edges: Sequence[Edge]) -> dict[Edge, Layout]:
+    def layouts(self, edges: Sequence[Edge], expected: Mapping[Edge, Axis] | None = None) -> dict[Edge, Layout]:
+        """The layout of each edge; where several hold, the expected one."""
+        self._expected = expected or {}
         if self.n_examples == 1:
-            return {
-                e: whole(self.tape.nodes[e[0]].shape(e[1]), 1) or Axis(0) for e in edges
-            }
+            return {e: whole(self.tape.nodes[e[0]].shape(e[1]), 1) or Axis(0) for e in edges}
         found: dict[Edge, Layout] = {}
         for block in self._blocks(edges):
             found.update(self._prove(block))
@@ -274,47 +241,34 @@ class Prover:
 
     def _prove(self, edges: list[Edge]) -> dict[Edge, Layout]:
         base = self.tape.cotangents(edges, self.seed)
-        candidates: list[list[Axis]] = [
-            [] if z is None else axis_candidates(z.shape, self.n_examples) for z in base
-        ]
+        candidates: list[list[Axis]] = [[] if z is None else axis_candidates(z.shape, self.n_examples) for z in base]
         zero = [z is None or not bool(z.any()) for z in base]
         for code in self.codes.passes:
             for i, z in enumerate(self._pass(edges, code.seed)):
                 zero[i] = zero[i] and (z is None or not bool(z.any()))
                 if candidates[i]:
-                    candidates[i] = [
-                        a
-                        for a in candidates[i]
-                        if self._agrees(edges[i], a, base[i], z, code)
-                    ]
+                    candidates[i] = [a for a in candidates[i] if self._agrees(edges[i], a, base[i], z, code)]
         found: dict[Edge, Layout] = {}
         open_edges: list[int] = []
         for i, edge in enumerate(edges):
             if zero[i]:
                 found[edge] = ZERO
             elif candidates[i]:
-                found[edge] = candidates[i][0]
+                wanted = self._expected.get(edge)
+                found[edge] = wanted if wanted in candidates[i] else candidates[i][0]
             else:
                 open_edges.append(i)
         if open_edges:
-            found.update(
-                self._decode(
-                    [edges[i] for i in open_edges], [base[i] for i in open_edges]
-                )
-            )
+            found.update(self._decode([edges[i] for i in open_edges], [base[i] for i in open_edges]))
         return found
 
-    def _agrees(
-        self, edge: Edge, axis: Axis, base: Tensor | None, z: Tensor | None, code: Code
-    ) -> bool:
+    def _agrees(self, edge: Edge, axis: Axis, base: Tensor | None, z: Tensor | None, code: Code) -> bool:
         if base is None or z is None:
             return base is None and z is None
         owner = owners_along(axis, base.shape, self.n_examples, base.device)
         shape = [1] * base.ndim
         shape[axis.dim] = -1
-        return self._scaled_exactly(
-            edge, base, z, code.seed[owner].to(_real(base.dtype)).reshape(shape)
-        )
+        return self._scaled_exactly(edge, base, z, code.seed[owner].to(_real(base.dtype)).reshape(shape))
 
     def _scaled_exactly(self, edge: Edge, base: Tensor, z: Tensor, v: Tensor) -> bool:
         expected = base * v
@@ -323,9 +277,7 @@ class Prover:
         good = self._entrywise(base, z, expected, v)
         if bool(good.all()):
             return True
-        if self.allow_rounding and bool(
-            (good | self._within_rounding(base, z, expected, v)).all()
-        ):
+        if self.allow_rounding and bool((good | self._within_rounding(base, z, expected, v)).all()):
             self.rounded.add(edge)
             return True
         return False
@@ -335,35 +287,20 @@ class Prover:
         """Equal, or both below what the dtype holds exactly; entries of a non-finite example say nothing."""
         tiny = torch.finfo(_real(base.dtype)).tiny
         slack = (v.abs().clamp(min=1.0) * tiny).expand(base.shape)
-        near = (z - expected).abs() <= torch.where(
-            v == 0, torch.zeros_like(slack), slack
-        )
+        near = (z - expected).abs() <= torch.where(v == 0, torch.zeros_like(slack), slack)
         return near | (z == expected) | ~base.isfinite()
 
     @staticmethod
-    def _within_rounding(
-        base: Tensor, z: Tensor, expected: Tensor, v: Tensor
-    ) -> Tensor:
+    def _within_rounding(base: Tensor, z: Tensor, expected: Tensor, v: Tensor) -> Tensor:
         """Within rounding of the largest entry along the last dimension; entries seeded zero must still be zero."""
         info = torch.finfo(_real(base.dtype))
-        scale = (
-            base.abs().nan_to_num(0, 0, 0).amax(-1, keepdim=True)
-            if base.ndim
-            else base.abs()
-        )
+        scale = base.abs().nan_to_num(0, 0, 0).amax(-1, keepdim=True) if base.ndim else base.abs()
         slack = (32 * info.eps * scale + 32 * info.smallest_normal * info.eps) * v.abs()
         return ((z - expected).abs() <= slack) & (v != 0)
 
-    def _decode(
-        self, edges: list[Edge], base: list[Tensor | None]
-    ) -> dict[Edge, Layout]:
+    def _decode(self, edges: list[Edge], base: list[Tensor | None]) -> dict[Edge, Layout]:
         """Read each entry's word from all passes, then check the owners against seeds never used before."""
-        words = [
-            None
-            if z is None
-            else torch.zeros(z.shape, dtype=torch.long, device=z.device)
-            for z in base
-        ]
+        words = [None if z is None else torch.zeros(z.shape, dtype=torch.long, device=z.device) for z in base]
         valid = [None if z is None else z.isfinite() for z in base]
         for k, code in enumerate(self.codes.passes):
             for i, z in enumerate(self._pass(edges, code.seed)):
@@ -376,9 +313,7 @@ class Prover:
                 owners.append(None)
                 continue
             owner = issued.to(z.device)[word]
-            owners.append(
-                owner if bool((ok & ((owner >= 0) | (z == 0))).all()) else None
-            )
+            owners.append(owner if bool((ok & ((owner >= 0) | (z == 0))).all()) else None)
             if owners[-1] is not None:
                 owners[-1] = torch.where(z == 0, torch.full_like(owner, -1), owner)
         for i, z in enumerate(self._pass(edges, self.codes.fresh.seed)):
@@ -391,10 +326,7 @@ class Prover:
                 )
                 if z is None or not self._scaled_exactly(edges[i], b, z, v):
                     owners[i] = None
-        return {
-            e: MIXED if o is None else Entries(o)
-            for e, o in zip(edges, owners, strict=True)
-        }
+        return {e: MIXED if o is None else Entries(o) for e, o in zip(edges, owners, strict=True)}
 
     def _read_digit(
         self,
@@ -440,21 +372,13 @@ class Grouping:
         self._index = index  # (B, T) into the flattened positions, -1 where absent
 
     @classmethod
-    def of(
-        cls, layout: Layout, shape: Sequence[int], n_positions: int, n_examples: int
-    ) -> Grouping | None:
+    def of(cls, layout: Layout, shape: Sequence[int], n_positions: int, n_examples: int) -> Grouping | None:
         if n_examples == 1 or layout is ZERO:
-            layout = (
-                Axis(0, max(1, shape[0] // n_examples))
-                if n_positions and n_examples == 1
-                else layout
-            )
+            layout = Axis(0, max(1, shape[0] // n_examples)) if n_positions and n_examples == 1 else layout
             if n_positions == 0:
                 return cls(n_examples, None, None) if n_examples == 1 else None
         if layout is ZERO:
-            fitting = [
-                a for a in axis_candidates(shape, n_examples) if a.dim < n_positions
-            ]
+            fitting = [a for a in axis_candidates(shape, n_examples) if a.dim < n_positions]
             layout = fitting[0] if fitting else Entries(torch.full(tuple(shape), -1))
         if isinstance(layout, Axis):
             if layout.dim >= n_positions:
@@ -470,9 +394,7 @@ class Grouping:
         return None
 
     @classmethod
-    def _by_entry(
-        cls, owner: Tensor, n_positions: int, n_examples: int
-    ) -> Grouping | None:
+    def _by_entry(cls, owner: Tensor, n_positions: int, n_examples: int) -> Grouping | None:
         if owner.shape[1] == 0:
             return None
         of_row = owner.amax(1)
@@ -484,9 +406,7 @@ class Grouping:
         counts = torch.bincount(owners, minlength=n_examples)
         start = counts.cumsum(0) - counts
         index = owner.new_full((n_examples, max(1, int(counts.max()))), -1)
-        index[owners, torch.arange(len(order), device=owner.device) - start[owners]] = (
-            order
-        )
+        index[owners, torch.arange(len(order), device=owner.device) - start[owners]] = order
         return cls(n_examples, (0, 0, 0, n_positions), index)
 
     @property
@@ -504,7 +424,5 @@ class Grouping:
             picked = flat[self._index.clamp(min=0)]
             present = self.positions.reshape(*self._index.shape, *[1] * len(features))
             return torch.where(present, picked, torch.zeros_like(picked))
-        t = t.reshape(
-            *t.shape[:dim], outer, self.n_examples, inner, *t.shape[dim + 1 :]
-        )
+        t = t.reshape(*t.shape[:dim], outer, self.n_examples, inner, *t.shape[dim + 1 :])
         return t.movedim(dim + 1, 0).reshape(self.n_examples, -1, *features)

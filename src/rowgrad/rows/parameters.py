@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from rowgrad.errors import HookedParameterError, ParameterError
 
-Params = (
-    nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[Mapping]
-)
+Params = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[Mapping]
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -37,9 +35,7 @@ class Parameters:
         prefix = f"{key}." if key else ""
         inside = [name for name in self.by_name if name.startswith(prefix)]
         return inside + [
-            self.aliases[a]
-            for a in self.aliases
-            if a.startswith(prefix) and self.aliases[a] not in inside
+            self.aliases[a] for a in self.aliases if a.startswith(prefix) and self.aliases[a] not in inside
         ]
 
     def resolve(self, key: object) -> list[str]:
@@ -49,20 +45,12 @@ class Parameters:
         elif isinstance(key, Tensor):
             found = [name for name in [self.name_of(key)] if name is not None]
         elif isinstance(key, nn.Module):
-            found = [
-                n for p in key.parameters() for n in [self.name_of(p)] if n is not None
-            ]
+            found = [n for p in key.parameters() for n in [self.name_of(p)] if n is not None]
         else:
             return [name for item in key for name in self.resolve(item)]  # type: ignore[attr-defined]
         if not found:
-            shown = (
-                f"a tensor of shape {tuple(key.shape)}"
-                if isinstance(key, Tensor)
-                else repr(key)[:80]
-            )
-            raise KeyError(
-                f"{shown} is not among the parameters; known names start with: {self._some_names()}"
-            )
+            shown = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)[:80]
+            raise KeyError(f"{shown} is not among the parameters; known names start with: {self._some_names()}")
         return found
 
     def _some_names(self) -> str:
@@ -85,9 +73,7 @@ def named(params: Params) -> Parameters:
     for name, p in _pairs(params):
         name = _plain(name)
         if not isinstance(p, Tensor):
-            raise ParameterError(
-                f"params: {name} is a {type(p).__name__}, expected a tensor"
-            )
+            raise ParameterError(f"params: {name} is a {type(p).__name__}, expected a tensor")
         if not p.requires_grad:
             continue
         _check(name, p)
@@ -116,13 +102,9 @@ def _pairs(params: Params) -> Iterable[tuple[str, Tensor]]:
         position = 0
         for group_nr, item in enumerate(params):
             if isinstance(item, Mapping):
-                names = item.get("param_names") or [
-                    f"group{group_nr}.{i}" for i in range(len(item["params"]))
-                ]
+                names = item.get("param_names") or [f"group{group_nr}.{i}" for i in range(len(item["params"]))]
                 yield from zip(names, item["params"], strict=True)
-            elif (
-                isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
-            ):
+            elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
                 yield item
             else:
                 yield str(position), item
@@ -146,22 +128,14 @@ def _check(name: str, p: Tensor) -> None:
             "trained, from which it was computed"
         )
     if p.is_complex():
-        raise ParameterError(
-            f"{name} is complex ({p.dtype}); rows are defined for real parameters. Use view_as_real"
-        )
+        raise ParameterError(f"{name} is complex ({p.dtype}); rows are defined for real parameters. Use view_as_real")
     if p.is_inference():
-        raise ParameterError(
-            f"{name} was made in inference mode and has no gradient; make it outside"
-        )
+        raise ParameterError(f"{name} was made in inference mode and has no gradient; make it outside")
     hooks: Mapping[int, object] | None = p._backward_hooks
     if hooks:
         raise HookedParameterError(
             f"{name} has {len(hooks)} tensor hook(s), which may change its gradient after the rows are read. Remove them "
             "for this call, or use register_post_accumulate_grad_hook, which sees the gradient without changing it"
         )
-    if type(p).__name__ == "DTensor" or isinstance(
-        p, torch.nn.parameter.UninitializedTensorMixin
-    ):
-        raise ParameterError(
-            f"{name} is a {type(p).__name__}: sharded or uninitialized parameters have no rows here"
-        )
+    if type(p).__name__ == "DTensor" or isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
+        raise ParameterError(f"{name} is a {type(p).__name__}: sharded or uninitialized parameters have no rows here")

@@ -76,20 +76,13 @@ class Place:
 
     @property
     def key(self) -> tuple:
-        kept = [
-            (n, s)
-            for n, s in zip(self.view.shape, self.view.stride(), strict=True)
-            if n != 1
-        ]
+        kept = [(n, s) for n, s in zip(self.view.shape, self.view.stride(), strict=True) if n != 1]
         return (self.view.storage_offset(), tuple(kept))
 
     def span(self) -> tuple[int, int]:
         """First and last position touched."""
         start = self.view.storage_offset()
-        return start, start + sum(
-            (n - 1) * s
-            for n, s in zip(self.view.shape, self.view.stride(), strict=True)
-        )
+        return start, start + sum((n - 1) * s for n, s in zip(self.view.shape, self.view.stride(), strict=True))
 
 
 def place_of(tape: Tape, target: tuple[int, int]) -> Place | None:
@@ -117,11 +110,7 @@ def settle(form: Form, place: Place) -> tuple[Form, Place]:
     """The same rows with the form turned so that its memory order follows the parameter's, where it can be."""
     if isinstance(form, Outer) and form.sizes[1] == 1:
         matrix = _as_matrix(place.view, form.sizes[3], form.sizes[4])
-        if (
-            matrix is not None
-            and matrix.shape[0] > 1
-            and matrix.stride(0) < matrix.stride(1)
-        ):
+        if matrix is not None and matrix.shape[0] > 1 and matrix.stride(0) < matrix.stride(1):
             turned = matrix.transpose(0, 1)
             flat = Outer(
                 form.left,
@@ -154,6 +143,4 @@ def _settle_dense(form: Dense, place: Place) -> tuple[Dense, Place]:
     order = sorted(range(place.view.ndim), key=lambda d: -place.view.stride(d))
     if order == list(range(place.view.ndim)):
         return form, place
-    return Dense(form.values.permute(0, *(d + 1 for d in order))), Place(
-        place.leaf, place.view.permute(order)
-    )
+    return Dense(form.values.permute(0, *(d + 1 for d in order))), Place(place.leaf, place.view.permute(order))

@@ -27,9 +27,7 @@ class Recipe:
 
     build: Callable[[Cotangents], Form]
     route: str  # one word for `explain`
-    needs_graph: bool = (
-        False  # calls the node, so its saved tensors must outlive the pass
-    )
+    needs_graph: bool = False  # calls the node, so its saved tensors must outlive the pass
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,7 @@ class Site:
     def layout(self, output_nr: int = 0) -> Layout:
         return self.layouts[self.node.index, output_nr]
 
-    def grouping(
-        self, n_positions: int, order: Sequence[int] | None = None, output_nr: int = 0
-    ) -> Grouping | None:
+    def grouping(self, n_positions: int, order: Sequence[int] | None = None, output_nr: int = 0) -> Grouping | None:
         """By example, for tensors whose leading dimensions are those of the cotangent (permuted by `order`)."""
         layout, shape = self.layout(output_nr), self.node.shape(output_nr)
         if order is not None:
@@ -95,9 +91,7 @@ def _outer(
         if scale != 1:
             sides[1] = sides[1] * scale
         left, right = sides if data_left else sides[::-1]
-        return Outer(
-            left, right, shape, cotangent_left=not data_left, positions=group.positions
-        )
+        return Outer(left, right, shape, cotangent_left=not data_left, positions=group.positions)
 
     return Recipe(build, "outer product")
 
@@ -106,9 +100,7 @@ def _scalar(value: object) -> float:
     return float(value.item() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
 
 
-def matrix_second(
-    site: Site, saved: str = "self", scale: str | None = None
-) -> Recipe | None:
+def matrix_second(site: Site, saved: str = "self", scale: str | None = None) -> Recipe | None:
     """z = h W: the weight is the second operand, positions are the rows of z."""
     group = site.grouping(1)
     if group is None:
@@ -124,9 +116,7 @@ def matrix_second(
     )
 
 
-def matrix_first(
-    site: Site, saved: str = "mat2", scale: str | None = None
-) -> Recipe | None:
+def matrix_first(site: Site, saved: str = "mat2", scale: str | None = None) -> Recipe | None:
     """z = W h: the weight is the first operand, positions are the columns of z."""
     group = site.grouping(1, order=(1, 0))
     if group is None:
@@ -142,9 +132,7 @@ def matrix_first(
     )
 
 
-def batched(
-    site: Site, *, weight_first: bool, saved: str, scale: str | None = None
-) -> Recipe | None:
+def batched(site: Site, *, weight_first: bool, saved: str, scale: str | None = None) -> Recipe | None:
     """z_g = h_g W_g or W_g h_g for a stack of matrices: examples along the positions, never along the stack."""
     order = (2, 0, 1) if weight_first else (1, 0, 2)
     group = site.grouping(1, order=order)
@@ -161,9 +149,7 @@ def batched(
         if factor != 1:
             sides[1] = sides[1] * factor
         left, right = sides[::-1] if weight_first else sides
-        return Outer(
-            left, right, shape, cotangent_left=weight_first, positions=group.positions
-        )
+        return Outer(left, right, shape, cotangent_left=weight_first, positions=group.positions)
 
     return Recipe(build, "outer product")
 
@@ -180,19 +166,14 @@ def elementwise(site: Site) -> Recipe | None:
         assert raw is not None
         target = site.node.slots[site.slot]
         assert target is not None
-        if (
-            raw.is_complex()
-            and not site.tape.nodes[target[0]].dtype(target[1]).is_complex
-        ):
+        if raw.is_complex() and not site.tape.nodes[target[0]].dtype(target[1]).is_complex:
             raw = raw.real
         return Dense(reduce(wide(raw.expand(z_shape))))
 
     return Recipe(build, "elementwise", needs_graph=True)
 
 
-def reduce_broadcast(
-    site: Site, z_shape: torch.Size, shape: torch.Size
-) -> Callable[[Tensor], Tensor] | None:
+def reduce_broadcast(site: Site, z_shape: torch.Size, shape: torch.Size) -> Callable[[Tensor], Tensor] | None:
     """Sum (z_shape) to (B, *shape), each example by itself; None where `shape` itself runs along the examples."""
     n = site.n_examples
     layout = site.layout()
@@ -202,26 +183,18 @@ def reduce_broadcast(
     if isinstance(layout, Axis) and padded[layout.dim] == 1:
         dim, inner = layout.dim, layout.inner
         outer = z_shape[dim] // (n * inner)
-        summed = [
-            d
-            for d in range(len(z_shape))
-            if d != dim and padded[d] == 1 and z_shape[d] != 1
-        ]
+        summed = [d for d in range(len(z_shape)) if d != dim and padded[d] == 1 and z_shape[d] != 1]
 
         def reduce(t: Tensor) -> Tensor:
             t = t.sum(summed, keepdim=True) if summed else t
-            t = t.reshape(*t.shape[:dim], outer, n, inner, *t.shape[dim + 1 :]).sum(
-                (dim, dim + 2)
-            )
+            t = t.reshape(*t.shape[:dim], outer, n, inner, *t.shape[dim + 1 :]).sum((dim, dim + 2))
             return t.movedim(dim, 0).reshape(n, *shape)
 
         return reduce
     n_features = 0
     while n_features < len(z_shape) and padded[len(z_shape) - 1 - n_features] != 1:
         n_features += 1
-    while (
-        n_features > 0 and (group := site.grouping(len(z_shape) - n_features)) is None
-    ):
+    while n_features > 0 and (group := site.grouping(len(z_shape) - n_features)) is None:
         n_features -= 1
     group = site.grouping(len(z_shape) - n_features)
     if group is None or any(s != 1 for s in padded[: len(z_shape) - n_features]):

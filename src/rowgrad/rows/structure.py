@@ -1,0 +1,315 @@
+"""Where the examples must lie by the structure of the graph alone, whatever the numbers.
+
+The proof by codes (rows/ownership.py) speaks of one call. It may be kept for later calls only where no tensor's contents
+could make it false: where the layout of every cotangent above the uses follows from the losses' own layout by kinds,
+shapes and saved attributes. `infer` derives those layouts, one kind at a time, from an allow-list. A kind that is not
+listed, or is used along the examples' own dimension, settles nothing, and the graph is proved again at every call.
+
+Note [flat layouts]
+    `Axis(dim, inner)` says that entry f in row-major order belongs to (f // stride) % B, stride = inner * (product of
+    the sizes behind dim). A reshape keeps f, hence the stride.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+
+from rowgrad.rows.ownership import Axis, Edge
+from rowgrad.tape import Node, Tape, signed
+
+Shape = Sequence[int]
+Transfer = Callable[[Node, int, Axis, Shape, Shape, int], Axis | None]
+# (node, slot, layout of the output's cotangent, output shape, input shape, B) -> layout of the input's cotangent
+
+
+def infer(tape: Tape, n_examples: int) -> dict[Edge, Axis]:
+    """Layouts that follow from structure; edges that are missing are not settled."""
+    senders: dict[Edge, list[tuple[int, int]]] = {}
+    for node in tape.nodes:
+        for slot, target in enumerate(node.slots):
+            if target is not None:
+                senders.setdefault(target, []).append((node.index, slot))
+    found: dict[Edge, Axis] = {}
+    if tape.root_slot not in senders:
+        found[tape.root_slot] = Axis(0)
+    for node in tape.nodes:
+        for nr in range(node.n_outputs):
+            edge = (node.index, nr)
+            if edge in senders and node.is_traced(nr):
+                layouts = {_sent(tape, found, senders, i, slot, n_examples) for i, slot in senders[edge]}
+                if len(layouts) == 1 and (layout := layouts.pop()) is not None:
+                    found[edge] = layout
+    return found
+
+
+def _sent(
+    tape: Tape, found: Mapping[Edge, Axis], senders: Mapping[Edge, object], index: int, slot: int, n: int
+) -> Axis | None:
+    """Layout in which one node sends a cotangent to one of its inputs, whatever outputs of it are read."""
+    node = tape.nodes[index]
+    transfer = TRANSFERS.get(node.kind)
+    target = node.slots[slot]
+    if transfer is None or target is None:
+        return None
+    shape = tape.nodes[target[0]].shape(target[1])
+    sent = set()
+    for nr in range(node.n_outputs):
+        if (index, nr) in found:
+            sent.add(_transferred(transfer, node, slot, found[index, nr], node.shape(nr), shape, n))
+        elif (index, nr) in senders or (index, nr) == tape.root_slot:
+            return None
+    layout = sent.pop() if len(sent) == 1 else None
+    if layout is None or layout.dim >= len(shape) or shape[layout.dim] % (n * layout.inner):
+        return None
+    return layout
+
+
+def _transferred(transfer: Transfer, node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    try:
+        return transfer(node, slot, a, out, into, n)
+    except AttributeError:
+        return None  # this version of torch saves other attributes for the kind: nothing is settled
+
+
+def _stride(layout: Axis, shape: Shape) -> int:
+    return layout.inner * prod(shape[layout.dim + 1 :])
+
+
+def _from_stride(stride: int, shape: Shape, n: int) -> Axis | None:
+    """The dimension of `shape` that holds the examples' digit of the row-major index, if one alone does."""
+    behind = 1
+    for dim in reversed(range(len(shape))):
+        size = shape[dim]
+        if stride % behind == 0 and size % n == 0 and (behind * size) % (stride * n) == 0:
+            return Axis(dim, stride // behind)
+        behind *= size
+    return None
+
+
+def _same(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """Elementwise with broadcasting: aligned from the right, not summed over the examples."""
+    dim = a.dim - (len(out) - len(into))
+    return Axis(dim, a.inner) if dim >= 0 and into[dim] == out[a.dim] else None
+
+
+def _reshape(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    return _from_stride(_stride(a, out), into, n)
+
+
+def _permuted(order: Sequence[int], a: Axis) -> Axis:
+    """`order[k]` is the input dimension behind output dimension k."""
+    return Axis(order[a.dim], a.inner)
+
+
+def _transpose(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    order = list(range(len(out)))
+    i, j = node.dim("dim0", len(out)), node.dim("dim1", len(out))
+    order[i], order[j] = j, i
+    return _permuted(order, a)
+
+
+def _permute(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    return _permuted([signed(d) % len(out) for d in node.attribute("dims")], a)
+
+
+def _t(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    return _permuted(range(len(out))[::-1], a)
+
+
+def _along(name: str) -> Transfer:
+    """Mixes along one dimension only, shape kept: softmax, cumulative sums, sorting."""
+
+    def transfer(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+        return a if len(out) == len(into) and node.dim(name, len(out)) != a.dim and into[a.dim] == out[a.dim] else None
+
+    return transfer
+
+
+def _reduce(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """Sum, mean, maximum, norm over some dimensions."""
+    if slot != 0:
+        return None
+    dims = node.attribute("dim")
+    dims = dims if isinstance(dims, (list, tuple)) else (dims,)
+    gone = {signed(d) % len(into) for d in dims or ()} or set(range(len(into)))
+    if node.attribute("keepdim"):
+        return None if a.dim in gone else a
+    kept = [d for d in range(len(into)) if d not in gone]
+    return Axis(kept[a.dim], a.inner) if a.dim < len(kept) else None
+
+
+def _slice(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """Parts along one dimension (slice, split, concatenation, padding): the examples' own must be whole."""
+    return a if len(out) == len(into) and out[a.dim] == into[a.dim] and node.dim("dim", len(out)) != a.dim else None
+
+
+def _take(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """One index of a dimension (select, unbind): the output has a dimension less."""
+    dim = node.dim("dim", len(into))
+    return Axis(a.dim + (a.dim >= dim), a.inner)
+
+
+def _stack(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    dim = node.dim("dim", len(out))
+    return None if a.dim == dim else Axis(a.dim - (a.dim > dim), a.inner)
+
+
+def _pad(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    pads = node.attribute("pad") if node.has_saved("pad") else node.attribute("padding")
+    return a if a.dim < len(out) - len(pads) // 2 else None
+
+
+def _avoiding(name: str) -> Transfer:
+    def transfer(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+        dims = node.attribute(name)
+        dims = dims if isinstance(dims, (list, tuple)) else (dims,)
+        return a if dims and a.dim not in {signed(d) % len(out) for d in dims} and tuple(out) == tuple(into) else None
+
+    return transfer
+
+
+def _mm(first: int) -> Transfer:
+    """Products of (stacks of) matrices, operands in slots `first` and `first + 1`; a summand before them."""
+
+    def transfer(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+        if slot < first:
+            return _same(node, slot, a, out, into, n)
+        rows, columns = len(out) - 2, len(out) - 1
+        mixed = columns if slot == first else rows
+        return (
+            a if slot <= first + 1 and len(into) == len(out) and a.dim != mixed and into[a.dim] == out[a.dim] else None
+        )
+
+    return transfer
+
+
+def _mv(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    return a if slot == 0 else None
+
+
+def _batch(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """Convolution, pooling, group normalization: dimension 0 is a batch, everything else may mix."""
+    return a if slot == 0 and a.dim == 0 and len(out) == len(into) and out[0] == into[0] else None
+
+
+def _spatial(n_dims: int) -> Transfer:
+    def transfer(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+        batched = len(out) == len(into) == n_dims + 2
+        return a if batched and slot == 0 and a.dim <= 1 and out[a.dim] == into[a.dim] else None
+
+    return transfer
+
+
+def _layer_norm(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    return a if slot == 0 and a.dim < len(out) - len(node.attribute("normalized_shape")) else None
+
+
+def _batch_norm(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    return a if slot == 0 and (a.dim == 1 or not node.attribute("training")) else None
+
+
+def _attention(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    return a if len(out) == len(into) == 4 and a.dim <= 1 and out[a.dim] == into[a.dim] else None
+
+
+def _recurrent(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """Sequences (T, B, .) and states (B, .)."""
+    return Axis(len(into) - 2, a.inner) if a.dim == len(out) - 2 and into[len(into) - 2] == out[a.dim] else None
+
+
+def _unreduced(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    return _same(node, slot, a, out, into, n) if node.attribute("reduction") == 0 else None
+
+
+def _nll(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    if slot != 0 or node.attribute("reduction") != 0 or len(into) != len(out) + 1:
+        return None
+    return Axis(a.dim + (a.dim >= 1), a.inner)
+
+
+def _gather(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    dim = node.dim("dim", len(into))
+    return a if slot == 0 and len(out) == len(into) and a.dim != dim and out[a.dim] == into[a.dim] else None
+
+
+def _repeat(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    repeats = node.attribute("repeats")
+    return _same(node, slot, a, out, into, n) if repeats[a.dim] == 1 else None
+
+
+def _numbered(names: str, transfer: Transfer, numbers: int = 4) -> dict[str, Transfer]:
+    return {f"{name}Backward{i}": transfer for name in names.split() for i in range(numbers)}
+
+
+# fmt: off
+TRANSFERS: dict[str, Transfer] = {
+    **_numbered(
+        "Abs Acos Acosh Add Addcdiv Addcmul Asin Asinh Atan Atan2 Atanh Bernoulli Celu Ceil Clamp ClampMax ClampMin Clone"
+        " Copy Copysign Cos Cosh Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Fill Floor Fmod Frac Gelu Hardsigmoid"
+        " Hardswish Hardtanh Hypot LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid LogAddExp Logaddexp Logit"
+        " MaskedFill Maximum Minimum Mish Mul NanToNum NativeDropout Neg Pow PreluKernel Reciprocal Relu Relu6 Remainder"
+        " Round Rrelu RreluWithNoise Rsqrt Rsub Selu Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus Softshrink Hardshrink"
+        " Sqrt Square Sub Tan Tanh Threshold ToCopy Tril Triu Where Xlogy Expand Alias", _same),
+    **_numbered("View UnsafeView ReshapeAlias Unsqueeze Squeeze", _reshape),
+    **_numbered("Transpose", _transpose),
+    **_numbered("Permute", _permute),
+    **_numbered("T", _t),
+    **_numbered("Softmax SafeSoftmax LogSoftmax Cumsum LogCumSumExp Logcumsumexp Cumprod Sort", _along("dim")),
+    **_numbered("Glu", lambda nd, s, a, out, into, n: a if nd.dim("dim", len(out)) != a.dim else None),
+    "TopkBackward0":              _along("dim"),
+    "SumBackward1":               _reduce,
+    "MeanBackward1":              _reduce,
+    "VarBackward0":               _reduce,
+    "StdBackward0":               _reduce,
+    "AmaxBackward0":              _reduce,
+    "AminBackward0":              _reduce,
+    "MaxBackward0":               _reduce,
+    "MinBackward0":               _reduce,
+    "LogsumexpBackward0":         _reduce,
+    "LinalgVectorNormBackward0":  _reduce,
+    "NormBackward1":              _reduce,
+    "ProdBackward1":              _reduce,
+    "MedianBackward1":            _reduce,
+    **_numbered("Slice Split UnsafeSplit SplitWithSizes UnsafeSplitWithSizes Cat", _slice),
+    **_numbered("Select Unbind", _take),
+    **_numbered("Stack", _stack),
+    **_numbered("ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D"
+                " ReplicationPad3D", _pad),
+    **_numbered("Flip Roll", _avoiding("dims")),
+    **_numbered("Repeat", _repeat),
+    **_numbered("Gather IndexSelect", _gather),
+    "MmBackward0":                _mm(0),
+    "BmmBackward0":               _mm(0),
+    "AddmmBackward0":             _mm(1),
+    "BaddbmmBackward0":           _mm(1),
+    "MvBackward0":                _mv,
+    "ConvolutionBackward0":       _batch,
+    "NativeGroupNormBackward0":   _batch,
+    "NativeLayerNormBackward0":   _layer_norm,
+    "NativeBatchNormBackward0":   _batch_norm,
+    "MaxPool1DBackward0":         _spatial(1),
+    "AvgPool2DBackward0":         _spatial(2),
+    "MaxPool2DWithIndicesBackward0": _spatial(2),
+    "AvgPool3DBackward0":         _spatial(3),
+    "MaxPool3DWithIndicesBackward0": _spatial(3),
+    "AdaptiveAvgPool2DBackward0": _spatial(2),
+    "AdaptiveMaxPool2DBackward0": _spatial(2),
+    "AdaptiveAvgPool3DBackward0": _spatial(3),
+    "UpsampleNearest2DBackward0": _spatial(2),
+    "UpsampleBilinear2DBackward0": _spatial(2),
+    "ScaledDotProductFlashAttentionForCpuBackward0":  _attention,
+    "ScaledDotProductFlashAttentionBackward0":        _attention,
+    "ScaledDotProductEfficientAttentionBackward0":    _attention,
+    "ScaledDotProductCudnnAttentionBackward0":        _attention,
+    "MkldnnRnnLayerBackward0":    _recurrent,
+    "MseLossBackward0":           _unreduced,
+    "SmoothL1LossBackward0":      _unreduced,
+    "HuberLossBackward0":         _unreduced,
+    "BinaryCrossEntropyBackward0": _unreduced,
+    "BinaryCrossEntropyWithLogitsBackward0": _unreduced,
+    "SoftMarginLossBackward0":    _unreduced,
+    "NllLossBackward0":           _nll,
+    "NllLoss2DBackward0":         _nll,
+}
+# fmt: on
