@@ -10,6 +10,7 @@ RowgradError
 │   └── HookedParameterError     a tensor hook on a parameter may change its gradient
 ├── IndependenceError            examples are mixed where independent ones are needed
 ├── NonFiniteError               an example's gradient is inf or nan
+├── InputError                   a file, a column or an option given by the user cannot be used
 ├── StaleJacobianError           a parameter changed after the Jacobian was made
 └── ConsumedJacobianError        the factors were already used up by `backward`
 
@@ -55,6 +56,10 @@ class IndependenceError(RowgradError, ValueError):
 
 class NonFiniteError(RowgradError, ArithmeticError):
     """An example's gradient holds inf or nan."""
+
+
+class InputError(RowgradError, ValueError):
+    """A file, a column or an option given by the user cannot be used."""
 
 
 class StaleJacobianError(RowgradError, RuntimeError):
