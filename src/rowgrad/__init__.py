@@ -1,7 +1,8 @@
 """rowgrad: the gradients of neural networks, seen whole and example by example."""
 
 from rowgrad.errors import RowgradError, RowgradWarning
-from rowgrad.rows.matrix import Jacobian, grad_norms, jacobian
+from rowgrad.rows.build import grad_norms, jacobian
+from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.objective import clip_weights, clipped_loss, per_example
 from rowgrad.rows.rules import RULES
 

@@ -12,7 +12,7 @@ Note [a node called by itself]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -183,6 +183,52 @@ class Tape:
                 allow_unused=True,
             )
         return list(found)
+
+    def stream(
+        self,
+        edges: Sequence[tuple[int, int]],
+        seed: Tensor,
+        arrived: Callable[[int, list[Tensor | None]], None],
+        *,
+        retain_graph: bool,
+    ) -> None:
+        """As `cotangents`, but hands over each node's cotangents as they come and keeps none of them.
+
+        Nodes with wanted nodes below them are executed by the pass, so a hook before them sees their cotangents; the
+        lowest ones are not, and their cotangents are the pass's result.
+        """
+        wanted = sorted({i for i, _ in edges})
+        lowest = self._lowest(wanted)
+        ends = [e for e in edges if e[0] in lowest]
+        handles = []
+        try:
+            for i in wanted:
+                if i not in lowest:
+                    handles.append(self.nodes[i].fn.register_prehook(self._prehook(i, arrived)))
+            found = dict(zip(ends, self.cotangents(ends, seed, retain_graph=retain_graph), strict=True))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for i in sorted(lowest):
+            arrived(i, [found.get((i, nr)) for nr in range(self.nodes[i].n_outputs)])
+
+    @staticmethod
+    def _prehook(index: int, arrived: Callable[[int, list[Tensor | None]], None]) -> Callable[..., None]:
+        def hook(cotangents: Sequence[Tensor | None]) -> None:
+            with torch.no_grad():
+                arrived(index, list(cotangents))
+
+        return hook
+
+    def _lowest(self, wanted: Sequence[int]) -> set[int]:
+        """Those of the wanted nodes below which there is no other."""
+        members, below, lowest = set(wanted), [False] * len(self.nodes), set()
+        for node in reversed(self.nodes):
+            under = any(t is not None and below[t[0]] for t in node.slots)
+            if node.index in members and not under:
+                lowest.add(node.index)
+            below[node.index] = under or node.index in members
+        return lowest
 
     def local_gradients(self, node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradient of each input of one node, repaired as the engine does. See Note [a node called by itself]."""

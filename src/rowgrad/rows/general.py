@@ -48,6 +48,22 @@ class GeneralPath:
                 below |= {t[0] for t in node.slots if t is not None}
         return {leaf for leaf in self.names if leaf in below}
 
+    def bytes(self, parameters: Mapping[str, Tensor]) -> int:
+        """What all these rows take when written out."""
+        shapes = [parameters[self.names[leaf]] for leaf in self.reached()]
+        return sum(len(self.examples) * p.numel() * max(4, p.element_size()) for p in shapes)
+
+    def written_out(self) -> dict[int, Tensor]:
+        """Leaf -> (B, *shape)."""
+        leaf_of = {name: leaf for leaf, name in self.names.items()}
+        rows: dict[int, Tensor] = {}
+        for position in range(len(self.examples)):
+            for name, gradient in self.row(position).items():
+                if leaf_of[name] not in rows:
+                    rows[leaf_of[name]] = gradient.new_zeros(len(self.examples), *gradient.shape)
+                rows[leaf_of[name]][position] = gradient
+        return rows
+
     def row(self, position: int) -> dict[str, Tensor]:
         """Gradient of one example's loss that passes these uses, by parameter name; absent where there is none."""
         example = self.examples[position]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,34 +11,18 @@ from torch import Tensor, nn
 
 from rowgrad.errors import (
     ConsumedJacobianError,
-    NoGraphError,
     NonFiniteError,
-    NotAVectorError,
-    OpaqueGraphError,
-    ParameterError,
-    RowgradWarning,
     StaleJacobianError,
 )
 from rowgrad.rows.block import Block, sum_of
-from rowgrad.rows.explain import Entry, Explanation
-from rowgrad.rows.factors import Dense, Form
-from rowgrad.rows.frontier import Use
+from rowgrad.rows.explain import Explanation
 from rowgrad.rows.general import GeneralPath
 from rowgrad.rows.loss import weighted_rows
-from rowgrad.rows.ownership import Axis, Edge
-from rowgrad.rows.parameters import Parameters, Params, named
-from rowgrad.rows.placement import Place, settle
-from rowgrad.rows.plan import Plan
-from rowgrad.rows.plan import plan as make_plan
-from rowgrad.rows.rules import RULES, Rule
-from rowgrad.tape import Tape
-
-GENERAL_BYTES = 2**30  # rows of the general path are kept up to this size, then computed anew for each question
-"""Default bound on the rows that the general path writes out."""
+from rowgrad.rows.parameters import Parameters
 
 
 @dataclass
-class _Blocks:
+class Blocks:
     """Rows of all parameters: in forms, and below the general path."""
 
     by_name: dict[str, Block]
@@ -58,12 +41,12 @@ class Jacobian:
         self,
         losses: Tensor,
         parameters: Parameters,
-        blocks: _Blocks,
+        blocks: Blocks,
         explanation: Explanation,
     ) -> None:
         self._losses = losses
         self._parameters = parameters
-        self._blocks: _Blocks | None = blocks
+        self._blocks: Blocks | None = blocks
         self._explanation = explanation
         self._versions = {name: p._version for name, p in parameters.by_name.items()}
         self._sq_norms: dict[str, Tensor] = {}
@@ -161,6 +144,11 @@ class Jacobian:
     @property
     def _dtype(self) -> torch.dtype:
         return torch.promote_types(self._losses.dtype, torch.float32)
+
+    def settle_norms(self, sq_norms: Mapping[str, Tensor]) -> None:
+        """Take squared norms that were read while the cotangents streamed by; no other product is left."""
+        self._sq_norms = dict(sq_norms)
+        self._blocks = None
 
     # -- linear products ----------------------------------------------------------------------------------------------
 
@@ -312,7 +300,7 @@ class Jacobian:
         kept = {n: p for n, p in self._parameters.by_name.items() if n in names}
         part = self._copy(
             Parameters(kept, {a: n for a, n in self._parameters.aliases.items() if n in kept}),
-            _Blocks(
+            Blocks(
                 {n: blocks.by_name[n] for n in kept},
                 blocks.general,
                 blocks.general_names & set(kept),
@@ -329,13 +317,13 @@ class Jacobian:
         chosen = {n: b.select(index) for n, b in blocks.by_name.items()}
         part = self._copy(
             self._parameters,
-            _Blocks(chosen, general, blocks.general_names),
+            Blocks(chosen, general, blocks.general_names),
             self._losses[index],
         )
         part._sq_norms = {n: s[index] for n, s in self._sq_norms.items()}
         return part
 
-    def _copy(self, parameters: Parameters, blocks: _Blocks, losses: Tensor) -> Jacobian:
+    def _copy(self, parameters: Parameters, blocks: Blocks, losses: Tensor) -> Jacobian:
         part = Jacobian(losses, parameters, blocks, self._explanation)
         part._versions = {n: v for n, v in self._versions.items() if n in parameters.by_name}
         return part
@@ -475,11 +463,11 @@ class Jacobian:
                 "without keeping its rows; raise max_bytes"
             )
         changed = {n: b.with_cotangents(lambda z, n=n: transform(n, z)) for n, b in blocks.by_name.items()}
-        return self._copy(self._parameters, _Blocks(changed, None), self._losses)
+        return self._copy(self._parameters, Blocks(changed, None), self._losses)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def _live(self) -> _Blocks:
+    def _live(self) -> Blocks:
         if self._blocks is None:
             raise ConsumedJacobianError(
                 "the factors were freed by an earlier backward; pass retain=True to it, or ask for what is needed before"
@@ -491,293 +479,3 @@ class Jacobian:
                     "Jacobian anew, or ask for products before the step"
                 )
         return self._blocks
-
-
-def jacobian(
-    losses: Tensor,
-    params: Params,
-    *,
-    verify: str = "cached",
-    rules: Mapping[tuple[str, int], Rule] = RULES,
-    loss_scale: float = 1.0,
-    retain_graph: bool = False,
-    max_bytes: int | None = None,
-) -> Jacobian:
-    """The gradient of each loss with respect to the parameters, in factors, from one backward pass.
-
-    Law: `jacobian(losses, params).dense()[j]` equals `autograd.grad(losses[j], params)`, for every graph. What has no
-    rule is computed example by example, exactly, with a warning; what cannot be exact raises.
-
-    Args:
-        losses: one loss per example, shape (B,), not averaged, with its graph.
-        params: a module, `optimizer.param_groups`, or an iterable or mapping of leaf tensors.
-        verify: "cached" reuses the proof of which entry belongs to which example for graphs of the same structure,
-            where the structure alone settles it; "always" proves it at every call.
-        rules: the table of rules, `RULES | {...}` to add some, `{}` to send everything the general path.
-        loss_scale: the losses are scaled by this for the pass (float16), rows are in units of `losses` all the same.
-        retain_graph: keep the graph for further backward passes.
-        max_bytes: bound on the rows that the general path keeps; default 1 GiB. Above it they are computed anew for
-            each product.
-    Raises:
-        NotAVectorError: `losses` is a scalar or has more than one dimension.
-        NoGraphError: `losses` has no graph.
-        FreedGraphError: its graph was freed.
-        ParameterError: a parameter is not a real leaf tensor, or none of them is in the graph.
-        OpaqueGraphError: part of the graph hides its parameters.
-    Source: Goodfellow 2015, section 4, for linear layers.
-    """
-    if verify not in ("cached", "always"):
-        raise ValueError(f'verify={verify!r}: expected "cached" or "always"')
-    check_losses(losses)
-    parameters = named(params)
-    with _plain_numbers(losses):
-        return _build(
-            losses,
-            parameters,
-            verify,
-            rules,
-            loss_scale,
-            retain_graph,
-            max_bytes or GENERAL_BYTES,
-        )
-
-
-def check_losses(losses: Tensor) -> None:
-    """Refuse what is not a vector of losses with a graph."""
-    if not isinstance(losses, Tensor):
-        raise NotAVectorError(f"losses is a {type(losses).__name__}, expected a tensor of shape (B,)")
-    if losses.ndim == 0:
-        raise NotAVectorError(
-            'losses is a scalar: the examples were already averaged. Compute the loss with reduction="none" to keep one '
-            "entry per example"
-        )
-    if losses.ndim > 1:
-        raise NotAVectorError(
-            f"losses has shape {tuple(losses.shape)}, expected (B,). Reduce all but the examples, for instance with "
-            "rowgrad.per_example(losses, mask)"
-        )
-    if losses.is_inference():
-        raise NoGraphError("losses were computed in inference mode and have no graph; run the forward pass outside it")
-    if not losses.dtype.is_floating_point:
-        raise NotAVectorError(f"losses are {losses.dtype}, expected real floating point numbers")
-    if losses.grad_fn is None:
-        why = "they are a leaf" if losses.requires_grad else "they were detached or computed under torch.no_grad()"
-        raise NoGraphError(f"losses have no graph: {why}. Pass the result of a forward pass with gradients enabled")
-
-
-class _plain_numbers:
-    """No autocast, no gradient recording, while rows are computed."""
-
-    def __init__(self, losses: Tensor) -> None:
-        devices = {"cpu", losses.device.type}
-        self._contexts: list[Any] = [
-            torch.no_grad(),
-            *(torch.autocast(d, enabled=False) for d in devices),
-        ]
-
-    def __enter__(self) -> None:
-        for context in self._contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(*error)
-
-
-def _build(
-    losses: Tensor,
-    parameters: Parameters,
-    verify: str,
-    rules: Mapping[tuple[str, int], Rule],
-    loss_scale: float,
-    retain_graph: bool,
-    general_bytes: int,
-) -> Jacobian:
-    tape = Tape(losses)
-    leaves = {tape.leaves[id(p)]: name for name, p in parameters.by_name.items() if id(p) in tape.leaves}
-    _refuse_hidden(tape)
-    if not leaves:
-        raise ParameterError(
-            f"none of the {len(parameters.by_name)} parameters is in the graph of the losses (first: "
-            f"{next(iter(parameters.by_name))}). Is this the model the losses came from, and not a copy of it?"
-        )
-    n = len(losses)
-    seed = torch.full_like(losses.detach(), loss_scale)
-    if n == 0:
-        blocks = {name: Block.of(p, [], 0) for name, p in parameters.by_name.items()}
-        return Jacobian(losses.detach(), parameters, _Blocks(blocks, None), Explanation([]))
-    plan = make_plan(tape, seed, leaves, rules, verify)
-    edges = plan.edges(tape)
-    free = not (retain_graph or plan.needs_graph)
-    found = dict(zip(edges, tape.cotangents(edges, seed, retain_graph=not free), strict=True))
-    forms = _forms(tape, plan, found)
-    blocks = _blocks(tape, parameters, plan, forms, found, leaves, n, loss_scale, general_bytes)
-    explanation = _explain(tape, parameters, plan, leaves)
-    _warn_if_slow(explanation, n)
-    return Jacobian(losses.detach(), parameters, blocks, explanation)
-
-
-def _refuse_hidden(tape: Tape) -> None:
-    for node in tape.nodes:
-        if node.kind == "CheckpointFunctionBackward":
-            raise OpaqueGraphError(
-                f"{node!r}: reentrant checkpointing hides the parameters inside it. Use "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
-
-
-def _forms(tape: Tape, plan: Plan, found: Mapping[Edge, Tensor | None]) -> dict[Use, Form]:
-    forms: dict[Use, Form] = {}
-    for use, recipe in plan.recipes.items():
-        node = tape.nodes[use.node]
-        cotangents = [found.get((use.node, nr)) for nr in range(node.n_outputs)]
-        if any(z is not None for z in cotangents):
-            forms[use] = recipe.build(cotangents)
-    return forms
-
-
-def _blocks(
-    tape: Tape,
-    parameters: Parameters,
-    plan: Plan,
-    forms: Mapping[Use, Form],
-    found: Mapping[Edge, Tensor | None],
-    leaves: Mapping[int, str],
-    n_examples: int,
-    loss_scale: float,
-    general_bytes: int,
-) -> _Blocks:
-    by_leaf: dict[int, list[tuple[Form, Place]]] = {leaf: [] for leaf in leaves}
-    unit = torch.full((n_examples,), 1 / loss_scale, device=tape.output.device)
-    for use, place in plan.places.items():
-        if use in forms:
-            form = forms[use] if loss_scale == 1 else forms[use].scaled(unit)
-            by_leaf[place.leaf].append(settle(form, place))
-    general = _general_path(tape, plan, forms, found, leaves, n_examples, loss_scale)
-    reached = general.reached() if general is not None else set()
-    n_bytes = sum(n_examples * parameters.by_name[leaves[leaf]].numel() * 4 for leaf in reached)
-    if general is not None and n_bytes <= general_bytes:
-        for leaf, rows in _written_out(general, parameters, n_examples).items():
-            view = torch.empty(rows.shape[1:], device="meta")
-            by_leaf[leaf].append((Dense(rows), Place(leaf, view)))
-        general, reached = None, set()
-    leaf_of = {name: leaf for leaf, name in leaves.items()}
-    blocks = {
-        name: Block.of(p, by_leaf[leaf_of[name]] if name in leaf_of else [], n_examples)
-        for name, p in parameters.by_name.items()
-    }
-    return _Blocks(blocks, general, {leaves[leaf] for leaf in reached})
-
-
-def _general_path(
-    tape: Tape,
-    plan: Plan,
-    forms: Mapping[Use, Form],
-    found: Mapping[Edge, Tensor | None],
-    leaves: Mapping[int, str],
-    n_examples: int,
-    loss_scale: float,
-) -> GeneralPath | None:
-    seeds: list[tuple[Use, Form]] = []
-    masked: dict[int, tuple[list[int], list[Tensor | None]]] = {}
-    for use in plan.uses:
-        if use in plan.places:
-            continue
-        if use in plan.recipes:
-            if use in forms:
-                seeds.append((use, forms[use]))
-            continue
-        node = tape.nodes[use.node]
-        cotangents = [found.get((use.node, nr)) for nr in range(node.n_outputs)]
-        if any(z is not None for z in cotangents):
-            masked.setdefault(use.node, ([], cotangents))[0].append(use.slot)
-    if not seeds and not masked:
-        return None
-    return GeneralPath(
-        tape,
-        list(range(n_examples)),
-        n_examples,
-        plan.ownership.layouts,
-        plan.ownership.frontier.needed,
-        seeds,
-        masked,
-        dict(leaves),
-        loss_scale,
-    )
-
-
-def _written_out(general: GeneralPath, parameters: Parameters, n_examples: int) -> dict[int, Tensor]:
-    leaf_of = {name: leaf for leaf, name in general.names.items()}
-    rows: dict[int, Tensor] = {}
-    for j in range(n_examples):
-        for name, gradient in general.row(j).items():
-            leaf = leaf_of[name]
-            if leaf not in rows:
-                rows[leaf] = gradient.new_zeros(n_examples, *gradient.shape)
-            rows[leaf][j] = gradient
-    return rows
-
-
-def _explain(tape: Tape, parameters: Parameters, plan: Plan, leaves: Mapping[int, str]) -> Explanation:
-    reach = _reach(tape, plan, leaves)
-    entries = []
-    for name, p in parameters.by_name.items():
-        uses = [
-            Entry.Use(
-                kind=repr(tape.nodes[use.node]),
-                rule=plan.recipes[use].route if use in plan.recipes else None,
-                direct=use in plan.places,
-                layout=str(plan.ownership.layouts.get((use.node, 0), Axis(0))),
-                proof=plan.ownership.proof,
-            )
-            for use in plan.uses
-            if name in reach[use]
-        ]
-        entries.append(Entry(name, tuple(p.shape), uses))
-    return Explanation(entries, tuple(repr(tape.nodes[i]) for i in plan.ownership.frontier.couplings))
-
-
-def _reach(tape: Tape, plan: Plan, leaves: Mapping[int, str]) -> dict[Use, set[str]]:
-    """Names of the parameters below each use."""
-    below: list[set[str]] = [set() for _ in tape.nodes]
-    for node in reversed(tape.nodes):
-        if node.index in leaves:
-            below[node.index].add(leaves[node.index])
-        elif plan.ownership.frontier.tainted[node.index]:
-            for target in node.slots:
-                if target is not None:
-                    below[node.index] |= below[target[0]]
-    return {use: below[use.target[0]] for use in plan.uses}
-
-
-_warned: set[tuple] = set()
-
-
-def _warn_if_slow(explanation: Explanation, n_examples: int) -> None:
-    slow = explanation.slow_uses()
-    key = (n_examples, tuple(slow))
-    if slow and key not in _warned:
-        _warned.add(key)
-        name, kind = slow[0]
-        more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
-        warnings.warn(
-            f"{name} at {kind}{more}: no rule for how the examples meet here, so rows are computed one by one, "
-            f"exactly, in {n_examples} partial backward passes. Are these {n_examples} losses tokens rather than "
-            "examples? Then rowgrad.per_example sums them first. See Jacobian.explain()",
-            RowgradWarning,
-            stacklevel=4,
-        )
-
-
-def grad_norms(
-    losses: Tensor,
-    params: Params,
-    *,
-    by: str | Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Tensor | dict[str, Tensor]:
-    """L2 norm of each example's gradient, shape (B,), without forming any gradient.
-
-    Law: equals `jacobian(losses, params).norms(by)`; the same arguments and errors.
-    """
-    return jacobian(losses, params, **options).norms(by)

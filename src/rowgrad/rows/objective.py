@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowgrad.rows.matrix import Jacobian, jacobian
+from rowgrad.rows.build import jacobian
 from rowgrad.rows.parameters import Params
 
 logger = logging.getLogger("rowgrad")
@@ -136,6 +136,3 @@ def per_example(token_losses: Tensor, mask: Tensor | None = None, reduction: str
     if reduction == "sum":
         return total
     return total / weights.sum(1).clamp(min=torch.finfo(flat.dtype).tiny) * (weights != 0).any(1)
-
-
-__all__ = ["Jacobian", "clip_weights", "clipped_loss", "per_example", "share_clipped"]

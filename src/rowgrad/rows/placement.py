@@ -6,7 +6,7 @@ tensor without storage, whose shape, strides and offset then say which entries o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,10 @@ class Place:
 
     leaf: int
     view: Tensor  # on the meta device
+
+    @classmethod
+    def whole(cls, leaf: int, shape: Sequence[int]) -> Place:
+        return cls(leaf, torch.empty(tuple(shape), device="meta"))
 
     @property
     def key(self) -> tuple:

@@ -20,7 +20,7 @@ from torch import Tensor
 from rowgrad.rows.frontier import Frontier, Use, edges_to_prove, find_uses, needed_nodes, static_nodes
 from rowgrad.rows.ownership import Axis, Edge, Layout, Prover
 from rowgrad.rows.placement import Place, place_of
-from rowgrad.rows.rules import Recipe, Rule, Site
+from rowgrad.rows.site import Recipe, Rule, Site
 from rowgrad.rows.structure import infer
 from rowgrad.tape import Tape
 
@@ -61,10 +61,14 @@ class Plan:
         return [(i, nr) for i in nodes for nr in range(tape.nodes[i].n_outputs) if tape.nodes[i].is_traced(nr)]
 
     @property
+    def is_direct(self) -> bool:
+        """Whether every use has a recipe and sees a strided part of one parameter."""
+        return all(use in self.recipes and use in self.places for use in self.uses)
+
+    @property
     def needs_graph(self) -> bool:
         """Whether nodes are called after the pass, so that their saved tensors must outlive it."""
-        known = all(use in self.recipes and use in self.places for use in self.uses)
-        return not known or any(r.needs_graph for r in self.recipes.values())
+        return not self.is_direct or any(r.needs_graph for r in self.recipes.values())
 
 
 _kept: OrderedDict[tuple, _Kept] = OrderedDict()
@@ -75,7 +79,7 @@ def forget() -> None:
     _kept.clear()
 
 
-def plan(
+def make_plan(
     tape: Tape, seed: Tensor, leaves: Mapping[int, str], rules: Mapping[tuple[str, int], Rule], verify: str
 ) -> Plan:
     """Find the uses, how the examples lie there, and a recipe for each where the rules have one."""

@@ -1,0 +1,394 @@
+"""From losses to rows: checks, plan, one engine pass, forms, blocks. The entry points of the core."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rowgrad.errors import NoGraphError, NotAVectorError, OpaqueGraphError, ParameterError, RowgradWarning
+from rowgrad.rows.block import Block
+from rowgrad.rows.explain import Entry, Explanation
+from rowgrad.rows.factors import Dense, Form
+from rowgrad.rows.frontier import Use
+from rowgrad.rows.general import GeneralPath
+from rowgrad.rows.matrix import Blocks, Jacobian
+from rowgrad.rows.ownership import Axis, Edge
+from rowgrad.rows.parameters import Parameters, Params, named
+from rowgrad.rows.placement import Place, settle
+from rowgrad.rows.plan import Plan, make_plan
+from rowgrad.rows.rules import RULES
+from rowgrad.rows.site import Rule
+from rowgrad.tape import Tape
+
+GENERAL_BYTES = 2**30  # rows of the general path are kept up to this size, then computed anew for each question
+
+
+def jacobian(
+    losses: Tensor,
+    params: Params,
+    *,
+    verify: str = "cached",
+    rules: Mapping[tuple[str, int], Rule] = RULES,
+    loss_scale: float = 1.0,
+    retain_graph: bool = False,
+    max_bytes: int | None = None,
+) -> Jacobian:
+    """The gradient of each loss with respect to the parameters, in factors, from one backward pass.
+
+    Law: `jacobian(losses, params).dense()[j]` equals `autograd.grad(losses[j], params)`, for every graph. What has no
+    rule is computed example by example, exactly, with a warning; what cannot be exact raises.
+
+    Args:
+        losses: one loss per example, shape (B,), not averaged, with its graph.
+        params: a module, `optimizer.param_groups`, or an iterable or mapping of leaf tensors. Frozen ones are left out.
+        verify: "cached" reuses the proof of which entry belongs to which example for graphs of the same structure,
+            where the structure alone settles it; "always" proves it at every call.
+        rules: the table of rules, `RULES | {...}` to add some, `{}` to send everything the general path.
+        loss_scale: the losses are scaled by this for the pass (float16); rows are in units of `losses` all the same.
+        retain_graph: keep the graph for further backward passes.
+        max_bytes: bound on the rows that the general path keeps; default 1 GiB. Above it they are computed anew for
+            each product.
+    Raises:
+        NotAVectorError: `losses` is a scalar or has more than one dimension.
+        NoGraphError: `losses` has no graph.
+        FreedGraphError: its graph was freed.
+        ParameterError: a parameter is not a real leaf tensor, or none of them is in the graph.
+        OpaqueGraphError: part of the graph hides its parameters.
+    Source: Goodfellow 2015, "Efficient per-example gradient computations", section 4, for linear layers.
+
+    >>> import torch, rowgrad
+    >>> model = torch.nn.Linear(3, 1, bias=False)
+    >>> losses = model(torch.ones(2, 3)).squeeze(1)
+    >>> rowgrad.jacobian(losses, model).sq_norms()
+    tensor([3., 3.])
+    """
+    reading = _read(losses, params, verify, rules, loss_scale)
+    with _plain_numbers(losses):
+        return reading.jacobian(retain_graph, GENERAL_BYTES if max_bytes is None else max_bytes)
+
+
+def grad_norms(
+    losses: Tensor,
+    params: Params,
+    *,
+    by: str | Mapping[str, Any] | None = None,
+    verify: str = "cached",
+    rules: Mapping[tuple[str, int], Rule] = RULES,
+    loss_scale: float = 1.0,
+    retain_graph: bool = False,
+    max_bytes: int | None = None,
+) -> Tensor | dict[str, Tensor]:
+    """L2 norm of each example's gradient, shape (B,), without forming any gradient.
+
+    Law: equals `jacobian(losses, params).norms(by)`; the same arguments and errors. The pass streams: each cotangent is
+    freed as soon as its norms are read, so that little memory is needed beyond the forward pass's own.
+
+    Source: Goodfellow 2015, section 4.
+
+    >>> import torch, rowgrad
+    >>> model = torch.nn.Linear(3, 1, bias=False)
+    >>> rowgrad.grad_norms(model(2 * torch.eye(3)).squeeze(1), model)
+    tensor([2., 2., 2.])
+    """
+    reading = _read(losses, params, verify, rules, loss_scale)
+    with _plain_numbers(losses):
+        if reading.plan is not None and reading.plan.is_direct:
+            return reading.streamed_norms(retain_graph).norms(by)
+        return reading.jacobian(retain_graph, GENERAL_BYTES if max_bytes is None else max_bytes).norms(by)
+
+
+def check_losses(losses: Tensor) -> None:
+    """Refuse what is not a vector of losses with a graph."""
+    if not isinstance(losses, Tensor):
+        raise NotAVectorError(f"losses is a {type(losses).__name__}, expected a tensor of shape (B,)")
+    if losses.ndim == 0:
+        raise NotAVectorError(
+            'losses is a scalar: the examples were already averaged. Compute the loss with reduction="none" to keep one '
+            "entry per example"
+        )
+    if losses.ndim > 1:
+        raise NotAVectorError(
+            f"losses has shape {tuple(losses.shape)}, expected (B,). Reduce all but the examples, for instance with "
+            "rowgrad.per_example(losses, mask)"
+        )
+    if losses.is_inference():
+        raise NoGraphError("losses were computed in inference mode and have no graph; run the forward pass outside it")
+    if not losses.dtype.is_floating_point:
+        raise NotAVectorError(f"losses are {losses.dtype}, expected real floating point numbers")
+    if losses.grad_fn is None:
+        why = "they are a leaf" if losses.requires_grad else "they were detached or computed under torch.no_grad()"
+        raise NoGraphError(f"losses have no graph: {why}. Pass the result of a forward pass with gradients enabled")
+
+
+def _read(
+    losses: Tensor, params: Params, verify: str, rules: Mapping[tuple[str, int], Rule], loss_scale: float
+) -> _Reading:
+    if verify not in ("cached", "always"):
+        raise ValueError(f'verify={verify!r}: expected "cached" or "always"')
+    check_losses(losses)
+    parameters = named(params)
+    with _plain_numbers(losses):
+        tape = Tape(losses)
+        _refuse_hidden(tape)
+        leaves = {tape.leaves[id(p)]: name for name, p in parameters.by_name.items() if id(p) in tape.leaves}
+        if not leaves:
+            raise ParameterError(
+                f"none of the {len(parameters.by_name)} parameters is in the graph of the losses (first: "
+                f"{next(iter(parameters.by_name))}). Is this the model the losses came from, and not a copy of it?"
+            )
+        seed = torch.full_like(losses.detach(), loss_scale)
+        with _grad_untouched(parameters):
+            plan = make_plan(tape, seed, leaves, rules, verify) if len(losses) else None
+    return _Reading(tape, parameters, leaves, plan, seed, loss_scale)
+
+
+def _refuse_hidden(tape: Tape) -> None:
+    for node in tape.nodes:
+        if node.kind == "CheckpointFunctionBackward":
+            raise OpaqueGraphError(
+                f"{node!r}: reentrant checkpointing hides the parameters inside it. Use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+
+
+@contextmanager
+def _plain_numbers(losses: Tensor) -> Iterator[None]:
+    """No autocast and no gradient recording while rows are computed."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for device in {"cpu", losses.device.type}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def _grad_untouched(parameters: Parameters) -> Iterator[None]:
+    """Notice a node that runs a backward pass of its own and so writes `.grad` while ours reads."""
+    before = {name: (p.grad, None if p.grad is None else p.grad._version) for name, p in parameters.by_name.items()}
+    yield
+    for name, p in parameters.by_name.items():
+        grad, version = before[name]
+        if p.grad is not grad or (grad is not None and grad._version != version):
+            if grad is None:
+                p.grad = None
+            raise OpaqueGraphError(
+                f"reading the graph changed {name}.grad: a custom autograd Function calls backward() inside its own "
+                "backward (reversible layers, reentrant checkpointing), so its parameters are hidden. Use "
+                "torch.autograd.grad inside the Function, or non-reentrant checkpointing"
+            )
+
+
+@dataclass
+class _Reading:
+    """One graph with its plan, before the pass."""
+
+    tape: Tape
+    parameters: Parameters
+    leaves: dict[int, str]
+    plan: Plan | None  # None for an empty batch
+    seed: Tensor
+    loss_scale: float
+
+    @property
+    def n_examples(self) -> int:
+        return len(self.seed)
+
+    @property
+    def losses(self) -> Tensor:
+        return self.tape.output.detach()
+
+    def jacobian(self, retain_graph: bool, general_bytes: int) -> Jacobian:
+        if self.plan is None:
+            return self._finished({}, None, Explanation([]))
+        edges = self.plan.edges(self.tape)
+        keep = retain_graph or self.plan.needs_graph
+        with _grad_untouched(self.parameters):
+            cotangents = self.tape.cotangents(edges, self.seed, retain_graph=keep)
+            found = dict(zip(edges, cotangents, strict=True))
+            forms = self._forms(found)
+            by_leaf = self._direct(forms)
+            general = self._general(forms, found)
+            if general is not None and general.bytes(self.parameters.by_name) <= general_bytes:
+                for leaf, rows in general.written_out().items():
+                    by_leaf.setdefault(leaf, []).append((Dense(rows), Place.whole(leaf, rows.shape[1:])))
+                general = None
+        explanation = self._explanation()
+        _warn_if_slow(explanation, self.n_examples)
+        return self._finished(by_leaf, general, explanation)
+
+    def streamed_norms(self, retain_graph: bool) -> Jacobian:
+        """Norms alone, each use read as its cotangent arrives; only for plans without a general path."""
+        assert self.plan is not None
+        waiting = _Arrivals(self)
+        with _grad_untouched(self.parameters):
+            self.tape.stream(
+                self.plan.edges(self.tape),
+                self.seed,
+                waiting.arrived,
+                retain_graph=retain_graph or self.plan.needs_graph,
+            )
+        J = self._finished({}, None, self._explanation())
+        J.settle_norms(waiting.finished())
+        return J
+
+    def _finished(
+        self, by_leaf: Mapping[int, list[tuple[Form, Place]]], general: GeneralPath | None, explanation: Explanation
+    ) -> Jacobian:
+        leaf_of = {name: leaf for leaf, name in self.leaves.items()}
+        blocks = {
+            name: Block.of(p, by_leaf.get(leaf_of.get(name, -1), []), self.n_examples)
+            for name, p in self.parameters.by_name.items()
+        }
+        streamed = {self.leaves[leaf] for leaf in general.reached()} if general is not None else set()
+        return Jacobian(self.losses, self.parameters, Blocks(blocks, general, streamed), explanation)
+
+    def form(self, use: Use, cotangents: Sequence[Tensor | None]) -> Form | None:
+        """The rows at one use, still in units of the scaled losses; None where nothing arrived."""
+        assert self.plan is not None
+        if all(z is None for z in cotangents):
+            return None
+        return self.plan.recipes[use].build(cotangents)
+
+    def placed(self, use: Use, form: Form) -> tuple[Form, Place]:
+        """Back in units of the losses, turned to the parameter's own order."""
+        assert self.plan is not None
+        if self.loss_scale != 1:
+            form = form.scaled(torch.full((self.n_examples,), 1 / self.loss_scale, device=self.seed.device))
+        return settle(form, self.plan.places[use])
+
+    def _forms(self, found: Mapping[Edge, Tensor | None]) -> dict[Use, Form]:
+        assert self.plan is not None
+        forms = {use: self.form(use, self._cotangents(use.node, found)) for use in self.plan.recipes}
+        return {use: form for use, form in forms.items() if form is not None}
+
+    def _cotangents(self, node: int, found: Mapping[Edge, Tensor | None]) -> list[Tensor | None]:
+        return [found.get((node, nr)) for nr in range(self.tape.nodes[node].n_outputs)]
+
+    def _direct(self, forms: Mapping[Use, Form]) -> dict[int, list[tuple[Form, Place]]]:
+        """Forms of uses that see a strided part of a parameter, by leaf."""
+        assert self.plan is not None
+        by_leaf: dict[int, list[tuple[Form, Place]]] = {}
+        for use, place in self.plan.places.items():
+            if use in forms:
+                by_leaf.setdefault(place.leaf, []).append(self.placed(use, forms[use]))
+        return by_leaf
+
+    def _general(self, forms: Mapping[Use, Form], found: Mapping[Edge, Tensor | None]) -> GeneralPath | None:
+        """Everything else, or None where there is nothing else."""
+        assert self.plan is not None
+        seeds = [(use, forms[use]) for use in self.plan.uses if use in forms and use not in self.plan.places]
+        masked: dict[int, tuple[list[int], list[Tensor | None]]] = {}
+        for use in self.plan.uses:
+            cotangents = self._cotangents(use.node, found)
+            if use not in self.plan.recipes and any(z is not None for z in cotangents):
+                masked.setdefault(use.node, ([], cotangents))[0].append(use.slot)
+        if not seeds and not masked:
+            return None
+        ownership = self.plan.ownership
+        return GeneralPath(
+            self.tape,
+            list(range(self.n_examples)),
+            self.n_examples,
+            ownership.layouts,
+            ownership.frontier.needed,
+            seeds,
+            masked,
+            self.leaves,
+            self.loss_scale,
+        )
+
+    def _explanation(self) -> Explanation:
+        assert self.plan is not None
+        reach = self._reach()
+        entries = [
+            Entry(name, tuple(p.shape), [self._explained(use) for use in self.plan.uses if name in reach[use]])
+            for name, p in self.parameters.by_name.items()
+        ]
+        couplings = tuple(repr(self.tape.nodes[i]) for i in self.plan.ownership.frontier.couplings)
+        return Explanation(entries, couplings)
+
+    def _explained(self, use: Use) -> Entry.Use:
+        assert self.plan is not None
+        recipe = self.plan.recipes.get(use)
+        return Entry.Use(
+            kind=repr(self.tape.nodes[use.node]),
+            rule=recipe.route if recipe else None,
+            direct=use in self.plan.places,
+            layout=str(self.plan.ownership.layouts.get((use.node, 0), Axis(0))),
+            proof=self.plan.ownership.proof,
+        )
+
+    def _reach(self) -> dict[Use, set[str]]:
+        """Names of the parameters below each use."""
+        assert self.plan is not None
+        below: list[set[str]] = [set() for _ in self.tape.nodes]
+        for node in reversed(self.tape.nodes):
+            if node.index in self.leaves:
+                below[node.index].add(self.leaves[node.index])
+            elif self.plan.ownership.frontier.tainted[node.index]:
+                for target in node.slots:
+                    if target is not None:
+                        below[node.index] |= below[target[0]]
+        return {use: below[use.target[0]] for use in self.plan.uses}
+
+
+class _Arrivals:
+    """Squared norms by parameter, each computed once the last of its uses has arrived."""
+
+    def __init__(self, reading: _Reading) -> None:
+        assert reading.plan is not None
+        self._reading = reading
+        self._uses: dict[int, list[Use]] = {}
+        self._open: dict[int, int] = {}
+        self._parts: dict[int, list[tuple[Form, Place]]] = {}
+        self._sq_norms: dict[str, Tensor] = {}
+        for use, place in reading.plan.places.items():
+            self._uses.setdefault(use.node, []).append(use)
+            self._open[place.leaf] = self._open.get(place.leaf, 0) + 1
+
+    def arrived(self, node: int, cotangents: Sequence[Tensor | None]) -> None:
+        assert self._reading.plan is not None
+        for use in self._uses[node]:
+            leaf = self._reading.plan.places[use].leaf
+            form = self._reading.form(use, cotangents)
+            if form is not None:
+                self._parts.setdefault(leaf, []).append(self._reading.placed(use, form))
+            self._open[leaf] -= 1
+            if not self._open[leaf]:
+                self._close(leaf)
+
+    def _close(self, leaf: int) -> None:
+        name = self._reading.leaves[leaf]
+        block = Block.of(self._reading.parameters.by_name[name], self._parts.pop(leaf, []), self._reading.n_examples)
+        self._sq_norms[name] = block.sq_norms()
+
+    def finished(self) -> dict[str, Tensor]:
+        for leaf, n_open in self._open.items():
+            if n_open:  # a use that no cotangent reached
+                self._close(leaf)
+        return self._sq_norms
+
+
+_warned: set[tuple] = set()
+
+
+def _warn_if_slow(explanation: Explanation, n_examples: int) -> None:
+    slow = explanation.slow_uses()
+    key = (n_examples, tuple(slow))
+    if slow and key not in _warned:
+        _warned.add(key)
+        name, kind = slow[0]
+        more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
+        warnings.warn(
+            f"{name} at {kind}{more}: no rule for how the examples meet here, so rows are computed one by one, "
+            f"exactly, in {n_examples} partial backward passes. Are these {n_examples} losses tokens rather than "
+            "examples? Then rowgrad.per_example sums them first. See Jacobian.explain()",
+            RowgradWarning,
+            stacklevel=4,
+        )

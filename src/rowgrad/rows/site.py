@@ -1,0 +1,131 @@
+"""What a rule sees of a use, what it answers, and the rules for parameters broadcast over the examples.
+
+A rule looks at a use before the cotangents exist: it reads what the node saved, once, and returns a `Recipe`, or None
+where the examples lie in a way it does not know. The recipe turns the node's cotangents into a form. What no rule takes
+goes the general path. A rule's form has the shape of the input it speaks of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rowgrad.rows.factors import Dense, Form, wide
+from rowgrad.rows.ownership import Axis, Edge, Grouping, Layout
+from rowgrad.tape import Node, Tape
+
+Cotangents = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a form from the cotangents of the node's outputs."""
+
+    build: Callable[[Cotangents], Form]
+    route: str  # one word for `explain`
+    needs_graph: bool = False  # calls the node, so its saved tensors must outlive the pass
+
+
+@dataclass(frozen=True)
+class Site:
+    """A use as a rule sees it."""
+
+    tape: Tape
+    node: Node
+    slot: int
+    layouts: Mapping[Edge, Layout]
+    n_examples: int
+
+    @property
+    def target_shape(self) -> torch.Size:
+        target = self.node.slots[self.slot]
+        assert target is not None
+        return self.tape.nodes[target[0]].shape(target[1])
+
+    def layout(self, output_nr: int = 0) -> Layout:
+        return self.layouts[self.node.index, output_nr]
+
+    def grouping(self, n_positions: int, order: Sequence[int] | None = None, output_nr: int = 0) -> Grouping | None:
+        """By example, for tensors whose leading dimensions are those of the cotangent (permuted by `order`)."""
+        layout, shape = self.layout(output_nr), self.node.shape(output_nr)
+        if order is not None:
+            shape = torch.Size(shape[d] for d in order)
+            if isinstance(layout, Axis):
+                layout = Axis(list(order).index(layout.dim), layout.inner)
+            elif hasattr(layout, "owner"):
+                layout = type(layout)(layout.owner.permute(*order))
+        return Grouping.of(layout, shape, n_positions, self.n_examples)
+
+
+Rule = Callable[[Site], Recipe | None]
+
+
+def only(cotangents: Cotangents) -> Tensor:
+    """The cotangent of a node with one output."""
+    (z,) = cotangents
+    assert z is not None
+    return z
+
+
+def scalar(value: object) -> float:
+    return float(value.item() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
+
+
+def elementwise(site: Site) -> Recipe | None:
+    """A parameter broadcast over the examples: the node's own gradient before the broadcast is summed away."""
+    z_shape, shape = site.node.shape(), site.target_shape
+    reduce = reduce_broadcast(site, z_shape, shape)
+    if reduce is None:
+        return None
+
+    def build(cotangents: Cotangents) -> Form:
+        raw = site.tape.raw_local_gradients(site.node, cotangents)[site.slot]
+        assert raw is not None
+        target = site.node.slots[site.slot]
+        assert target is not None
+        if raw.is_complex() and not site.tape.nodes[target[0]].dtype(target[1]).is_complex:
+            raw = raw.real
+        return Dense(reduce(wide(raw.expand(z_shape))))
+
+    return Recipe(build, "elementwise", needs_graph=True)
+
+
+def summand(site: Site, scale: str | None = None, sign: int = 1) -> Recipe | None:
+    """A parameter added to something, times a constant: its gradient is the cotangent, summed over the broadcast."""
+    reduce = reduce_broadcast(site, site.node.shape(), site.target_shape)
+    if reduce is None:
+        return None
+    factor = sign * (scalar(site.node.attribute(scale)) if scale else 1)
+    return Recipe(lambda cotangents: Dense(factor * reduce(wide(only(cotangents)))), "sum")
+
+
+def reduce_broadcast(site: Site, z_shape: torch.Size, shape: torch.Size) -> Callable[[Tensor], Tensor] | None:
+    """Sum (z_shape) to (B, *shape), each example by itself; None where `shape` itself runs along the examples."""
+    n = site.n_examples
+    layout = site.layout()
+    padded = (1,) * (len(z_shape) - len(shape)) + tuple(shape)
+    if n == 1:
+        return lambda t: t.sum_to_size(shape).unsqueeze(0)
+    if isinstance(layout, Axis) and padded[layout.dim] == 1:
+        dim, inner = layout.dim, layout.inner
+        outer = z_shape[dim] // (n * inner)
+        summed = [d for d in range(len(z_shape)) if d != dim and padded[d] == 1 and z_shape[d] != 1]
+
+        def reduce(t: Tensor) -> Tensor:
+            t = t.sum(summed, keepdim=True) if summed else t
+            t = t.reshape(*t.shape[:dim], outer, n, inner, *t.shape[dim + 1 :]).sum((dim, dim + 2))
+            return t.movedim(dim, 0).reshape(n, *shape)
+
+        return reduce
+    n_features = 0
+    while n_features < len(z_shape) and padded[len(z_shape) - 1 - n_features] != 1:
+        n_features += 1
+    while n_features > 0 and (group := site.grouping(len(z_shape) - n_features)) is None:
+        n_features -= 1
+    group = site.grouping(len(z_shape) - n_features)
+    if group is None or any(s != 1 for s in padded[: len(z_shape) - n_features]):
+        return None
+    return lambda t: group(t).sum(1).reshape(n, *shape)
