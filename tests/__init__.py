@@ -1,0 +1,1 @@
+"""The tests of rowgrad; the directories mirror `src/rowgrad`."""
