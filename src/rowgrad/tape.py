@@ -77,12 +77,15 @@ class Node:
     def saved(self, name: str) -> Any:
         """A value the forward operation kept. Under checkpointing each access recomputes: read once."""
         try:
-            return getattr(self.fn, f"_saved_{name}")
+            found = getattr(self.fn, f"_saved_{name}")
         except RuntimeError as error:
             raise FreedGraphError(
                 f"the saved tensors of {self!r} were already freed ({error}). Call rowgrad before any backward pass, or "
                 "keep the graph with retain_graph=True"
             ) from error
+        if isinstance(found, (tuple, list)):
+            return [t.detach() if isinstance(t, Tensor) else t for t in found]
+        return found.detach() if isinstance(found, Tensor) else found
 
     def has_saved(self, name: str) -> bool:
         return hasattr(type(self.fn), f"_saved_{name}")

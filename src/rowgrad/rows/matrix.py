@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,22 @@ class Blocks:
     by_name: dict[str, Block]
     general: GeneralPath | None
     general_names: set[str] = field(default_factory=set)
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _product(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Products neither record gradients nor follow an ambient autocast."""
+
+    @wraps(method)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        device = args[0]._losses.device.type  # type: ignore[attr-defined]
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 class Jacobian:
@@ -86,6 +103,7 @@ class Jacobian:
 
     # -- norms --------------------------------------------------------------------------------------------------------
 
+    @_product
     def sq_norms(self, by: str | Mapping[str, Any] | None = None) -> Tensor | dict[str, Tensor]:
         """Squared L2 norm of each row, shape (B,), or of its parts.
 
@@ -97,6 +115,7 @@ class Jacobian:
         found = {group: self._total(per_parameter[n] for n in names) for group, names in groups.items()}
         return found[""] if by is None else found
 
+    @_product
     def norms(self, by: str | Mapping[str, Any] | None = None) -> Tensor | dict[str, Tensor]:
         """L2 norm of each row, shape (B,), or of its parts; see `sq_norms`.
 
@@ -152,6 +171,7 @@ class Jacobian:
 
     # -- linear products ----------------------------------------------------------------------------------------------
 
+    @_product
     def weighted_sum(self, c: Any) -> dict[str, Tensor]:
         """sum_j c_j row_j, by parameter name, in each parameter's shape and dtype.
 
@@ -199,6 +219,7 @@ class Jacobian:
             raise ValueError(f"c has shape {tuple(weight.shape)}, expected a number or ({len(self)},), one per example")
         return weight.to(torch.promote_types(weight.dtype, self._dtype))
 
+    @_product
     def dot(self, direction: Any) -> Tensor:
         """J v: the derivative of each loss along a direction in parameter space, shape (B,).
 
@@ -237,6 +258,7 @@ class Jacobian:
 
     # -- products of examples -----------------------------------------------------------------------------------------
 
+    @_product
     def gram(self, other: Jacobian | None = None) -> Tensor:
         """J J'^T: the dot product of every row with every row of `other` (default: itself), shape (B, B')."""
         other = self if other is None else other
@@ -253,6 +275,7 @@ class Jacobian:
                     total[j, k] += sum_of((left[n] * right[n]).sum() for n in streamed)
         return total
 
+    @_product
     def cosines(self, other: Jacobian | None = None) -> Tensor:
         """Cosine of the angle between every row and every row of `other`, shape (B, B'); nan for a zero row."""
         other_norms = self.norms() if other is None else other.norms()
@@ -260,6 +283,7 @@ class Jacobian:
         assert isinstance(norms, Tensor) and isinstance(other_norms, Tensor)
         return (self.gram(other) / (norms.unsqueeze(1) * other_norms)).clamp(-1, 1)
 
+    @_product
     def diag_gram(self, other: Jacobian) -> Tensor:
         """<row j, row j of other>, shape (B,): the same examples under two losses, or before and after a step."""
         if len(other) != len(self):
@@ -340,6 +364,7 @@ class Jacobian:
         block = self._live().by_name[self._one_name(name)]
         return [form.factors() for region in block.regions for form in region.forms]
 
+    @_product
     def dense(self, as_dict: bool = False) -> Tensor | dict[str, Tensor]:
         """All rows written out, shape (B, P) in the order of `names`, or {name: (B, *shape)}."""
         blocks = self._live()
@@ -431,6 +456,7 @@ class Jacobian:
         """Names of the parameters meant by a name, a module's name, a tensor, a module or a collection of them."""
         return list(dict.fromkeys(self._parameters.resolve(key)))
 
+    @_product
     def _gradients(self, c: Any, nonfinite: str, transform: Any) -> dict[str, Tensor]:
         """Weighted sums of the parameters that the graph reaches."""
         if nonfinite not in ("raise", "zero", "propagate"):
