@@ -81,9 +81,9 @@ def detectable_ratio(dtype: torch.dtype) -> float:
     return 0.0 if n_digits == 2 else torch.finfo(dtype).eps * 2.0 ** (-2 * separation)
 
 
-def whole(shape: Sequence[int], n_examples: int) -> Axis | None:
-    """For one example everything is its own: any layout that says so."""
-    return Axis(0, max(1, shape[0])) if n_examples == 1 and len(shape) else None
+def whole(shape: Sequence[int]) -> Axis:
+    """For a single example everything is its own."""
+    return Axis(0, max(1, shape[0]) if shape else 1)
 
 
 def axis_candidates(shape: Sequence[int], n_examples: int) -> list[Axis]:
@@ -192,17 +192,10 @@ def _compositions(length: int, total: int, largest: int) -> Iterable[tuple[int, 
 class Prover:
     """Proves the layout of edges of one tape, in blocks of bounded size.
 
-    `exact` is False where a proof had to be taken within rounding (float16, kernels that add in no fixed order).
+    `rounded` holds the edges whose proof had to be taken within rounding (float16, kernels that add in no fixed order).
     """
 
-    def __init__(
-        self,
-        tape: Tape,
-        seed: Tensor,
-        generator: torch.Generator,
-        *,
-        allow_rounding: bool,
-    ) -> None:
+    def __init__(self, tape: Tape, seed: Tensor, generator: torch.Generator, *, allow_rounding: bool) -> None:
         self.tape = tape
         self.seed = seed
         self.n_examples = len(seed)
@@ -210,16 +203,14 @@ class Prover:
         self.codes = codebook(self.n_examples, dtypes, seed, generator)
         self.allow_rounding = allow_rounding or torch.float16 in dtypes
         self.rounded: set[Edge] = set()
-        self._expected: Mapping[Edge, Axis] = {}
 
     def layouts(self, edges: Sequence[Edge], expected: Mapping[Edge, Axis] | None = None) -> dict[Edge, Layout]:
-        """The layout of each edge; where several hold, the expected one."""
-        self._expected = expected or {}
+        """The layout of each edge; where several hold, the expected one. Below a mixed node everything is MIXED."""
         if self.n_examples == 1:
-            return {e: whole(self.tape.nodes[e[0]].shape(e[1]), 1) or Axis(0) for e in edges}
+            return {e: whole(self.tape.nodes[e[0]].shape(e[1])) for e in edges}
         found: dict[Edge, Layout] = {}
         for block in self._blocks(edges):
-            found.update(self._prove(block))
+            self._prove(block, expected or {}, found)
         return found
 
     def _blocks(self, edges: Sequence[Edge]) -> Iterable[list[Edge]]:
@@ -236,119 +227,149 @@ class Prover:
         if block:
             yield block
 
-    def _pass(self, edges: Sequence[Edge], code: Tensor) -> list[Tensor | None]:
-        return self.tape.cotangents(edges, code * self.seed)
+    def _prove(self, block: list[Edge], expected: Mapping[Edge, Axis], found: dict[Edge, Layout]) -> None:
+        """In rounds of all passes: the likeliest dimension of each edge, then the next, then entry by entry."""
+        base = dict(zip(block, map(self._filled, block, self.tape.cotangents(block, self.seed)), strict=True))
+        candidates = {e: self._candidates(z.shape, expected.get(e)) for e, z in base.items()}
+        while remaining := [e for e in block if e not in found]:
+            below = self._below_mixed(found)
+            found.update({e: MIXED for e in remaining if e[0] in below})
+            attempts = {
+                e: _AxisTest(base[e], candidates[e].pop(0), self) if candidates[e] else _Decoding(base[e], self)
+                for e in remaining
+                if e not in found
+            }
+            self._round(attempts)
+            for edge, attempt in attempts.items():
+                layout = attempt.result()
+                if layout is not None:
+                    found[edge] = layout
+                    if attempt.rounded:
+                        self.rounded.add(edge)
 
-    def _prove(self, edges: list[Edge]) -> dict[Edge, Layout]:
-        base = self.tape.cotangents(edges, self.seed)
-        candidates: list[list[Axis]] = [[] if z is None else axis_candidates(z.shape, self.n_examples) for z in base]
-        zero = [z is None or not bool(z.any()) for z in base]
-        for code in self.codes.passes:
-            for i, z in enumerate(self._pass(edges, code.seed)):
-                zero[i] = zero[i] and (z is None or not bool(z.any()))
-                if candidates[i]:
-                    candidates[i] = [a for a in candidates[i] if self._agrees(edges[i], a, base[i], z, code)]
-        found: dict[Edge, Layout] = {}
-        open_edges: list[int] = []
-        for i, edge in enumerate(edges):
-            if zero[i]:
-                found[edge] = ZERO
-            elif candidates[i]:
-                wanted = self._expected.get(edge)
-                found[edge] = wanted if wanted in candidates[i] else candidates[i][0]
-            else:
-                open_edges.append(i)
-        if open_edges:
-            found.update(self._decode([edges[i] for i in open_edges], [base[i] for i in open_edges]))
-        return found
+    def _filled(self, edge: Edge, cotangent: Tensor | None) -> Tensor:
+        """An undefined cotangent is zero."""
+        if cotangent is not None:
+            return cotangent.to_dense() if cotangent.is_sparse else cotangent
+        node, nr = self.tape.nodes[edge[0]], edge[1]
+        return torch.zeros(node.shape(nr), dtype=node.dtype(nr), device=node.device(nr))
 
-    def _agrees(self, edge: Edge, axis: Axis, base: Tensor | None, z: Tensor | None, code: Code) -> bool:
-        if base is None or z is None:
-            return base is None and z is None
-        owner = owners_along(axis, base.shape, self.n_examples, base.device)
-        shape = [1] * base.ndim
-        shape[axis.dim] = -1
-        return self._scaled_exactly(edge, base, z, code.seed[owner].to(_real(base.dtype)).reshape(shape))
+    def _candidates(self, shape: Sequence[int], wanted: Axis | None) -> list[Axis]:
+        return sorted(axis_candidates(shape, self.n_examples), key=lambda axis: axis != wanted)
 
-    def _scaled_exactly(self, edge: Edge, base: Tensor, z: Tensor, v: Tensor) -> bool:
-        expected = base * v
+    def _round(self, attempts: Mapping[Edge, _AxisTest | _Decoding]) -> None:
+        for k, code in enumerate(self.codes.passes):
+            alive = [e for e, attempt in attempts.items() if attempt.alive]
+            for edge, z in zip(alive, self.tape.cotangents(alive, code.seed * self.seed), strict=True):
+                attempts[edge].see(k, code, self._filled(edge, z))
+        decoded = [e for e, attempt in attempts.items() if attempt.alive and isinstance(attempt, _Decoding)]
+        for edge, z in zip(decoded, self.tape.cotangents(decoded, self.codes.fresh.seed * self.seed), strict=True):
+            attempts[edge].see_fresh(self.codes.fresh, self._filled(edge, z))
+
+    def _below_mixed(self, found: Mapping[Edge, Layout]) -> set[int]:
+        below = {i for (i, _), layout in found.items() if layout is MIXED}
+        for node in self.tape.nodes:
+            if node.index in below:
+                below |= {t[0] for t in node.slots if t is not None}
+        return below
+
+
+class _Attempt:
+    """Comparison of one edge's cotangent under the codes with its cotangent under ones."""
+
+    def __init__(self, base: Tensor, prover: Prover) -> None:
+        self.base = base
+        self.prover = prover
+        self.alive = True
+        self.rounded = False
+        self.zero = not bool(base.any())
+
+    def agrees(self, z: Tensor, v: Tensor) -> bool:
+        """Whether z is v times the base, bit for bit, or within rounding where that is allowed."""
+        expected = self.base * v
         if torch.equal(z, expected):
             return True
-        good = self._entrywise(base, z, expected, v)
+        good = scaled_exactly(self.base, z, expected, v)
         if bool(good.all()):
             return True
-        if self.allow_rounding and bool((good | self._within_rounding(base, z, expected, v)).all()):
-            self.rounded.add(edge)
+        if self.prover.allow_rounding and bool((good | scaled_within_rounding(self.base, z, expected, v)).all()):
+            self.rounded = True
             return True
         return False
 
-    @staticmethod
-    def _entrywise(base: Tensor, z: Tensor, expected: Tensor, v: Tensor) -> Tensor:
-        """Equal, or both below what the dtype holds exactly; entries of a non-finite example say nothing."""
-        tiny = torch.finfo(_real(base.dtype)).tiny
-        slack = (v.abs().clamp(min=1.0) * tiny).expand(base.shape)
-        near = (z - expected).abs() <= torch.where(v == 0, torch.zeros_like(slack), slack)
-        return near | (z == expected) | ~base.isfinite()
 
-    @staticmethod
-    def _within_rounding(base: Tensor, z: Tensor, expected: Tensor, v: Tensor) -> Tensor:
-        """Within rounding of the largest entry along the last dimension; entries seeded zero must still be zero."""
-        info = torch.finfo(_real(base.dtype))
-        scale = base.abs().nan_to_num(0, 0, 0).amax(-1, keepdim=True) if base.ndim else base.abs()
-        slack = (32 * info.eps * scale + 32 * info.smallest_normal * info.eps) * v.abs()
-        return ((z - expected).abs() <= slack) & (v != 0)
+class _AxisTest(_Attempt):
+    """The hypothesis that the examples lie along one dimension."""
 
-    def _decode(self, edges: list[Edge], base: list[Tensor | None]) -> dict[Edge, Layout]:
-        """Read each entry's word from all passes, then check the owners against seeds never used before."""
-        words = [None if z is None else torch.zeros(z.shape, dtype=torch.long, device=z.device) for z in base]
-        valid = [None if z is None else z.isfinite() for z in base]
-        for k, code in enumerate(self.codes.passes):
-            for i, z in enumerate(self._pass(edges, code.seed)):
-                if base[i] is not None:
-                    self._read_digit(base[i], z, code, k, words[i], valid[i])
-        issued = self.codes.owner_of_word
-        owners: list[Tensor | None] = []
-        for z, word, ok in zip(base, words, valid, strict=True):
-            if z is None:
-                owners.append(None)
-                continue
-            owner = issued.to(z.device)[word]
-            owners.append(owner if bool((ok & ((owner >= 0) | (z == 0))).all()) else None)
-            if owners[-1] is not None:
-                owners[-1] = torch.where(z == 0, torch.full_like(owner, -1), owner)
-        for i, z in enumerate(self._pass(edges, self.codes.fresh.seed)):
-            owner, b = owners[i], base[i]
-            if owner is not None and b is not None:
-                v = torch.where(
-                    owner < 0,
-                    0,
-                    self.codes.fresh.seed.to(_real(b.dtype))[owner.clamp(min=0)],
-                )
-                if z is None or not self._scaled_exactly(edges[i], b, z, v):
-                    owners[i] = None
-        return {e: MIXED if o is None else Entries(o) for e, o in zip(edges, owners, strict=True)}
+    def __init__(self, base: Tensor, axis: Axis, prover: Prover) -> None:
+        super().__init__(base, prover)
+        self.axis = axis
+        owner = owners_along(axis, base.shape, prover.n_examples, base.device)
+        self.owner = owner.reshape([-1 if d == axis.dim else 1 for d in range(base.ndim)])
 
-    def _read_digit(
-        self,
-        base: Tensor,
-        z: Tensor | None,
-        code: Code,
-        k: int,
-        word: Tensor,
-        valid: Tensor,
-    ) -> None:
-        z = torch.zeros_like(base) if z is None else z
-        matched = torch.zeros_like(valid)
+    def see(self, k: int, code: Code, z: Tensor) -> None:
+        self.alive = self.agrees(z, code.seed.to(_real(self.base.dtype))[self.owner])
+
+    def see_fresh(self, code: Code, z: Tensor) -> None:
+        self.see(-1, code, z)
+
+    def result(self) -> Layout | None:
+        """None: not along this dimension."""
+        if not self.alive:
+            return None
+        return ZERO if self.zero else self.axis
+
+
+class _Decoding(_Attempt):
+    """The word of each entry, read digit by digit, and its owner checked against seeds never used before."""
+
+    def __init__(self, base: Tensor, prover: Prover) -> None:
+        super().__init__(base, prover)
+        self.word = torch.zeros(base.shape, dtype=torch.long, device=base.device)
+        self.owner: Tensor | None = None
+
+    def see(self, k: int, code: Code, z: Tensor) -> None:
+        matched = torch.zeros_like(self.word, dtype=torch.bool)
         for digit, value in enumerate(code.values):
-            v = torch.tensor(value, dtype=_real(base.dtype), device=base.device)
-            expected = base * v
-            good = self._entrywise(base, z, expected, v)
-            if self.allow_rounding:
-                good = good | self._within_rounding(base, z, expected, v)
+            v = torch.tensor(value, dtype=_real(self.base.dtype), device=self.base.device)
+            expected = self.base * v
+            good = scaled_exactly(self.base, z, expected, v) & self.base.isfinite()
+            if self.prover.allow_rounding:
+                near = scaled_within_rounding(self.base, z, expected, v) & ~good & ~matched
+                self.rounded |= bool(near.any())
+                good = good | near
             good &= ~matched
-            word += good * (digit * self.codes.n_digits**k)
+            self.word += good * (digit * self.prover.codes.n_digits**k)
             matched |= good
-        valid &= matched
+        self.alive = bool(matched.all())
+
+    def see_fresh(self, code: Code, z: Tensor) -> None:
+        owner = self.prover.codes.owner_of_word.to(self.word.device)[self.word]
+        self.owner = torch.where(self.base == 0, torch.full_like(owner, -1), owner)
+        issued = bool(((owner >= 0) | (self.base == 0)).all())
+        seed = code.seed.to(_real(self.base.dtype))
+        v = torch.where(self.owner < 0, torch.zeros((), dtype=seed.dtype), seed[self.owner.clamp(min=0)])
+        self.alive = issued and self.agrees(z, v)
+
+    def result(self) -> Layout:
+        if not self.alive or self.owner is None:
+            return MIXED
+        return ZERO if self.zero else Entries(self.owner)
+
+
+def scaled_exactly(base: Tensor, z: Tensor, expected: Tensor, v: Tensor) -> Tensor:
+    """Equal, or differing by less than the dtype holds exactly; entries of a non-finite example say nothing."""
+    tiny = torch.finfo(_real(base.dtype)).tiny
+    slack = torch.where(v == 0, 0.0, v.abs().clamp(min=1.0) * tiny)
+    return ((z - expected).abs() <= slack) | (z == expected) | ~base.isfinite()
+
+
+def scaled_within_rounding(base: Tensor, z: Tensor, expected: Tensor, v: Tensor) -> Tensor:
+    """Within rounding of the largest entry along the last dimension; entries seeded zero must be zero still."""
+    info = torch.finfo(_real(base.dtype))
+    size = base.abs().nan_to_num(0, 0, 0)
+    size = size.amax(-1, keepdim=True) if base.ndim and base.shape[-1] else size
+    return ((z - expected).abs() <= 32 * info.eps * (size + info.smallest_normal) * v.abs()) & (v != 0)
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:

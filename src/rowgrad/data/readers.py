@@ -1,0 +1,144 @@
+"""From what the user names (a bundled set, a file) to a `Table`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rowgrad.data.bundled import BUNDLED, read_bundled
+from rowgrad.data.columns import Encoded, encode
+from rowgrad.data.files import read_csv, read_npz, read_parquet
+from rowgrad.data.raw import Raw, enumerate_words
+from rowgrad.data.table import Table
+from rowgrad.data.targets import read_target, target_column
+from rowgrad.errors import InputError
+
+SUFFIXES = (".csv", ".tsv", ".parquet", ".npz")
+
+
+def read_table(
+    source: str | Path,
+    *,
+    target: str | None = None,
+    drop: Iterable[str] = (),
+    categorical: Iterable[str] = (),
+    task: str | None = None,
+    nan: str = "error",
+) -> Table:
+    """A bundled set of scikit-learn by name, or a CSV, Parquet or NPZ file, as a table.
+
+    Args:
+        source: `digits`, `breast_cancer`, `wine`, `iris`, `diabetes`, or the path of a file. NPZ files hold features under `X`, `x` or
+            `data` (3 or 4 dimensions are images) and targets under `y` or `target`.
+        target: the column (in NPZ files the array) to predict; by default the one called target, label, class or y.
+        drop: columns to leave out.
+        categorical: columns of numbers that are names of categories, to be one-hot encoded.
+        task: `classification` or `regression`; by default text, truth values and up to 50 distinct whole numbers are classes.
+        nan: `error` refuses NaN in features with their places; `missing` treats it as a missing value.
+
+    Raises:
+        InputError: anything about the source or the options that cannot be used; the message says what, where, and what to do.
+    """
+    raw = _read(str(source), target)
+    if raw.frame.height < 2:
+        count = "no examples" if raw.frame.height == 0 else "one example"
+        raise InputError(f"{raw.name}: found {count}; an audit compares examples and needs at least two")
+    chosen = target_column(raw, target) if raw.name not in BUNDLED else raw.frame.columns[-1]
+    encoded_target = read_target(raw, chosen, task)
+    names = _feature_columns(raw, chosen, drop, categorical)
+    if raw.images is not None:
+        features, feature_names, notes = _pixels(raw)
+        frame = None
+    else:
+        encoded = encode(raw, names, frozenset(categorical), nan == "missing")
+        features, feature_names, notes = _matrix(raw, encoded)
+        frame = raw.frame.select(names)
+    return Table(
+        name=raw.name,
+        features=features,
+        feature_names=feature_names,
+        targets=encoded_target.values,
+        target_name=chosen,
+        classes=encoded_target.classes,
+        frame=frame,
+        images=None if raw.images is None else _displayed(raw.images),
+        notes=(encoded_target.note, *raw.notes, *notes),
+    )
+
+
+def _read(source: str, target: str | None) -> Raw:
+    if source in BUNDLED:
+        if target is not None:
+            raise InputError(f"{source} brings its own target; --target {target} is for files")
+        return read_bundled(source)
+    path = Path(source)
+    names = ", ".join(BUNDLED)
+    if path.is_dir():
+        raise InputError(f"{source} is a directory; give one file ({', '.join(SUFFIXES)})")
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise InputError(f"{source}: no such file, and not a bundled set ({names})")
+    if suffix not in SUFFIXES:
+        raise InputError(
+            f"{source}: cannot read {suffix or 'a file without an extension'}; give {', '.join(SUFFIXES)} or one of {names}"
+        )
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{source}: the file is empty; expected a header and at least two examples")
+        if suffix == ".npz":
+            return read_npz(path, target)
+        return read_parquet(path) if suffix == ".parquet" else read_csv(path)
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror or error})") from error
+
+
+def _feature_columns(raw: Raw, target: str, drop: Iterable[str], categorical: Iterable[str]) -> list[str]:
+    columns = raw.frame.columns
+    for option, asked in (("--drop", drop), ("--categorical", categorical)):
+        for name in asked:
+            if name not in columns:
+                raise InputError(f"{raw.name}: {option} {name}: no such column; found {enumerate_words(columns[:12])}")
+            if name == target:
+                raise InputError(f"{raw.name}: {option} {name}: this column is the target")
+    names = [name for name in columns if name != target and name not in set(drop)]
+    if not names and raw.images is None:
+        raise InputError(f"{raw.name}: no column is left beside the target {target!r}; there is nothing to learn from")
+    return names
+
+
+def _matrix(raw: Raw, encoded: Encoded) -> tuple[torch.Tensor, tuple[str, ...], list[str]]:
+    if not encoded.columns:
+        reasons = enumerate_words([f"{name} ({reason})" for name, reason in encoded.left_out.items()])
+        raise InputError(f"{raw.name}: no usable column beside the target: {reasons}; there is nothing to learn from")
+    matrix = np.stack(encoded.columns, axis=1)
+    if np.abs(matrix).max() > 1e150:  # squares overflow
+        name = encoded.names[int(np.abs(matrix).max(axis=0).argmax())]
+        raise InputError(
+            f"{raw.name}: column {name!r} holds values beyond 1e150, which cannot be standardized; rescale it"
+        )
+    return torch.from_numpy(matrix), tuple(encoded.names), encoded.notes()
+
+
+def _pixels(raw: Raw) -> tuple[torch.Tensor, tuple[str, ...], list[str]]:
+    images = raw.images
+    assert images is not None
+    flat = images.reshape(len(images), -1)
+    if images.dtype.kind == "f" and not np.isfinite(flat).all():
+        bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
+        raise InputError(f"{raw.name}: the images in {raw.where(bad)} hold NaN or infinite pixels; mend or remove them")
+    n_constant = int((flat.max(axis=0) == flat.min(axis=0)).sum())
+    shape = " x ".join(str(length) for length in images.shape[1:])
+    notes = [f"Images of {shape} values, one feature per value."]
+    if n_constant:
+        notes.append(f"{n_constant} of {flat.shape[1]} pixels are the same in every image and are set to 0.")
+    values = torch.from_numpy(np.ascontiguousarray(flat.astype(np.float32) if flat.dtype == np.float16 else flat))
+    return values, tuple(f"pixel {k}" for k in range(flat.shape[1])), notes
+
+
+def _displayed(images: np.ndarray) -> np.ndarray:
+    """The images as bytes, from the darkest value of the set to its brightest."""
+    low, high = float(images.min()), float(images.max())
+    scale = 255 / (high - low) if high > low else 0.0
+    displayed = ((images.astype(np.float32) - low) * scale).round().astype(np.uint8)
+    return displayed[..., 0] if displayed.ndim == 4 and displayed.shape[3] == 1 else displayed

@@ -1,0 +1,63 @@
+"""A data set ready for training: features, targets, and what a report shows of each example."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import torch
+
+
+@dataclass(frozen=True)
+class Table:
+    """N examples with d numeric features and one target each.
+
+    features: shape (N, d), as read; `standardize` makes the model's input of them.
+    targets: shape (N,); int64 positions in `classes`, or float64 values.
+    classes: the labels, for classification; None for regression.
+    frame: the columns as they stood in the source, for display; None where the examples are images.
+    images: uint8, (N, height, width) or (N, height, width, channels); None for tables.
+    notes: what was decided about the columns and the target, one sentence each.
+    """
+
+    name: str
+    features: torch.Tensor
+    feature_names: tuple[str, ...]
+    targets: torch.Tensor
+    target_name: str
+    classes: tuple[str, ...] | None
+    frame: pl.DataFrame | None = None
+    images: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def task(self) -> str:
+        """`classification` or `regression`."""
+        return "regression" if self.classes is None else "classification"
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs a model needs: one per class, or one."""
+        return 1 if self.classes is None else len(self.classes)
+
+
+def standardize(
+    features: torch.Tensor, rows: torch.Tensor, block: int = 256
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(features - mean) / deviation in float32, with the mean and the population deviation of `rows`; constant columns become 0.
+
+    Statistics are taken in float64, a block of columns at a time. Returns the standardized features of all examples, the means and the
+    deviations, shape (d,).
+    """
+    standardized = torch.empty(features.shape, dtype=torch.float32)
+    means, deviations = (torch.empty(features.shape[1], dtype=torch.float64) for _ in range(2))
+    for start in range(0, features.shape[1], block):
+        columns = slice(start, start + block)
+        values = features[:, columns].double()
+        deviation, mean = torch.std_mean(values[rows], dim=0, correction=0)
+        deviation[deviation <= 1e-12 * mean.abs()] = 0  # a constant whose mean was rounded
+        standardized[:, columns] = torch.where(deviation > 0, (values - mean) / deviation, 0).float()
+        means[columns], deviations[columns] = mean, deviation
+    return standardized, means, deviations
