@@ -9,9 +9,25 @@ from rowgrad.data.raw import Raw, enumerate_words
 from rowgrad.errors import InputError
 
 MAX_CATEGORIES = 50
-MISSING_WORDS = ("", "na", "n/a", "null", "none", "?")
-ROW_NUMBER_NAMES = ("unnamed", "unnamed: 0", "index", "id", "row", "__index_level_0__")
+MISSING_WORDS = ("", "na", "n/a", "null", "?")
 MISSING_CATEGORY = "(missing)"
+ROW_NUMBER_NAMES = ("unnamed", "unnamed: 0", "index", "id", "row", "__index_level_0__")
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do about a value that cannot be used; `{name}` stands for the column."""
+
+    stray: str
+    nan: str
+    infinite: str
+
+
+FEATURE = Advice(
+    stray="mend or empty these cells, or use --categorical {name} or --drop {name}",
+    nan="leave these cells empty, or use --nan missing or --drop {name}",
+    infinite="mend these cells, or use --drop {name}",
+)
 
 
 @dataclass
@@ -38,7 +54,8 @@ class Encoded:
         if self.filled:
             counts = [f"{name} ({count})" for name, count in self.filled.items()]
             notes.append(
-                f"Missing values were replaced by the column's median and marked in a column of their own: {enumerate_words(counts)}."
+                "Missing numbers were replaced by the median of their column and marked in a column of their own: "
+                f"{enumerate_words(counts)}."
             )
         if self.left_out:
             reasons = [f"{name} ({reason})" for name, reason in self.left_out.items()]
@@ -49,103 +66,94 @@ class Encoded:
 def encode(raw: Raw, names: list[str], categorical: frozenset[str], nan_is_missing: bool) -> Encoded:
     """The columns `names` of `raw` as float64 columns.
 
-    Numbers stay as they are; text of at most 50 distinct values (and every column in `categorical`) becomes one 0/1 column per value;
-    a missing number becomes the column's median, with a 0/1 column that says where; a missing text is a value of its own.
-    Columns that are constant, entirely missing, or called like an index and number the rows carry nothing and are left out.
+    Numbers stay as they are. Text of at most 50 distinct values, and every column in `categorical`, becomes one 0/1
+    column per value. A missing number becomes the median of its column, with a 0/1 column that says where; a missing
+    text is a value of its own. A column is left out if it is constant, without any value, or called like an index and
+    numbering the rows.
 
     Raises:
-        InputError: a mostly numeric column holds text, a text column has more than 50 values, a number is NaN or infinite,
-            or a column is neither numbers nor text.
+        InputError: a mostly numeric column holds text, a text column has more than 50 values, a number is NaN or
+            infinite, or a column is neither numbers nor text.
     """
     encoded = Encoded()
     for name in names:
         column = raw.frame[name]
-        if name in categorical:
-            _add_categories(raw, encoded, _as_text(column))
-        elif (values := numbers(raw, column, nan_is_missing)) is not None:
-            _add_numbers(encoded, name, values)
+        values = None if name in categorical else numbers(raw, column, FEATURE, nan_is_missing)
+        if values is None:
+            _add_categories(raw, encoded, as_text(column))
         else:
-            _add_categories(raw, encoded, _as_text(column))
+            _add_numbers(encoded, name, values)
     return encoded
 
 
-def numbers(raw: Raw, column: pl.Series, nan_is_missing: bool = False) -> np.ndarray | None:
+def numbers(raw: Raw, column: pl.Series, advice: Advice, nan_is_missing: bool = False) -> np.ndarray | None:
     """The column as float64 with NaN where a value is missing, or None where it is text."""
     if column.dtype.is_numeric() or column.dtype in (pl.Boolean, pl.Null):
         values = column.cast(pl.Float64)
-        texts = None
-    elif _is_text(column):
-        texts = _as_text(column)
+    elif is_text(column):
+        texts = _known(column, MISSING_WORDS)
         values = texts.cast(pl.Float64, strict=False)
-        n_text = int((texts.is_not_null() & values.is_null()).sum())
-        n_given = len(texts) - texts.null_count()
-        if n_text and 2 * n_text >= n_given:
+        stray = np.flatnonzero((texts.is_not_null() & values.is_null()).to_numpy())
+        if len(stray) and 2 * len(stray) >= len(texts) - texts.null_count():
             return None
-        if n_text:
-            _refuse_stray(raw, column.name, texts, values)
+        if len(stray):
+            raise InputError(
+                f"{raw.name}: column {column.name!r} is mostly numbers but holds text ({texts[int(stray[0])]!r}) in "
+                f"{raw.where(stray)}; {advice.stray.format(name=column.name)}"
+            )
     else:
         raise InputError(
-            f"{raw.name}: column {column.name!r} holds {column.dtype}; use numbers or text, or --drop {column.name}"
+            f"{raw.name}: column {column.name!r} holds {column.dtype}; make it numbers or text, or --drop {column.name}"
         )
     if nan_is_missing:
         values = values.fill_nan(None)
-    _refuse_nonfinite(raw, column.name, values)
+    _refuse_nonfinite(raw, values.alias(column.name), advice)
     return values.to_numpy()
 
 
 def missing(column: pl.Series) -> np.ndarray:
     """Positions of the examples without a value in this column."""
-    column = _as_text(column) if _is_text(column) else column
-    return np.flatnonzero(column.is_null().to_numpy())
+    return np.flatnonzero((as_text(column) if is_text(column) else column).is_null().to_numpy())
 
 
-def _is_text(column: pl.Series) -> bool:
+def is_text(column: pl.Series) -> bool:
+    """Whether the column holds text of any kind."""
     return column.dtype in (pl.String, pl.Categorical, pl.Enum)
 
 
-def _as_text(column: pl.Series) -> pl.Series:
-    """The column as text without spaces around it, null where it is one of the words for a missing value."""
+def as_text(column: pl.Series) -> pl.Series:
+    """The column as text without spaces around it, null where it is a word for a missing value."""
+    return _known(column, (*MISSING_WORDS, "nan"))
+
+
+def _known(column: pl.Series, missing_words: tuple[str, ...]) -> pl.Series:
     text = column.cast(pl.String).str.strip_chars()
-    return text.set(text.str.to_lowercase().is_in(MISSING_WORDS), None)
+    return text.set(text.str.to_lowercase().is_in(missing_words), None)
 
 
-def _refuse_stray(raw: Raw, name: str, texts: pl.Series, values: pl.Series) -> None:
-    stray = np.flatnonzero((texts.is_not_null() & values.is_null()).to_numpy())
-    raise InputError(
-        f"{raw.name}: column {name!r} is mostly numbers but holds text ({texts[int(stray[0])]!r}) in {raw.where(stray)}; "
-        f"mend or empty these cells, or use --categorical {name} or --drop {name}"
-    )
-
-
-def _refuse_nonfinite(raw: Raw, name: str, values: pl.Series) -> None:
+def _refuse_nonfinite(raw: Raw, values: pl.Series, advice: Advice) -> None:
     bad = np.flatnonzero((values.is_not_null() & ~values.is_finite()).to_numpy())
-    if not len(bad):
-        return
-    nan = bool(values.is_nan()[int(bad[0])])
-    remedy = "leave the cells empty, or use --nan missing" if nan else "mend these cells"
-    raise InputError(
-        f"{raw.name}: column {name!r} is {'NaN' if nan else 'infinite'} in {raw.where(bad)}; {remedy}, or use --drop {name}"
-    )
+    if len(bad):
+        is_nan = bool(values.is_nan()[int(bad[0])])
+        remedy = (advice.nan if is_nan else advice.infinite).format(name=values.name)
+        kind = "NaN" if is_nan else "infinite"
+        raise InputError(f"{raw.name}: column {values.name!r} is {kind} in {raw.where(bad)}; {remedy}")
 
 
 def _add_numbers(encoded: Encoded, name: str, values: np.ndarray) -> None:
     absent = np.isnan(values)
     if absent.all():
         encoded.left_out[name] = "no values"
-    elif np.ptp(values[~absent]) == 0 and not absent.any():
-        encoded.left_out[name] = "constant"
-    elif name.lower() in ROW_NUMBER_NAMES and _numbers_the_rows(values):
-        encoded.left_out[name] = "numbers the rows"
     elif absent.any():
         encoded.add(name, np.where(absent, np.median(values[~absent]), values))
         encoded.add(f"{name} is missing", absent.astype(np.float64))
         encoded.filled[name] = int(absent.sum())
+    elif np.ptp(values) == 0:
+        encoded.left_out[name] = "constant"
+    elif name.lower() in ROW_NUMBER_NAMES and bool((np.diff(values) == 1).all()):
+        encoded.left_out[name] = "numbers the rows"
     else:
         encoded.add(name, values)
-
-
-def _numbers_the_rows(values: np.ndarray) -> bool:
-    return len(values) > 2 and bool((np.diff(values) == 1).all()) and values[0] in (0, 1)
 
 
 def _add_categories(raw: Raw, encoded: Encoded, texts: pl.Series) -> None:
@@ -154,8 +162,8 @@ def _add_categories(raw: Raw, encoded: Encoded, texts: pl.Series) -> None:
     categories = values.unique().sort().to_list()
     if len(categories) > MAX_CATEGORIES:
         raise InputError(
-            f"{raw.name}: text column {name!r} has {len(categories)} distinct values; at most {MAX_CATEGORIES} are one-hot "
-            f"encoded, so leave it out with --drop {name}"
+            f"{raw.name}: text column {name!r} has {len(categories)} distinct values; at most {MAX_CATEGORIES} are "
+            f"one-hot encoded, so leave it out with --drop {name}"
         )
     if len(categories) == 1:
         encoded.left_out[name] = "constant"

@@ -24,8 +24,8 @@ def permute_targets(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pass the targets of `share` of the examples around among themselves, so that each has the target of another.
 
-    Returns the corrupted targets and a mask of the chosen examples, both of shape (N,); a chosen example whose new target equals its old one
-    is left out of the mask.
+    Returns the corrupted targets and a mask of the changed examples, both of shape (N,); a chosen example whose new
+    target equals its old one has not changed.
     """
     chosen = _chosen(targets, share, generator, at_least=2)
     permuted = targets.clone()

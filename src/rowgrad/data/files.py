@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow as pa
 from pyarrow import parquet
 
-from rowgrad.data.raw import Raw, check_names
+from rowgrad.data.raw import Raw, check_names, shorten
 from rowgrad.errors import InputError
 
 CHUNK = 20_000  # records held as Python strings at a time
@@ -89,7 +89,7 @@ def read_parquet(path: Path) -> Raw:
 
 
 def read_npz(path: Path, target: str | None) -> Raw:
-    """The arrays of an NPZ file: features under `X`, `x` or `data`, targets under `y` or `target`, or under the key asked for."""
+    """The arrays of an NPZ file; `target` names the array of targets, which otherwise goes by one of the usual keys."""
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path}: not an NPZ file (it is not a zip archive); write it with numpy.savez")
     try:
@@ -113,12 +113,12 @@ def read_npz(path: Path, target: str | None) -> Raw:
 
 def _keys(path: Path, found: list[str], target: str | None) -> tuple[str, str]:
     if target is not None and target not in found:
-        raise InputError(f"{path}: no array is called {target!r}; found {_list(found)}")
+        raise InputError(f"{path}: no array is called {target!r}; found {shorten(found)}")
     features = next((key for key in FEATURE_KEYS if key in found and key != target), None)
     targets = target or next((key for key in TARGET_KEYS if key in found), None)
     if features is None or targets is None:
         missing, keys = ("features", FEATURE_KEYS) if features is None else ("targets", TARGET_KEYS)
-        raise InputError(f"{path}: no array of {missing}; expected one of {_list(keys)}, found {_list(found)}")
+        raise InputError(f"{path}: no array of {missing}; expected one of {shorten(keys)}, found {shorten(found)}")
     return features, targets
 
 
@@ -135,14 +135,11 @@ def _check_arrays(path: Path, key_x: str, features: np.ndarray, key_y: str, targ
             f"{path}: {key_x} has {len(features)} examples and {key_y} has {len(targets)}; they must agree"
         )
     if not features.size:
-        raise InputError(
-            f"{path}: {key_x} has shape {features.shape}, which holds no values; expected at least two examples"
-        )
+        raise InputError(f"{path}: {key_x} has shape {features.shape}, which holds no values; expected two examples")
     for key, array, kinds in ((key_x, features, "biuf"), (key_y, targets, "biufU")):
         if array.dtype.kind not in kinds:
-            raise InputError(
-                f"{path}: {key} has type {array.dtype}; expected numbers{' or text' if 'U' in kinds else ''}"
-            )
+            expected = "numbers or text" if "U" in kinds else "numbers"
+            raise InputError(f"{path}: {key} has type {array.dtype}; expected {expected}")
 
 
 def _channels_last(images: np.ndarray) -> np.ndarray:
@@ -155,7 +152,3 @@ def _channels_last(images: np.ndarray) -> np.ndarray:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".")
-
-
-def _list(names) -> str:
-    return ", ".join(names) or "nothing"

@@ -1,5 +1,6 @@
 """What a reader hands on: named columns as they stand in the source, and how to say where a value is."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,8 @@ class Raw:
     """Columns of a source before anything is decided about them.
 
     frame: one column per feature, and the target; text where the source does not say otherwise.
-    images: (N, height, width) or (N, height, width, channels), where the examples are images; then `frame` holds the target alone.
+    images: (N, height, width) or (N, height, width, channels), where the examples are images; `frame` then holds
+        the target alone.
     place, numbers: the word for where an example stands ("line", "row") and its number there, shape (N,).
     """
 
@@ -41,13 +43,18 @@ def enumerate_words(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
+def shorten(names: Iterable[str], limit: int = 12) -> str:
+    """`a, b, c and 40 more`; `nothing` for none."""
+    words = list(names)
+    shown = ", ".join(words[:limit]) or "nothing"
+    return f"{shown} and {len(words) - limit} more" if len(words) > limit else shown
+
+
 def check_names(source: str, names: list[str]) -> list[str]:
     """The names, `unnamed` for the one column that may lack one; two columns of the same name are refused."""
     unnamed = [position for position, name in enumerate(names, start=1) if not name]
     if len(unnamed) > 1:
-        raise InputError(
-            f"{source}: columns {unnamed[0]} and {unnamed[1]} have no name; name every column in the header"
-        )
+        raise InputError(f"{source}: columns {unnamed[0]} and {unnamed[1]} have no name; name every column")
     repeated = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if repeated is not None:
         raise InputError(

@@ -9,7 +9,7 @@ import torch
 from rowgrad.data.bundled import BUNDLED, read_bundled
 from rowgrad.data.columns import Encoded, encode
 from rowgrad.data.files import read_csv, read_npz, read_parquet
-from rowgrad.data.raw import Raw, enumerate_words
+from rowgrad.data.raw import Raw, enumerate_words, shorten
 from rowgrad.data.table import Table
 from rowgrad.data.targets import read_target, target_column
 from rowgrad.errors import InputError
@@ -29,16 +29,18 @@ def read_table(
     """A bundled set of scikit-learn by name, or a CSV, Parquet or NPZ file, as a table.
 
     Args:
-        source: `digits`, `breast_cancer`, `wine`, `iris`, `diabetes`, or the path of a file. NPZ files hold features under `X`, `x` or
-            `data` (3 or 4 dimensions are images) and targets under `y` or `target`.
+        source: `digits`, `breast_cancer`, `wine`, `iris`, `diabetes`, or the path of a file. NPZ files hold features
+            under `X`, `x`, `data`, `images` or `features` (3 or 4 dimensions are images) and targets under `y`,
+            `target` or `label`.
         target: the column (in NPZ files the array) to predict; by default the one called target, label, class or y.
         drop: columns to leave out.
         categorical: columns of numbers that are names of categories, to be one-hot encoded.
-        task: `classification` or `regression`; by default text, truth values and up to 50 distinct whole numbers are classes.
+        task: `classification` or `regression`; by default text, truth values and up to 50 distinct whole numbers are
+            classes.
         nan: `error` refuses NaN in features with their places; `missing` treats it as a missing value.
 
     Raises:
-        InputError: anything about the source or the options that cannot be used; the message says what, where, and what to do.
+        InputError: the source or an option cannot be used; the message says what, where, and what to do.
     """
     raw = _read(str(source), target)
     if raw.frame.height < 2:
@@ -81,7 +83,8 @@ def _read(source: str, target: str | None) -> Raw:
         raise InputError(f"{source}: no such file, and not a bundled set ({names})")
     if suffix not in SUFFIXES:
         raise InputError(
-            f"{source}: cannot read {suffix or 'a file without an extension'}; give {', '.join(SUFFIXES)} or one of {names}"
+            f"{source}: cannot read {suffix or 'a file without an extension'}; "
+            f"give {', '.join(SUFFIXES)} or one of {names}"
         )
     try:
         if path.stat().st_size == 0:
@@ -98,7 +101,7 @@ def _feature_columns(raw: Raw, target: str, drop: Iterable[str], categorical: It
     for option, asked in (("--drop", drop), ("--categorical", categorical)):
         for name in asked:
             if name not in columns:
-                raise InputError(f"{raw.name}: {option} {name}: no such column; found {enumerate_words(columns[:12])}")
+                raise InputError(f"{raw.name}: {option} {name}: no such column; found {shorten(columns)}")
             if name == target:
                 raise InputError(f"{raw.name}: {option} {name}: this column is the target")
     names = [name for name in columns if name != target and name not in set(drop)]

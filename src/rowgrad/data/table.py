@@ -46,10 +46,10 @@ class Table:
 def standardize(
     features: torch.Tensor, rows: torch.Tensor, block: int = 256
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(features - mean) / deviation in float32, with the mean and the population deviation of `rows`; constant columns become 0.
+    """(features - mean) / deviation in float32, by the mean and the population deviation of `rows`.
 
-    Statistics are taken in float64, a block of columns at a time. Returns the standardized features of all examples, the means and the
-    deviations, shape (d,).
+    A constant column becomes 0. Statistics are taken in float64, a block of columns at a time. Returns the standardized
+    features of all examples, the means and the deviations, shape (d,).
     """
     standardized = torch.empty(features.shape, dtype=torch.float32)
     means, deviations = (torch.empty(features.shape[1], dtype=torch.float64) for _ in range(2))

@@ -1,0 +1,1 @@
+"""What rows are for: auditing labels from a training run."""
