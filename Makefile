@@ -5,7 +5,6 @@ PYTHON ?= python3
 PIP_INSTALL = .venv/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 INSTALLED = .venv/.installed
 
-
 .PHONY: help demo test test-long check format clean
 
 help:
@@ -26,7 +25,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	.venv/bin/rowgrad audit digits --flip 0.1 --out demo-report
 
-test test-long: export OMP_NUM_THREADS = 1  # two workers, one thread each
+# Two workers, one thread each.
+test test-long: export OMP_NUM_THREADS = 1
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest -m "not long" -n 2 --dist worksteal
