@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from rowgrad.rows.ownership import MIXED, Edge, Layout
 from rowgrad.rows.placement import VIEWS
-from rowgrad.tape import Tape
+from rowgrad.tape import Node, Tape
 
 # Nodes that compute something of parameters alone when all their differentiable inputs are parameters and no other
 # tensor takes part. Used to tell a parameter that is computed (weight norm, merged updates) from examples that meet.
@@ -63,6 +63,9 @@ _PARAMETER_ARITHMETIC = frozenset(
     ]
     for i in range(4)
 )
+
+
+_PRODUCTS = frozenset({"MmBackward0", "BmmBackward0", "AddmmBackward0", "CatBackward0", "StackBackward0"})
 
 
 @dataclass(frozen=True)
@@ -126,19 +129,20 @@ def find_uses(
     for (index, _), layout in layouts.items():
         if layout is MIXED:
             tainted[index] = True
-    uses: list[Use] = []
+    for node in tape.nodes:
+        if tainted[node.index]:
+            for target in node.slots:
+                if target is not None:
+                    tainted[target[0]] = True
+    uses = [
+        Use(node.index, slot, target)
+        for node in tape.nodes
+        if needed[node.index] and not tainted[node.index]
+        for slot, target in enumerate(node.slots)
+        if target is not None and needed[target[0]] and tainted[target[0]]
+    ]
     couplings: dict[int, None] = {}
     only_parameters = _only_parameters(tape)
-    for node in tape.nodes:
-        if not needed[node.index]:
-            continue
-        for slot, target in enumerate(node.slots):
-            if target is None or not needed[target[0]]:
-                continue
-            if tainted[node.index]:
-                tainted[target[0]] = True
-            elif tainted[target[0]]:
-                uses.append(Use(node.index, slot, target))
     for use in uses:
         if not only_parameters[use.target[0]]:
             couplings[use.node] = None
@@ -149,11 +153,21 @@ def _only_parameters(tape: Tape) -> list[bool]:
     """Whether the value at a node is computed from parameters alone, as far as the graph tells."""
     found = [False] * len(tape)
     for node in reversed(tape.nodes):
-        if node.is_leaf:
-            found[node.index] = True
-            continue
         live = [t for t in node.slots if t is not None]
-        lookup = node.kind == "EmbeddingBackward0" and (len(node.shape()) <= 2 or node.shape()[0] == 1)
-        known = node.kind in VIEWS or node.kind in _PARAMETER_ARITHMETIC or lookup
-        found[node.index] = known and bool(live) and all(found[t[0]] for t in live)
+        found[node.index] = node.is_leaf or (bool(live) and all(found[t[0]] for t in live) and _adds_no_data(tape, node))
     return found
+
+
+def _adds_no_data(tape: Tape, node: Node) -> bool:
+    """Whether no data can have entered at this node: a constant operand must not widen the result."""
+    if node.kind in VIEWS:
+        return True
+    if node.kind == "EmbeddingBackward0":  # a table of positions, looked up once for all examples
+        return len(node.shape()) <= 2 or node.shape()[0] == 1
+    if node.kind not in _PARAMETER_ARITHMETIC:
+        return False
+    if all(t is not None for t in node.slots):
+        return True
+    return node.kind not in _PRODUCTS and all(
+        tape.nodes[t[0]].shape(t[1]) == node.shape() for t in node.slots if t is not None
+    )

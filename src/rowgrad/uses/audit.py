@@ -52,9 +52,9 @@ class Audit:
     Law: `compute()` depends on the updates alone: every mean is over the updates that held the example, and updates of
     different examples commute.
 
-    Flags follow the trajectory rule: the label of largest mean probability differs from the given one. The ranking is by
-    mean loss. On scikit-learn's digits with 10% of the labels changed it has an average precision of .99; the mean margin
-    is as good there, and falls by up to .13 where training goes on until the labels are memorized.
+    Flags follow the trajectory rule: the label of largest mean probability differs from the given one. The ranking is
+    by mean loss. On scikit-learn's digits with 10% of the labels changed it has an average precision of .99; the mean
+    margin is as good there, and falls by up to .13 where training goes on until the labels are memorized.
 
     Args:
         n: how many examples the data set has.
@@ -70,8 +70,8 @@ class Audit:
     """
 
     def __init__(self, n: int, n_classes: int | None = None) -> None:
-        if n < 1:
-            raise InputError(f"an audit needs at least one example; n is {n}")
+        if n < 1 or (n_classes is not None and n_classes < 2):
+            raise InputError(f"an audit needs an example and, for labels, two classes; got {n} and {n_classes}")
         self.n, self.n_classes = n, n_classes
         self.reset()
 

@@ -1,0 +1,1 @@
+"""Training loops that measure examples while they train."""

@@ -1,0 +1,51 @@
+"""How the audit's model is trained, with defaults by the size of the data."""
+
+import math
+from dataclasses import dataclass
+
+from rowgrad.errors import InputError
+
+MIN_BATCH, MID_BATCH, MAX_BATCH = 8, 64, 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Training of a multilayer perceptron by Adam.
+
+    epochs: passes over the audited examples.
+    batch_size: examples per step; None takes a twentieth of the examples (a power of two from 8 to 64), and beyond
+        128,000 examples a two-thousandth (at most 1024).
+    lr: learning rate of Adam.
+    hidden: width of each hidden layer.
+    seed: of the split, the planted errors, the initialization and the order of the examples.
+    """
+
+    epochs: int = 25
+    batch_size: int | None = None
+    lr: float = 1e-3
+    hidden: tuple[int, ...] = (128, 128)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise InputError(f"--epochs {self.epochs}: at least one epoch is needed")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"--batch-size {self.batch_size}: at least one example per step is needed")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise InputError(f"--lr {self.lr:g}: the learning rate must be a positive number")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed}: the seed must be at least 0 and below 2**63")
+        if any(width < 1 for width in self.hidden):
+            raise InputError(f"--hidden {','.join(map(str, self.hidden))}: every layer needs a width of at least 1")
+
+    def batch_size_for(self, n: int) -> int:
+        """The batch size for n examples."""
+        if self.batch_size is not None:
+            return min(self.batch_size, n)
+        few = _power_of_two(n / 20, MIN_BATCH, MID_BATCH)
+        return min(n, max(few, _power_of_two(n / 2000, 1, MAX_BATCH)))
+
+
+def _power_of_two(size: float, low: int, high: int) -> int:
+    """The power of two nearest to `size` in ratio, between `low` and `high`."""
+    return max(low, min(high, 2 ** round(math.log2(max(size, 1)))))
