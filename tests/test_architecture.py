@@ -51,6 +51,7 @@ MAY_IMPORT = {
 }
 # fmt: on
 
+BUILT_FROM_RULES = {f"rows.{name}" for name in ("general", "plan", "block", "build", "matrix", "objective")}
 APPLICATION = {"cli", "report", "__main__"}  # what a user runs; no part of the library imports it
 NEEDS_TORCH_ALONE = {"__init__", "errors", "tape", "rows", "graph", "curvature", "checking"}
 
@@ -155,8 +156,18 @@ IMPORTS = [imported for name, tree in TREES.items() for imported in _imports(nam
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_point_one_way(name):
+    part = _part(name)
     wrong = [i for i in IMPORTS if i.importer == name and _own(i) is not None and not _is_allowed(name, _own(i))]
-    assert not wrong, f"{_part(name)} may import {sorted(MAY_IMPORT[_part(name)])}:\n" + "\n".join(map(str, wrong))
+    assert not wrong, f"{part} may import {sorted(MAY_IMPORT[part])}:\n" + "\n".join(map(str, wrong))
+
+
+def test_rules_know_nothing_of_what_is_built_from_them():
+    reached, waiting = set(), ["rows.rules"]
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        waiting += {_own(i) for i in IMPORTS if i.importer == name and _own(i) in FILES} - reached
+    assert not reached & BUILT_FROM_RULES
 
 
 def test_imports_have_no_cycle():
