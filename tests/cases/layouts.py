@@ -251,7 +251,7 @@ def _(make: Make) -> Setup:
     return make.setup(make.model(nn.Conv2d(1, 2, 2)), make.x(16), loss=loss)
 
 
-@case("nested pairs: examples are pairs of a grid", independent=False, fast=False, tags="coupled")
+@case("nested pairs: examples are pairs of a grid", independent=False, fast=False, tags="pairs")
 def _(make: Make) -> Setup:
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         h = model(x)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.reference import assert_rows_close, rows_by_grad
 from torch import Tensor, nn
 
 import rowgrad as rg
@@ -31,7 +32,6 @@ from rowgrad.rows.ownership import (
     mask,
 )
 from rowgrad.tape import Tape
-from tests.reference import assert_rows_close, rows_by_grad
 
 pytestmark = pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
 B, D = 5, 4
@@ -436,7 +436,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
     "gated center": lambda h, W, k: h - knob(k, h.shape[1])[0] * h.mean(0),
     "transpose": lambda h, W, k: h.t() if h.shape[0] == h.shape[1] else h,
     "reshape": lambda h, W, k: h.t().reshape(h.shape),
-    "softmax over examples": lambda h, W, k: torch.softmax(h + 50 * knob(k, 4)[: h.shape[0]], 0),
+    "softmax over examples": lambda h, W, k: torch.softmax(h + 50 * knob(k, 5)[: h.shape[0], :4], 0),
     "softmax": lambda h, W, k: torch.softmax(h, 1),
     "index": lambda h, W, k: h[knob(k, h.shape[0]).argmax(1)],
     "where": lambda h, W, k: torch.where(knob(k, h.shape[0])[0].unsqueeze(1) > 0, h, h.flip(0)),
@@ -497,11 +497,15 @@ def test_long_search_for_a_graph_that_fools_the_cache(program: tuple[int, list[s
 # -- the cache ----------------------------------------------------------------------------------------------------------
 
 
-def passes_of(losses: Callable[[], Tensor], params: object, monkeypatch: pytest.MonkeyPatch, **options: str) -> list[int]:
+def passes_of(
+    losses: Callable[[], Tensor], params: object, monkeypatch: pytest.MonkeyPatch, **options: str
+) -> list[int]:
     """Engine passes taken by four successive calls."""
     counts = []
     original = Tape.cotangents
-    monkeypatch.setattr(Tape, "cotangents", lambda self, edges, *a, **k: (taken.append(edges), original(self, edges, *a, **k))[1])
+    monkeypatch.setattr(
+        Tape, "cotangents", lambda self, edges, *a, **k: (taken.append(edges), original(self, edges, *a, **k))[1]
+    )
     for _ in range(4):
         taken: list = []
         rg.jacobian(losses(), params, **options)  # type: ignore[arg-type]
@@ -587,7 +591,9 @@ def test_layouts_are_named() -> None:
 def test_grouping_puts_every_entry_with_its_owner(layout: Axis) -> None:
     shape = [6, 6]
     n = 3
-    owner = (torch.arange(shape[layout.dim]) // layout.inner % n).reshape([-1 if d == layout.dim else 1 for d in (0, 1)])
+    owner = (torch.arange(shape[layout.dim]) // layout.inner % n).reshape(
+        [-1 if d == layout.dim else 1 for d in (0, 1)]
+    )
     values = torch.randn(*shape, 2)
     for described in (layout, Entries(owner.expand(shape).unsqueeze(-1).expand(*shape, 2))):
         group = Grouping.of(described, [*shape, 2], 2, n)

@@ -3,13 +3,11 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from rowgrad.training.step import Criterion, plain_step, step_with_rows
+from rowgrad.training.step import Step, Trainee
 from rowgrad.uses.audit import Audit
 
 
@@ -38,37 +36,38 @@ class Cost:
 
 
 def measure_cost(
-    model: nn.Module,
-    criterion: Criterion,
+    trainee: Trainee,
     inputs: torch.Tensor,
     targets: torch.Tensor,
     n_classes: int | None,
     *,
-    lr: float,
     batch_size: int,
     generator: torch.Generator,
     n_steps: int = 40,
     n_warm: int = 5,
 ) -> Cost:
-    """Time the three kinds of step in turn on the same random batches, each on its own copy of `model`."""
+    """Time the three kinds of step in turn on the same random batches, each on its own copy of `trainee`."""
     audit = Audit(len(targets), n_classes)
-
-    def audited(model, optimizer, criterion, batch_inputs, batch_targets) -> None:
-        step = step_with_rows(model, optimizer, criterion, batch_inputs, batch_targets)
-        outputs = {"logits": step.outputs, "labels": batch_targets} if n_classes is not None else {}
-        audit.update(index, losses=step.losses, norms=step.norms, **outputs)
-
-    kinds: list[Callable] = [plain_step, step_with_rows, audited]
-    copies = [copy.deepcopy(model) for _ in kinds]
-    optimizers = [torch.optim.Adam(copied.parameters(), lr=lr) for copied in copies]
-    seconds: list[list[float]] = [[] for _ in kinds]
+    trainees = [copy.deepcopy(trainee) for _ in range(3)]  # a deep copy keeps its optimizer tied to its model
+    seconds: list[list[float]] = [[] for _ in trainees]
     for trial in range(n_warm + n_steps):
         index = torch.randperm(len(targets), generator=generator)[:batch_size]
         batch = inputs[index], targets[index]
-        for kind, copied, optimizer, times in zip(kinds, copies, optimizers, seconds, strict=True):
+        steps = (
+            lambda: trainees[0].plain_step(*batch),  # noqa: B023 (called in this turn of the loop)
+            lambda: trainees[1].step_with_rows(*batch),  # noqa: B023
+            lambda: update(audit, index, trainees[2].step_with_rows(*batch), batch[1]),  # noqa: B023
+        )
+        for step, times in zip(steps, seconds, strict=True):
             start = time.perf_counter()
-            kind(copied, optimizer, criterion, *batch)
+            step()
             if trial >= n_warm:
                 times.append(time.perf_counter() - start)
-    plain, rows, audited_seconds = (statistics.median(times) for times in seconds)
-    return Cost(plain, rows, audited_seconds, n_steps, batch_size)
+    plain, rows, audited = (statistics.median(times) for times in seconds)
+    return Cost(plain, rows, audited, n_steps, batch_size)
+
+
+def update(audit: Audit, index: torch.Tensor, step: Step, targets: torch.Tensor) -> None:
+    """Hand what a step computed to the audit."""
+    labels = {} if audit.n_classes is None else {"logits": step.outputs, "labels": targets}
+    audit.update(index, losses=step.losses, norms=step.norms, **labels)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,32 +32,27 @@ def squared_losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return 0.5 * (outputs[:, 0] - targets).square()
 
 
-def plain_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    criterion: Criterion,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-) -> None:
-    """A step of ordinary training on the mean loss."""
-    optimizer.zero_grad(set_to_none=True)
-    criterion(model(inputs), targets).mean().backward()
-    optimizer.step()
+@dataclass(frozen=True)
+class Trainee:
+    """A model with its optimizer and its loss per example."""
 
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    criterion: Criterion
 
-def step_with_rows(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    criterion: Criterion,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-) -> Step:
-    """The same step, which also gives each example's gradient norm before the update."""
-    optimizer.zero_grad(set_to_none=True)
-    outputs = model(inputs)
-    losses = criterion(outputs, targets)
-    rows = jacobian(losses, model)
-    norms = rows.norms()
-    rows.loss(1 / len(losses)).backward()
-    optimizer.step()
-    return Step(outputs.detach(), losses.detach(), norms)
+    def plain_step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """A step of ordinary training on the mean loss."""
+        self.optimizer.zero_grad()
+        self.criterion(self.model(inputs), targets).mean().backward()
+        self.optimizer.step()
+
+    def step_with_rows(self, inputs: torch.Tensor, targets: torch.Tensor) -> Step:
+        """The same step, which also gives each example's gradient norm before the update."""
+        self.optimizer.zero_grad()
+        outputs = self.model(inputs)
+        losses = self.criterion(outputs, targets)
+        rows = jacobian(losses, self.model)
+        norms = cast(torch.Tensor, rows.norms())
+        rows.loss(1 / len(losses)).backward()
+        self.optimizer.step()
+        return Step(outputs.detach(), losses.detach(), norms)
