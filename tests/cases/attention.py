@@ -62,12 +62,12 @@ plain(
 class Flipped(nn.Module):
     """A sequence-first module on batch-first input."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.module(x.transpose(0, 1)).transpose(0, 1)
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
 
 
 @case("attention with other keys and values, masked", fast=True)
