@@ -347,6 +347,7 @@ class _Arrivals:
         self._uses: dict[int, list[Use]] = {}
         self._open: dict[int, int] = {}
         self._parts: dict[int, list[tuple[Form, Place]]] = {}
+        self._later: list[tuple[Use, Sequence[Tensor | None]]] = []
         self._sq_norms: dict[str, Tensor] = {}
         for use, place in reading.plan.places.items():
             self._uses.setdefault(use.node, []).append(use)
@@ -355,13 +356,20 @@ class _Arrivals:
     def arrived(self, node: int, cotangents: Sequence[Tensor | None]) -> None:
         assert self._reading.plan is not None
         for use in self._uses[node]:
-            leaf = self._reading.plan.places[use].leaf
-            form = self._reading.form(use, cotangents)
-            if form is not None:
-                self._parts.setdefault(leaf, []).append(self._reading.placed(use, form))
-            self._open[leaf] -= 1
-            if not self._open[leaf]:
-                self._close(leaf)
+            if self._reading.plan.recipes[use].needs_graph:
+                self._later.append((use, cotangents))  # a node called during the pass answers only what the pass asks
+            else:
+                self._take(use, cotangents)
+
+    def _take(self, use: Use, cotangents: Sequence[Tensor | None]) -> None:
+        assert self._reading.plan is not None
+        leaf = self._reading.plan.places[use].leaf
+        form = self._reading.form(use, cotangents)
+        if form is not None:
+            self._parts.setdefault(leaf, []).append(self._reading.placed(use, form))
+        self._open[leaf] -= 1
+        if not self._open[leaf]:
+            self._close(leaf)
 
     def _close(self, leaf: int) -> None:
         name = self._reading.leaves[leaf]
@@ -369,6 +377,8 @@ class _Arrivals:
         self._sq_norms[name] = block.sq_norms()
 
     def finished(self) -> dict[str, Tensor]:
+        for use, cotangents in self._later:
+            self._take(use, cotangents)
         for leaf, n_open in self._open.items():
             if n_open:  # a use that no cotangent reached
                 self._close(leaf)

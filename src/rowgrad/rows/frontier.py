@@ -10,6 +10,7 @@ Note [taint]
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,55 +18,8 @@ from rowgrad.rows.ownership import MIXED, Edge, Layout
 from rowgrad.rows.placement import VIEWS
 from rowgrad.tape import Node, Tape
 
-# Nodes that compute something of parameters alone when all their differentiable inputs are parameters and no other
-# tensor takes part. Used to tell a parameter that is computed (weight norm, merged updates) from examples that meet.
-_PARAMETER_ARITHMETIC = frozenset(
-    f"{name}Backward{i}"
-    for name in [
-        "Add",
-        "Sub",
-        "Rsub",
-        "Mul",
-        "Div",
-        "Neg",
-        "Mm",
-        "Bmm",
-        "Addmm",
-        "Pow",
-        "Exp",
-        "Log",
-        "Softplus",
-        "Sigmoid",
-        "Tanh",
-        "Relu",
-        "Softmax",
-        "Sqrt",
-        "Rsqrt",
-        "LinalgVectorNorm",
-        "WeightNormInterface",
-        "Norm",
-        "Cat",
-        "Stack",
-        "Sum",
-        "Mean",
-        "Expand",
-        "Square",
-        "Abs",
-        "Clamp",
-        "Outer",
-        "Triu",
-        "Tril",
-        "Repeat",
-        "Diag",
-        "DiagEmbed",
-        "Cumsum",
-        "Reciprocal",
-    ]
-    for i in range(4)
-)
-
-
-_PRODUCTS = frozenset({"MmBackward0", "BmmBackward0", "AddmmBackward0", "CatBackward0", "StackBackward0"})
+# Kinds that read a tensor which is not among their differentiable inputs: ids, masks, targets.
+_READS_MORE = re.compile("Index|Gather|Embedding|Scatter|Masked|Where|Take|Nll|Put")
 
 
 @dataclass(frozen=True)
@@ -123,6 +77,7 @@ def find_uses(
     layouts: Mapping[Edge, Layout],
     static: Sequence[bool],
     needed: Sequence[bool],
+    n_examples: int,
 ) -> Frontier:
     """Close the taint downwards and read off its border. See Note [taint]."""
     tainted = list(static)
@@ -142,32 +97,38 @@ def find_uses(
         if target is not None and needed[target[0]] and tainted[target[0]]
     ]
     couplings: dict[int, None] = {}
-    only_parameters = _only_parameters(tape)
+    only_parameters = _only_parameters(tape, n_examples)
     for use in uses:
         if not only_parameters[use.target[0]]:
             couplings[use.node] = None
     return Frontier(uses, tainted, list(needed), tuple(couplings))
 
 
-def _only_parameters(tape: Tape) -> list[bool]:
+def _only_parameters(tape: Tape, n_examples: int) -> list[bool]:
     """Whether the value at a node is computed from parameters alone, as far as the graph tells."""
     found = [False] * len(tape)
     for node in reversed(tape.nodes):
         live = [t for t in node.slots if t is not None]
-        found[node.index] = node.is_leaf or (bool(live) and all(found[t[0]] for t in live) and _adds_no_data(tape, node))
+        below = bool(live) and all(found[t[0]] for t in live)
+        found[node.index] = node.is_leaf or (below and _adds_no_data(tape, node, n_examples))
     return found
 
 
-def _adds_no_data(tape: Tape, node: Node) -> bool:
-    """Whether no data can have entered at this node: a constant operand must not widen the result."""
+def _adds_no_data(tape: Tape, node: Node, n_examples: int) -> bool:
+    """Whether no batch can have entered at this node: all operands are seen, or the result has no room for one."""
     if node.kind in VIEWS:
         return True
-    if node.kind == "EmbeddingBackward0":  # a table of positions, looked up once for all examples
-        return len(node.shape()) <= 2 or node.shape()[0] == 1
-    if node.kind not in _PARAMETER_ARITHMETIC:
-        return False
-    if all(t is not None for t in node.slots):
+    if node.kind == "EmbeddingBackward0" and (len(node.shape()) <= 2 or node.shape()[0] == 1):
+        return True  # a table of positions, looked up once for all examples
+    if not node.is_python and not _READS_MORE.search(node.kind) and _keeps_shape_or_sees_all(tape, node):
         return True
-    return node.kind not in _PRODUCTS and all(
-        tape.nodes[t[0]].shape(t[1]) == node.shape() for t in node.slots if t is not None
-    )
+    return not any(size % n_examples == 0 for nr in range(node.n_outputs) for size in node.shape(nr))
+
+
+def _keeps_shape_or_sees_all(tape: Tape, node: Node) -> bool:
+    live = [t for t in node.slots if t is not None]
+    if len(live) == len(node.slots):
+        return True
+    if node.kind in ("MmBackward0", "BmmBackward0", "AddmmBackward0", "ConvolutionBackward0"):
+        return False
+    return all(tape.nodes[i].shape(nr) == node.shape() for i, nr in live)

@@ -166,7 +166,8 @@ class Jacobian:
 
     def settle_norms(self, sq_norms: Mapping[str, Tensor]) -> None:
         """Take squared norms that were read while the cotangents streamed by; no other product is left."""
-        self._sq_norms = dict(sq_norms)
+        absent = torch.zeros(len(self), dtype=self._dtype, device=self._losses.device)
+        self._sq_norms = {name: sq_norms.get(name, absent) for name in self.names}
         self._blocks = None
 
     # -- linear products ----------------------------------------------------------------------------------------------

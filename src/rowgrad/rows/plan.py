@@ -127,7 +127,7 @@ def _prove(
     layouts: dict[Edge, Layout] = {e: settled[e] for e in edges if e in settled}
     layouts |= prover.layouts([e for e in edges if e not in settled], expected)
     return Ownership(
-        find_uses(tape, layouts, static, needed), layouts, "within rounding" if prover.rounded else "exact"
+        find_uses(tape, layouts, static, needed, len(seed)), layouts, "within rounding" if prover.rounded else "exact"
     )
 
 

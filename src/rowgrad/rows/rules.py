@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from rowgrad.rows.linear import batched, matrix_first, matrix_second
-from rowgrad.rows.site import Rule, elementwise, summand
+from rowgrad.rows.site import Rule, elementwise, factor, summand
 
 # fmt: off
 # (node kind, slot): rule                                             # what it is                    source
@@ -26,6 +26,8 @@ _TABLE: dict[tuple[str, int], Rule] = {
     ("BaddbmmBackward0", 2):  partial(batched, weight_first=False, saved="batch1", scale="alpha"),
     ("AddBackward0", 0):      summand,                                  # bias, position embedding, shift
     ("AddBackward0", 1):      partial(summand, scale="alpha"),
+    ("MulBackward0", 0):      factor,                                   # scale, temperature, gate
+    ("MulBackward0", 1):      factor,
     ("SubBackward0", 0):      summand,
     ("SubBackward0", 1):      partial(summand, scale="alpha", sign=-1),
     ("ExpandBackward0", 0):   summand,                                  # class token, learned queries
@@ -33,7 +35,7 @@ _TABLE: dict[tuple[str, int], Rule] = {
 # fmt: on
 
 _BROADCASTING = {
-    "Rsub": 2, "Mul": 2, "Div": 2, "Addcmul": 3, "Addcdiv": 3, "Where": 3, "Maximum": 2, "Minimum": 2,
+    "Rsub": 2, "Div": 2, "Addcmul": 3, "Addcdiv": 3, "Where": 3, "Maximum": 2, "Minimum": 2,
     "Lerp": 3, "Pow": 2, "PreluKernel": 2, "Atan2": 2,
 }  # fmt: skip
 _TABLE |= {

@@ -49,7 +49,12 @@ class Site:
         return self.layouts[self.node.index, output_nr]
 
     def grouping(self, n_positions: int, order: Sequence[int] | None = None, output_nr: int = 0) -> Grouping | None:
-        """By example, for tensors whose leading dimensions are those of the cotangent (permuted by `order`)."""
+        """By example, for tensors whose leading dimensions are those of the cotangent (permuted by `order`).
+
+        None where the owners are not told by those dimensions, and for complex cotangents, which no product rule knows.
+        """
+        if self.node.dtype(output_nr).is_complex:
+            return None
         layout, shape = self.layout(output_nr), self.node.shape(output_nr)
         if order is not None:
             shape = torch.Size(shape[d] for d in order)
@@ -91,6 +96,17 @@ def elementwise(site: Site) -> Recipe | None:
         return Dense(reduce(wide(raw.expand(z_shape))))
 
     return Recipe(build, "elementwise", needs_graph=True)
+
+
+def factor(site: Site) -> Recipe | None:
+    """A parameter multiplied with something: scale, temperature, gate."""
+    if site.node.dtype().is_complex:
+        return elementwise(site)
+    reduce = reduce_broadcast(site, site.node.shape(), site.target_shape)
+    if reduce is None:
+        return None
+    other = site.node.saved("self" if site.slot else "other")
+    return Recipe(lambda cotangents: Dense(reduce(wide(only(cotangents)) * wide(other))), "product")
 
 
 def summand(site: Site, scale: str | None = None, sign: int = 1) -> Recipe | None:

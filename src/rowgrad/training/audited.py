@@ -11,10 +11,10 @@ from rowgrad.data.corrupt import flip_labels, permute_targets
 from rowgrad.data.split import split_rows
 from rowgrad.data.table import Table, standardize
 from rowgrad.errors import InputError, NonFiniteError
-from rowgrad.training.cost import Cost, measure_cost
+from rowgrad.training.cost import Cost, measure_cost, update
 from rowgrad.training.mlp import mlp
 from rowgrad.training.settings import Settings
-from rowgrad.training.step import Criterion, label_losses, squared_losses, step_with_rows
+from rowgrad.training.step import Criterion, Trainee, label_losses, squared_losses
 from rowgrad.uses.audit import Audit, AuditScores
 
 
@@ -63,12 +63,29 @@ class AuditRun:
 
 @dataclass(frozen=True)
 class _Problem:
-    """Inputs and targets as the model takes them, of the audited rows."""
+    """The audited examples as the model takes them, and the others' inputs; quantities are (target - center) / scale."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
-    criterion: Criterion
+    held_out_inputs: torch.Tensor
+    held_out_targets: torch.Tensor
     n_classes: int | None
+    center: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def criterion(self) -> Criterion:
+        return squared_losses if self.n_classes is None else label_losses
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What the training run leaves behind; filled step by step."""
+
+    audit: Audit
+    losses: torch.Tensor
+    norms: torch.Tensor
+    epochs: list[Epoch]
 
 
 def audit_table(
@@ -98,23 +115,11 @@ def audit_table(
     chosen, held_out = split_rows(len(table), rows, generator)
     _check_chosen(table, chosen)
     given, planted = _plant(table, chosen, flip, generator)
-    inputs, _, _ = standardize(table.features, chosen)
-    problem, center, scale = _problem(table, inputs[chosen], given)
-    model = mlp(inputs.shape[1], settings.hidden, table.n_outputs, settings.seed)
+    problem = _problem(table, chosen, held_out, given)
+    model = mlp(problem.inputs.shape[1], settings.hidden, table.n_outputs, settings.seed)
+    trainee = Trainee(model, torch.optim.Adam(model.parameters(), lr=settings.lr), problem.criterion)
     batch_size = settings.batch_size_for(len(chosen))
-    audit = Audit(len(chosen), problem.n_classes)
-    losses, norms = torch.zeros(2, settings.epochs, len(chosen)).unbind()
-    epochs = _train(model, problem, settings, batch_size, generator, audit, losses, norms, progress)
-    cost = measure_cost(
-        model,
-        problem.criterion,
-        problem.inputs,
-        problem.targets,
-        problem.n_classes,
-        lr=settings.lr,
-        batch_size=batch_size,
-        generator=generator,
-    )
+    record = _train(trainee, problem, settings, batch_size, generator, progress)
     return AuditRun(
         table=table,
         settings=settings,
@@ -123,13 +128,15 @@ def audit_table(
         rows=chosen,
         given=given,
         planted=planted,
-        scores=audit.compute(),
-        losses=losses,
-        norms=norms,
-        epochs=tuple(epochs),
-        held_out=_held_out_score(table, model, inputs, held_out, center, scale) if len(held_out) else None,
+        scores=record.audit.compute(),
+        losses=record.losses,
+        norms=record.norms,
+        epochs=tuple(record.epochs),
+        held_out=_held_out_score(problem, model),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        cost=cost,
+        cost=measure_cost(
+            trainee, problem.inputs, problem.targets, problem.n_classes, batch_size=batch_size, generator=generator
+        ),
         seconds=time.perf_counter() - start,
     )
 
@@ -137,14 +144,17 @@ def audit_table(
 def _check_chosen(table: Table, chosen: torch.Tensor) -> None:
     if len(chosen) < 2:
         raise InputError(f"{table.name}: {len(chosen)} of {len(table)} rows would be audited; raise --rows")
+    targets = table.targets[chosen]
     if table.classes is None:
+        if targets.min() == targets.max():
+            raise InputError(f"{table.name}: the target is {targets[0]:g} in every audited row; raise --rows")
         return
-    counts = torch.bincount(table.targets[chosen], minlength=len(table.classes))
+    counts = torch.bincount(targets, minlength=len(table.classes))
     if counts.min() < 2:
         lonely = int(counts.argmin())
         raise InputError(
-            f"{table.name}: of the class {table.classes[lonely]!r} {int(counts[lonely])} of {len(chosen)} audited rows "
-            "are members and two are needed; raise --rows"
+            f"{table.name}: the class {table.classes[lonely]!r} has {int(counts[lonely])} of the {len(chosen)} audited "
+            "rows and needs two; raise --rows"
         )
 
 
@@ -159,69 +169,69 @@ def _plant(
     return flip_labels(targets, len(table.classes), flip, generator)
 
 
-def _problem(table: Table, inputs: torch.Tensor, given: torch.Tensor) -> tuple[_Problem, float, float]:
-    """The audited examples as the model takes them; quantities are centered and scaled by the audited ones."""
+def _problem(table: Table, chosen: torch.Tensor, held_out: torch.Tensor, given: torch.Tensor) -> _Problem:
+    """Inputs standardized by the audited rows; so are the targets of a regression."""
+    inputs, _, _ = standardize(table.features, chosen)
+    left = table.targets[held_out]
     if table.classes is not None:
-        return _Problem(inputs, given, label_losses, len(table.classes)), 0.0, 1.0
+        return _Problem(inputs[chosen], given, inputs[held_out], left, len(table.classes))
     center, scale = float(given.mean()), float(given.std(correction=0))
-    if scale == 0:
-        raise InputError(
-            f"{table.name}: the target {table.target_name!r} is {center:g} in every audited row; raise --rows"
-        )
-    return _Problem(inputs, ((given - center) / scale).float(), squared_losses, None), center, scale
+    targets = ((given - center) / scale).float()
+    return _Problem(inputs[chosen], targets, inputs[held_out], left, None, center, scale)
 
 
 def _train(
-    model: nn.Module,
+    trainee: Trainee,
     problem: _Problem,
     settings: Settings,
     batch_size: int,
     generator: torch.Generator,
-    audit: Audit,
-    losses: torch.Tensor,
-    norms: torch.Tensor,
     progress: Callable[[int, int], None],
-) -> list[Epoch]:
-    """Train in place, filling `losses` and `norms` and updating `audit`."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
-    n, epochs, done = len(problem.targets), [], 0
+) -> _Record:
+    n, done = len(problem.targets), 0
     total = settings.epochs * -(-n // batch_size)
-    for number in range(settings.epochs):
+    record = _Record(Audit(n, problem.n_classes), *torch.zeros(2, settings.epochs, n).unbind(), epochs=[])
+    for epoch in range(settings.epochs):
         start, n_correct = time.perf_counter(), 0
         for index in torch.randperm(n, generator=generator).split(batch_size):
             targets = problem.targets[index]
-            step = step_with_rows(model, optimizer, problem.criterion, problem.inputs[index], targets)
-            outputs = {} if problem.n_classes is None else {"logits": step.outputs, "labels": targets}
+            step = trainee.step_with_rows(problem.inputs[index], targets)
             try:
-                audit.update(index, losses=step.losses, norms=step.norms, **outputs)
+                update(record.audit, index, step, targets)
             except NonFiniteError as error:
                 raise InputError(
-                    f"training diverged in epoch {number + 1} at --lr {settings.lr:g} ({error}); use a smaller --lr"
+                    f"training diverged in epoch {epoch + 1} at --lr {settings.lr:g} ({error}); use a smaller --lr"
                 ) from error
-            losses[number, index], norms[number, index] = step.losses, step.norms
-            n_correct += int((step.outputs.argmax(dim=1) == targets).sum()) if outputs else 0
+            record.losses[epoch, index], record.norms[epoch, index] = step.losses, step.norms
+            n_correct += int((step.outputs.argmax(dim=1) == targets).sum())
             done += 1
             progress(done, total)
-        epochs.append(
-            Epoch(
-                number=number + 1,
-                mean_loss=float(losses[number].double().mean()),
-                median_norm=float(norms[number].median()),
-                largest_norm=float(norms[number].max()),
-                accuracy=None if problem.n_classes is None else n_correct / n,
-                seconds=time.perf_counter() - start,
-            )
-        )
-    return epochs
+        accuracy = None if problem.n_classes is None else n_correct / n
+        record.epochs.append(_summary(epoch, record, accuracy, time.perf_counter() - start))
+    return record
+
+
+def _summary(epoch: int, record: _Record, accuracy: float | None, seconds: float) -> Epoch:
+    losses, norms = record.losses[epoch], record.norms[epoch]
+    return Epoch(
+        number=epoch + 1,
+        mean_loss=float(losses.double().mean()),
+        median_norm=float(norms.median()),
+        largest_norm=float(norms.max()),
+        accuracy=accuracy,
+        seconds=seconds,
+    )
 
 
 @torch.no_grad()
-def _held_out_score(
-    table: Table, model: nn.Module, inputs: torch.Tensor, held_out: torch.Tensor, center: float, scale: float
-) -> float:
-    """Accuracy on the rows that were not audited, or R^2, their variance taken around their own mean."""
-    outputs, targets = model(inputs[held_out]), table.targets[held_out]
-    if table.classes is not None:
+def _held_out_score(problem: _Problem, model: nn.Module) -> float | None:
+    """Accuracy on the rows that were not audited, or R^2; None where there are none or, for R^2, they are all equal."""
+    targets = problem.held_out_targets
+    if not len(targets):
+        return None
+    outputs = model(problem.held_out_inputs)
+    if problem.n_classes is not None:
         return float((outputs.argmax(dim=1) == targets).double().mean())
-    residual = (targets - (outputs[:, 0].double() * scale + center)).square().sum()
-    return float(1 - residual / (targets - targets.mean()).square().sum())
+    residual = (targets - (outputs[:, 0].double() * problem.scale + problem.center)).square().sum()
+    spread = (targets - targets.mean()).square().sum()
+    return float(1 - residual / spread) if spread > 0 else None

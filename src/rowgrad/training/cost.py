@@ -48,22 +48,21 @@ def measure_cost(
 ) -> Cost:
     """Time the three kinds of step in turn on the same random batches, each on its own copy of `trainee`."""
     audit = Audit(len(targets), n_classes)
-    trainees = [copy.deepcopy(trainee) for _ in range(3)]  # a deep copy keeps its optimizer tied to its model
-    seconds: list[list[float]] = [[] for _ in trainees]
+    seconds: dict[str, list[float]] = {"plain": [], "rows": [], "audit": []}
+    trainees = {kind: copy.deepcopy(trainee) for kind in seconds}  # the copy of the optimizer drives the copied model
     for trial in range(n_warm + n_steps):
         index = torch.randperm(len(targets), generator=generator)[:batch_size]
-        batch = inputs[index], targets[index]
-        steps = (
-            lambda: trainees[0].plain_step(*batch),  # noqa: B023 (called in this turn of the loop)
-            lambda: trainees[1].step_with_rows(*batch),  # noqa: B023
-            lambda: update(audit, index, trainees[2].step_with_rows(*batch), batch[1]),  # noqa: B023
-        )
-        for step, times in zip(steps, seconds, strict=True):
+        for kind, copied in trainees.items():
             start = time.perf_counter()
-            step()
+            if kind == "plain":
+                copied.plain_step(inputs[index], targets[index])
+            else:
+                step = copied.step_with_rows(inputs[index], targets[index])
+                if kind == "audit":
+                    update(audit, index, step, targets[index])
             if trial >= n_warm:
-                times.append(time.perf_counter() - start)
-    plain, rows, audited = (statistics.median(times) for times in seconds)
+                seconds[kind].append(time.perf_counter() - start)
+    plain, rows, audited = (statistics.median(times) for times in seconds.values())
     return Cost(plain, rows, audited, n_steps, batch_size)
 
 
