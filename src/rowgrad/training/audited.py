@@ -63,7 +63,7 @@ class AuditRun:
 
 @dataclass(frozen=True)
 class _Problem:
-    """The audited examples as the model takes them, and the others' inputs; quantities are (target - center) / scale."""
+    """Examples as the model takes them, audited and held out; quantities are (target - center) / scale."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
