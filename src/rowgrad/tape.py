@@ -80,8 +80,8 @@ class Node:
             found = getattr(self.fn, f"_saved_{name}")
         except RuntimeError as error:
             raise FreedGraphError(
-                f"the saved tensors of {self!r} were already freed ({error}). Call rowgrad before any backward pass, or "
-                "keep the graph with retain_graph=True"
+                f"the saved tensors of {self!r} were already freed ({error}). Call rowgrad before any backward pass, "
+                "or keep the graph with retain_graph=True"
             ) from error
         if isinstance(found, (tuple, list)):
             return [t.detach() if isinstance(t, Tensor) else t for t in found]
@@ -150,7 +150,7 @@ class Tape:
         return len(self.nodes)
 
     def signature(self) -> tuple:
-        """Everything about the graph but the contents of its tensors: kinds, edges, attributes, shapes, dtypes, leaves."""
+        """Everything about the graph but the contents of its tensors."""
         leaves: dict[int, int] = {}
         return (
             self.root_slot,
@@ -299,8 +299,8 @@ class engine_errors:
         text = str(error)
         if "second time" in text or "already been freed" in text:
             raise FreedGraphError(
-                "the graph behind the losses was already freed by an earlier backward pass. Call rowgrad first, or keep "
-                "the graph with retain_graph=True"
+                "the graph behind the losses was already freed by an earlier backward pass. Call rowgrad first, or "
+                "keep the graph with retain_graph=True"
             ) from error
         if "donated buffers" in text:
             raise OpaqueGraphError(

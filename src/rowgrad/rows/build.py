@@ -26,6 +26,8 @@ from rowgrad.rows.rules import RULES
 from rowgrad.rows.site import Rule
 from rowgrad.tape import Tape
 
+_warned: set[tuple] = set()  # one warning per graph, not per step
+
 GENERAL_BYTES = 2**30  # rows of the general path are kept up to this size, then computed anew for each question
 
 
@@ -109,8 +111,8 @@ def check_losses(losses: Tensor) -> None:
         raise NotAVectorError(f"losses is a {type(losses).__name__}, expected a tensor of shape (B,)")
     if losses.ndim == 0:
         raise NotAVectorError(
-            'losses is a scalar: the examples were already averaged. Compute the loss with reduction="none" to keep one '
-            "entry per example"
+            'losses is a scalar: the examples were already averaged. Compute the loss with reduction="none" to keep '
+            "one entry per example"
         )
     if losses.ndim > 1:
         raise NotAVectorError(
@@ -218,8 +220,8 @@ class _Reading:
                 for leaf, rows in general.written_out().items():
                     by_leaf.setdefault(leaf, []).append((Dense(rows), Place.whole(leaf, rows.shape[1:])))
                 general = None
-        explanation = self._explanation()
-        _warn_if_slow(explanation, self.n_examples)
+        explanation = self._explanation(forms)
+        self._warn_if_slow(explanation)
         return self._finished(by_leaf, general, explanation)
 
     def streamed_norms(self, retain_graph: bool) -> Jacobian:
@@ -233,7 +235,7 @@ class _Reading:
                 waiting.arrived,
                 retain_graph=retain_graph or self.plan.needs_graph,
             )
-        J = self._finished({}, None, self._explanation())
+        J = self._finished({}, None, self._explanation({}))
         J.settle_norms(waiting.finished())
         return J
 
@@ -303,22 +305,48 @@ class _Reading:
             self.loss_scale,
         )
 
-    def _explanation(self) -> Explanation:
+    def _warn_if_slow(self, explanation: Explanation) -> None:
+        slow = explanation.slow_uses()
+        key = (self.n_examples, tuple(slow))
+        if not slow or key in _warned:
+            return
+        _warned.add(key)
+        name, kind = slow[0]
+        more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
+        tokens = (
+            f" Are these {self.n_examples} losses tokens rather than examples? Then rowgrad.per_example adds them up first."
+            if self._looks_like_tokens()
+            else ""
+        )
+        warnings.warn(
+            f"{name} at {kind}{more}: no rule for how the examples meet here, so rows are computed one by one, exactly, "
+            f"in {self.n_examples} partial backward passes.{tokens} See Jacobian.explain()",
+            RowgradWarning,
+            stacklevel=4,
+        )
+
+    def _looks_like_tokens(self) -> bool:
+        """Whether some value has two leading dimensions whose product is the number of losses."""
+        shapes = [node.shape() for node in self.tape.nodes if not node.is_leaf and node.is_traced(0)]
+        return any(len(s) >= 3 and 1 < s[0] < self.n_examples == s[0] * s[1] for s in shapes)
+
+    def _explanation(self, forms: Mapping[Use, Form]) -> Explanation:
         assert self.plan is not None
         reach = self._reach()
         entries = [
-            Entry(name, tuple(p.shape), [self._explained(use) for use in self.plan.uses if name in reach[use]])
+            Entry(name, tuple(p.shape), [self._explained(use, forms) for use in self.plan.uses if name in reach[use]])
             for name, p in self.parameters.by_name.items()
         ]
         couplings = tuple(repr(self.tape.nodes[i]) for i in self.plan.ownership.frontier.couplings)
         return Explanation(entries, couplings)
 
-    def _explained(self, use: Use) -> Entry.Use:
+    def _explained(self, use: Use, forms: Mapping[Use, Form]) -> Entry.Use:
         assert self.plan is not None
         recipe = self.plan.recipes.get(use)
         return Entry.Use(
             kind=repr(self.tape.nodes[use.node]),
             rule=recipe.route if recipe else None,
+            route=forms[use].route() if use in forms else "",
             direct=use in self.plan.places,
             layout=str(self.plan.ownership.layouts.get((use.node, 0), Axis(0))),
             proof=self.plan.ownership.proof,
@@ -383,22 +411,3 @@ class _Arrivals:
             if n_open:  # a use that no cotangent reached
                 self._close(leaf)
         return self._sq_norms
-
-
-_warned: set[tuple] = set()
-
-
-def _warn_if_slow(explanation: Explanation, n_examples: int) -> None:
-    slow = explanation.slow_uses()
-    key = (n_examples, tuple(slow))
-    if slow and key not in _warned:
-        _warned.add(key)
-        name, kind = slow[0]
-        more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
-        warnings.warn(
-            f"{name} at {kind}{more}: no rule for how the examples meet here, so rows are computed one by one, "
-            f"exactly, in {n_examples} partial backward passes. Are these {n_examples} losses tokens rather than "
-            "examples? Then rowgrad.per_example sums them first. See Jacobian.explain()",
-            RowgradWarning,
-            stacklevel=4,
-        )

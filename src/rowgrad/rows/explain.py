@@ -13,6 +13,7 @@ class Entry:
     class Use(NamedTuple):
         kind: str
         rule: str | None
+        route: str
         direct: bool
         layout: str
         proof: str
@@ -42,13 +43,16 @@ class Explanation:
     __repr__ = __str__
 
 
+def _how(use: Entry.Use) -> str:
+    if use.rule is None:
+        return "general path"
+    return ", ".join(part for part in (use.rule, use.route, "" if use.direct else "pushed down") if part)
+
+
 def _line(entry: Entry) -> str:
     head = f"{entry.name} {list(entry.shape)}: "
     if not entry.uses:
         return head + "not in the graph, rows are zero"
-    shown = [
-        f"{u.kind} {u.rule or 'general path'}{'' if u.direct or u.rule is None else ', pushed down'} [{u.layout}, {u.proof}]"
-        for u in entry.uses[:2]
-    ]
+    shown = [f"{u.kind} {_how(u)} [{u.layout}, {u.proof}]" for u in entry.uses[:2]]
     more = f" and {len(entry.uses) - 2} more uses" if len(entry.uses) > 2 else ""
     return head + "; ".join(shown) + more

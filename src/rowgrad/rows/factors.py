@@ -32,6 +32,13 @@ KEEP_BYTES = 256 * 2**20  # a formed product is kept for the next question up to
 CANCELLATION = 1e-3  # Gram route trusted while its result is above this part of its bound
 
 
+def _count(n: int) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return str(n)
+
+
 def wide(t: Tensor) -> Tensor:
     """At least float32: products and sums of half-precision factors are taken in float32."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
@@ -60,6 +67,7 @@ class Form(Protocol):
     def scaled(self, weights: Tensor) -> Form: ...
     def factors(self) -> tuple[Tensor | None, Tensor, Tensor]: ...
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Form: ...
+    def route(self) -> str: ...
 
 
 def _columns(weights: Tensor, like: Tensor) -> Tensor:
@@ -108,6 +116,9 @@ class Dense:
             self.values,
             torch.arange(self.n_examples, device=self.values.device),
         )
+
+    def route(self) -> str:
+        return f"{_count(self.values.numel())} entries"
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Dense:
         return Dense(same_shape(self.values, transform(self.values)))
@@ -252,6 +263,15 @@ class Outer:
             h, zbar, owner = h[real], zbar[real], owner[real]
         return h, zbar, owner
 
+    def route(self) -> str:
+        """How norms are taken and their multiply-adds."""
+        b, g, t, a, d = self.sizes
+        if t == 1:
+            return f"T=1, {_count(b * g * (a + d))} multiply-adds"
+        if self.prefers_gram:
+            return f"T={t} by Gram, {_count(b * g * t * t * (a + d))} multiply-adds"
+        return f"T={t} formed, {_count(b * g * t * a * d)} multiply-adds"
+
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Outer:
         old = self.left if self.cotangent_left else self.right
         b, g, t, p = old.shape
@@ -323,6 +343,9 @@ class Rows:
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         owner = torch.arange(self.n_examples, device=self.ids.device).repeat_interleave(self.ids.shape[1])
         return self.ids.reshape(-1), self.rows.reshape(-1, self.rows.shape[2]), owner
+
+    def route(self) -> str:
+        return f"{_count(self.rows.numel())} entries by id"
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Rows:
         flat = self.rows.reshape(-1, self.rows.shape[2])

@@ -249,7 +249,8 @@ class Jacobian:
         for name, v in pairs.items():
             if v.shape != self._parameters.by_name[name].shape:
                 raise ValueError(
-                    f"direction: {name} has shape {tuple(v.shape)}, expected {tuple(self._parameters.by_name[name].shape)}"
+                    f"direction: {name} has shape {tuple(v.shape)}, expected "
+                    f"{tuple(self._parameters.by_name[name].shape)}"
                 )
         return pairs
 
@@ -281,7 +282,8 @@ class Jacobian:
         """Cosine of the angle between every row and every row of `other`, shape (B, B'); nan for a zero row."""
         other_norms = self.norms() if other is None else other.norms()
         norms = self.norms()
-        assert isinstance(norms, Tensor) and isinstance(other_norms, Tensor)
+        assert isinstance(norms, Tensor)
+        assert isinstance(other_norms, Tensor)
         return (self.gram(other) / (norms.unsqueeze(1) * other_norms)).clamp(-1, 1)
 
     @_product
@@ -414,7 +416,8 @@ class Jacobian:
 
         Args:
             c: a number, shape (B,), or {parameter or module: (B,)}. Required: a mean over the batch is c = 1 / B.
-            nonfinite: what to do with examples whose row holds inf or nan: "raise", "zero" (leave them out), "propagate".
+            nonfinite: what to do with examples whose row holds inf or nan: "raise", "zero" (leave them out) or
+                "propagate".
             transform: f(name, Zbar) -> Zbar', applied to the cotangents of each use before the last product
                 (Goodfellow 2015, section 6).
             retain: keep the factors for further products.
@@ -486,8 +489,8 @@ class Jacobian:
         blocks = self._live()
         if blocks.general_names:
             raise ValueError(
-                f"transform needs the factors of every use, and {sorted(blocks.general_names)[0]} goes the general path "
-                "without keeping its rows; raise max_bytes"
+                f"transform needs the factors of every use, and {min(blocks.general_names)} goes the general "
+                "path without keeping its rows; raise max_bytes"
             )
         changed = {n: b.with_cotangents(lambda z, n=n: transform(n, z)) for n, b in blocks.by_name.items()}
         return self._copy(self._parameters, Blocks(changed, None), self._losses)
@@ -497,7 +500,7 @@ class Jacobian:
     def _live(self) -> Blocks:
         if self._blocks is None:
             raise ConsumedJacobianError(
-                "the factors were freed by an earlier backward; pass retain=True to it, or ask for what is needed before"
+                "the factors were freed by an earlier backward; pass retain=True to it, or ask for everything before"
             )
         for name, version in self._versions.items():
             if self._parameters.by_name[name]._version != version:

@@ -5,11 +5,11 @@ An entry of a cotangent belongs to example j if the losses of all other examples
 Note [ownership by codes]
     The losses are seeded with a code v instead of ones. Multiplication by zero and by powers of two commutes exactly
     with rounding, so an entry of example j alone comes back multiplied by exactly v_j, bit for bit; an entry that
-    mixes examples does not. Each example has a word of digits, one digit a pass: 0 stands for the seed 0, higher digits
-    for powers of two far apart. All words have the same digit sum, so for any two examples j and k some pass seeds j
-    lower than k, and some other pass the other way round: an entry of j with a part of k, however small, shows that part
-    in the first of them. Where j is seeded 0 the part stands alone and any part above underflow is seen; where both are
-    powers of two it is seen above rounding of the separation, see `detectable_ratio`.
+    mixes examples does not. Each example has a word of digits, one digit a pass: 0 stands for the seed 0, higher
+    digits for powers of two far apart. All words have the same digit sum, so for any two examples j and k some pass
+    seeds j lower than k, and some other pass the other way round: an entry of j with a part of k, however small, shows
+    that part in the first of them. Where j is seeded 0 the part stands alone and any part above underflow is seen;
+    where both are powers of two it is seen above rounding of the separation, see `detectable_ratio`.
 
 Note [layouts]
     What was proved is kept as a layout. `Axis(dim, inner)`: along `dim`, entry i belongs to example (i // inner) % B;

@@ -124,8 +124,8 @@ def _plain(name: str) -> str:
 def _check(name: str, p: Tensor) -> None:
     if not p.is_leaf:
         raise ParameterError(
-            f"{name} is not a leaf: it was computed by {p.grad_fn.name() if p.grad_fn else '?'}. Pass the tensor that is "
-            "trained, from which it was computed"
+            f"{name} is not a leaf: it was computed by {p.grad_fn.name() if p.grad_fn else '?'}. Pass the trained tensor "
+            "from which it was computed"
         )
     if p.is_complex():
         raise ParameterError(f"{name} is complex ({p.dtype}); rows are defined for real parameters. Use view_as_real")
@@ -134,8 +134,8 @@ def _check(name: str, p: Tensor) -> None:
     hooks: Mapping[int, object] | None = p._backward_hooks
     if hooks:
         raise HookedParameterError(
-            f"{name} has {len(hooks)} tensor hook(s), which may change its gradient after the rows are read. Remove them "
-            "for this call, or use register_post_accumulate_grad_hook, which sees the gradient without changing it"
+            f"{name} has {len(hooks)} tensor hook(s), which may change its gradient after the rows are read. Remove "
+            "them for this call, or use register_post_accumulate_grad_hook, which sees the gradient without changing it"
         )
     if type(p).__name__ == "DTensor" or isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
         raise ParameterError(f"{name} is a {type(p).__name__}: sharded or uninitialized parameters have no rows here")

@@ -136,6 +136,11 @@ def settle(form: Form, place: Place) -> tuple[Form, Place]:
     return form, place
 
 
+def _is_turned_stack(view: Tensor, form: Outer) -> bool:
+    _, groups, _, a, b = form.sizes
+    return view.shape == (groups, a, b) and view.stride(1) < view.stride(2)
+
+
 def _as_matrix(view: Tensor, a: int, b: int) -> Tensor | None:
     kept = [d for d in range(view.ndim) if view.shape[d] != 1]
     if len(kept) == 2 and [view.shape[d] for d in kept] == [a, b]:

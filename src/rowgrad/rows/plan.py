@@ -4,7 +4,8 @@ Note [what may be kept]
     The layouts at the uses and the frontier are kept for graphs of equal signature (everything but the contents of
     tensors) only if every layout above the uses follows from the structure alone (rows/structure.py) and agrees with
     the proof by numbers, and no cotangent above the uses was zero throughout. Any other graph is proved at every call,
-    for the edges that the structure does not settle. What is kept is proved again at every 50th call. No tensor is kept.
+    for the edges that the structure does not settle. What is kept is proved again at every 50th call. The kept part
+    holds no tensor.
 """
 
 from __future__ import annotations
