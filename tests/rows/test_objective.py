@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.reference import rows_by_grad, trainable
 from torch import Tensor, nn
 
 import rowgrad as rg
-from tests.reference import rows_by_grad, trainable
 
 INF, NAN = math.inf, math.nan
 

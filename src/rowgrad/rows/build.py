@@ -314,13 +314,13 @@ class _Reading:
         name, kind = slow[0]
         more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
         tokens = (
-            f" Are these {self.n_examples} losses tokens rather than examples? Then rowgrad.per_example adds them up first."
+            f" Are these {self.n_examples} losses tokens rather than examples? rowgrad.per_example adds them up first."
             if self._looks_like_tokens()
             else ""
         )
         warnings.warn(
-            f"{name} at {kind}{more}: no rule for how the examples meet here, so rows are computed one by one, exactly, "
-            f"in {self.n_examples} partial backward passes.{tokens} See Jacobian.explain()",
+            f"{name} at {kind}{more}: no rule for how the examples meet here, so rows are computed one by one, "
+            f"exactly, in {self.n_examples} partial backward passes.{tokens} See Jacobian.explain()",
             RowgradWarning,
             stacklevel=4,
         )

@@ -55,8 +55,8 @@ def same_shape(given: Tensor, found: Tensor) -> Tensor:
 class Form(Protocol):
     """All rows of one use of a parameter."""
 
-    shape: torch.Size
-
+    @property
+    def shape(self) -> torch.Size: ...
     @property
     def n_examples(self) -> int: ...
     def sq_norms(self) -> Tensor: ...

@@ -443,7 +443,7 @@ class Grouping:
         if self._index is not None:
             flat = t.reshape(-1, *features)
             picked = flat[self._index.clamp(min=0)]
-            present = self.positions.reshape(*self._index.shape, *[1] * len(features))
+            present = (self._index >= 0).reshape(*self._index.shape, *[1] * len(features))
             return torch.where(present, picked, torch.zeros_like(picked))
         t = t.reshape(*t.shape[:dim], outer, self.n_examples, inner, *t.shape[dim + 1 :])
         return t.movedim(dim + 1, 0).reshape(self.n_examples, -1, *features)

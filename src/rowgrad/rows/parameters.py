@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from rowgrad.errors import HookedParameterError, ParameterError
 
@@ -91,7 +92,7 @@ def named(params: Params) -> Parameters:
     return Parameters(by_name, aliases)
 
 
-def _pairs(params: Params) -> Iterable[tuple[str, Tensor]]:
+def _pairs(params: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(params, nn.Module):
         yield from params.named_parameters(remove_duplicate=False)
     elif isinstance(params, Tensor):
@@ -124,8 +125,8 @@ def _plain(name: str) -> str:
 def _check(name: str, p: Tensor) -> None:
     if not p.is_leaf:
         raise ParameterError(
-            f"{name} is not a leaf: it was computed by {p.grad_fn.name() if p.grad_fn else '?'}. Pass the trained tensor "
-            "from which it was computed"
+            f"{name} is not a leaf: it was computed by {p.grad_fn.name() if p.grad_fn else '?'}. Pass the trained "
+            "tensor from which it was computed"
         )
     if p.is_complex():
         raise ParameterError(f"{name} is complex ({p.dtype}); rows are defined for real parameters. Use view_as_real")
@@ -137,5 +138,5 @@ def _check(name: str, p: Tensor) -> None:
             f"{name} has {len(hooks)} tensor hook(s), which may change its gradient after the rows are read. Remove "
             "them for this call, or use register_post_accumulate_grad_hook, which sees the gradient without changing it"
         )
-    if type(p).__name__ == "DTensor" or isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
+    if type(p).__name__ == "DTensor" or isinstance(p, UninitializedParameter):
         raise ParameterError(f"{name} is a {type(p).__name__}: sharded or uninitialized parameters have no rows here")

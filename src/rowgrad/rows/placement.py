@@ -85,8 +85,8 @@ class Place:
 
     def span(self) -> tuple[int, int]:
         """First and last position touched."""
-        start = self.view.storage_offset()
-        return start, start + sum((n - 1) * s for n, s in zip(self.view.shape, self.view.stride(), strict=True))
+        start = int(self.view.storage_offset())
+        return start, start + sum((n - 1) * int(s) for n, s in zip(self.view.shape, self.view.stride(), strict=True))
 
 
 def place_of(tape: Tape, target: tuple[int, int]) -> Place | None:
@@ -125,12 +125,8 @@ def settle(form: Form, place: Place) -> tuple[Form, Place]:
                 form._formed,
             )
             return flat.transposed(), Place(place.leaf, turned)
-    if isinstance(form, Outer) and form.sizes[1] > 1 and place.view.ndim == 3:
-        if place.view.stride(1) < place.view.stride(2) and place.view.shape == (
-            form.sizes[1],
-            *form.sizes[3:],
-        ):
-            return form.transposed(), Place(place.leaf, place.view.transpose(1, 2))
+    if isinstance(form, Outer) and form.sizes[1] > 1 and _is_turned_stack(place.view, form):
+        return form.transposed(), Place(place.leaf, place.view.transpose(1, 2))
     if isinstance(form, Dense):
         return _settle_dense(form, place)
     return form, place

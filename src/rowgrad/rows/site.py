@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rowgrad.rows.factors import Dense, Form, wide
-from rowgrad.rows.ownership import Axis, Edge, Grouping, Layout
+from rowgrad.rows.ownership import Axis, Edge, Entries, Grouping, Layout
 from rowgrad.tape import Node, Tape
 
 Cotangents = Sequence[Tensor | None]
@@ -60,8 +60,8 @@ class Site:
             shape = torch.Size(shape[d] for d in order)
             if isinstance(layout, Axis):
                 layout = Axis(list(order).index(layout.dim), layout.inner)
-            elif hasattr(layout, "owner"):
-                layout = type(layout)(layout.owner.permute(*order))
+            elif isinstance(layout, Entries):
+                layout = Entries(layout.owner.permute(*order))
         return Grouping.of(layout, shape, n_positions, self.n_examples)
 
 

@@ -1,8 +1,8 @@
 """Where the examples must lie by the structure of the graph alone, whatever the numbers.
 
 The proof by codes (rows/ownership.py) speaks of one call. It may be kept for later calls only where no tensor's
-contents could make it false: where the layout of every cotangent above the uses follows from the losses' own layout by kinds,
-shapes and saved attributes. `infer` derives those layouts, one kind at a time, from an allow-list. A kind that is not
+contents could make it false: where the layout of every cotangent above the uses follows from the losses' own layout
+by kinds, shapes and saved attributes. `infer` derives those layouts, one kind at a time, from an allow-list. A kind that is not
 listed, or is used along the examples' own dimension, settles nothing, and the graph is proved again at every call.
 
 Note [flat layouts]
@@ -246,11 +246,11 @@ def _numbered(names: str, transfer: Transfer, numbers: int = 4) -> dict[str, Tra
 TRANSFERS: dict[str, Transfer] = {
     **_numbered(
         "Abs Acos Acosh Add Addcdiv Addcmul Asin Asinh Atan Atan2 Atanh Bernoulli Celu Ceil Clamp ClampMax ClampMin"
-        " Clone Copy Copysign Cos Cosh Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Fill Floor Fmod Frac Gelu Hardsigmoid"
-        " Hardswish Hardtanh Hypot LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid LogAddExp Logaddexp Logit"
+        " Clone Copy Copysign Cos Cosh Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Fill Floor Fmod Frac Gelu"
+        " Hardsigmoid Hardswish Hardtanh Hypot LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid LogAddExp Logaddexp Logit"
         " MaskedFill Maximum Minimum Mish Mul NanToNum NativeDropout Neg Pow PreluKernel Reciprocal Relu Relu6"
-        " Remainder Round Rrelu RreluWithNoise Rsqrt Rsub Selu Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus Softshrink Hardshrink"
-        " Sqrt Square Sub Tan Tanh Threshold ToCopy Tril Triu Where Xlogy Expand Alias", _same),
+        " Remainder Round Rrelu RreluWithNoise Rsqrt Rsub Selu Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus"
+        " Softshrink Hardshrink Sqrt Square Sub Tan Tanh Threshold ToCopy Tril Triu Where Xlogy Expand Alias", _same),
     **_numbered("View UnsafeView ReshapeAlias Unsqueeze Squeeze", _reshape),
     **_numbered("Transpose", _transpose),
     **_numbered("Permute", _permute),
