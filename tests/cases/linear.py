@@ -309,3 +309,17 @@ def _(make: Make) -> Setup:
             return x + out.view_as(x)
 
     return make.setup(make.model(Routed()), make.x(4, 5), loss=lambda m, x: energy(m(x)))
+
+
+@case("an expert that no token reaches", fast=True, tags="routed attack")
+def _(make: Make) -> Setup:
+    """Its product has no rows, and yet its parameters are in the graph."""
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        chosen = tokens.square().sum(1) > 0
+        out = torch.zeros_like(tokens).index_add(0, chosen.nonzero().squeeze(1), model[0](tokens[chosen]).tanh())
+        out = out.index_add(0, (~chosen).nonzero().squeeze(1), model[1](tokens[~chosen]))
+        return energy(out.view_as(x))
+
+    return make.setup(make.model(nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])), make.x(4, 5), loss=loss)
