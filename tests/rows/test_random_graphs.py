@@ -113,7 +113,7 @@ def _check_other_ways(
         p.grad = None
 
 
-quiet = settings(suppress_health_check=list(HealthCheck), max_examples=300)
+quiet = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), max_examples=300)
 
 
 @given(program=programs)
