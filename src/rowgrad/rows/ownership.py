@@ -30,7 +30,7 @@ from torch import Tensor
 from rowgrad.tape import Tape
 
 Edge = tuple[int, int]
-PROBE_BYTES = 256 * 2**20  # cotangents of one block of edges held at a time while proving
+PROBE_BYTES = 512 * 2**20  # cotangents of one block of edges held at a time while proving
 
 # dtype -> (number of digits, exponent of the separation). float16 has no room for more than zero and one.
 _CODES = {
@@ -407,11 +407,8 @@ class Grouping:
             outer = shape[layout.dim] // (n_examples * layout.inner)
             return cls(n_examples, (layout.dim, outer, layout.inner, n_positions), None)
         if isinstance(layout, Entries):
-            return cls._by_entry(
-                layout.owner.reshape(prod(shape[:n_positions]), -1),
-                n_positions,
-                n_examples,
-            )
+            owner = layout.owner.reshape(prod(shape[:n_positions]), prod(shape[n_positions:]))
+            return cls._by_entry(owner, n_positions, n_examples)
         return None
 
     @classmethod
@@ -441,9 +438,11 @@ class Grouping:
         dim, outer, inner, n_positions = self._split
         features = t.shape[n_positions:]
         if self._index is not None:
-            flat = t.reshape(-1, *features)
+            flat = t.reshape(prod(t.shape[:n_positions]), *features)
+            if not len(flat):
+                return t.new_zeros(*self._index.shape, *features)
             picked = flat[self._index.clamp(min=0)]
             present = (self._index >= 0).reshape(*self._index.shape, *[1] * len(features))
             return torch.where(present, picked, torch.zeros_like(picked))
         t = t.reshape(*t.shape[:dim], outer, self.n_examples, inner, *t.shape[dim + 1 :])
-        return t.movedim(dim + 1, 0).reshape(self.n_examples, -1, *features)
+        return t.movedim(dim + 1, 0).flatten(1, n_positions + 1)
