@@ -1,6 +1,7 @@
 """Small models on which the laws of the rows are tested, one file a family."""
 
 from tests.cases import (  # noqa: F401  (each enters its cases into the table)
+    attacks,
     attention,
     convolution,
     coupled,

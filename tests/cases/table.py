@@ -37,9 +37,10 @@ class Setup:
 class Make:
     """Raw material for a case: tensors for `n` examples and modules with parameters away from their special values."""
 
-    def __init__(self, n: int, dtype: torch.dtype) -> None:
+    def __init__(self, n: int, dtype: torch.dtype, seed: int) -> None:
         self.n = n
         self.dtype = dtype
+        self.seed = seed
 
     def x(self, *shape: int) -> Tensor:
         return torch.randn(self.n, *shape, dtype=self.dtype)
@@ -94,7 +95,7 @@ class Case:
     def build(self, seed: int = 0, dtype: torch.dtype | None = None, n: int | None = None) -> Setup:
         with torch.random.fork_rng():
             torch.manual_seed(1000 + seed)
-            made = self.make(Make(self.n if n is None else n, dtype or self.dtype))
+            made = self.make(Make(self.n if n is None else n, dtype or self.dtype, seed))
         return replace(made, seed=seed)
 
 

@@ -244,7 +244,7 @@ def test_rows_are_the_gradients_of_each_loss(name: str, leaves_nothing_behind: A
         assert_scaled_close(found, flat({p: rows[p]}).norm(dim=1), norms, rtol)
     assert_scaled_close(J.gram(), flat(rows) @ flat(rows).T, torch.outer(norms, norms), rtol)
     c = torch.tensor([0.5, -1.0, 2.0], dtype=losses.dtype)
-    expected = {p: torch.einsum("b,b...->...", c, r) for p, r in rows.items()}
+    expected = {p: torch.einsum("b,b...->...", c.double(), r.double()) for p, r in rows.items()}
     J.backward(c)
     for p, v in params.items():
         found = torch.zeros_like(v) if v.grad is None else v.grad

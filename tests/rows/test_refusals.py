@@ -340,6 +340,7 @@ def test_retained_factors_can_be_used_again(model: nn.Module, x: Tensor) -> None
         (lambda J: J.backward(1.0, transform=lambda name, Z: Z.sum(0)), ValueError, "transform"),
         (lambda J: J[7], IndexError, "7"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_arguments_that_do_not_fit(call: Callable, kind: Any, message: str, model: nn.Module, x: Tensor) -> None:
     J = rg.jacobian(losses_of(model, x), model)
