@@ -234,7 +234,12 @@ def _cat_rows(forms: list[Rows]) -> Rows:
         torch.cat([f.ids for f in forms], 1),
         torch.cat([f.rows for f in forms], 1),
     )
-    return Rows(ids, rows, forms[0].shape, all(f.sparse for f in forms))
+    positions = None
+    if any(f.positions is not None for f in forms):
+        positions = torch.cat(
+            [torch.ones_like(f.ids, dtype=torch.bool) if f.positions is None else f.positions for f in forms], 1
+        )
+    return Rows(ids, rows, forms[0].shape, all(f.sparse for f in forms), positions)
 
 
 def _overlap(places: list[Place]) -> bool:

@@ -308,7 +308,7 @@ class _Reading:
     def _warn_if_slow(self, explanation: Explanation) -> None:
         slow = explanation.slow_uses()
         key = (self.n_examples, tuple(slow))
-        if not slow or key in _warned:
+        if not slow or self.n_examples == 1 or key in _warned:
             return
         _warned.add(key)
         name, kind = slow[0]

@@ -294,6 +294,7 @@ class Rows:
     rows: Tensor  # (B, T, d)
     shape: torch.Size  # (V, d)
     sparse: bool = False
+    positions: Tensor | None = None  # (B, T) True where a position is real, None: all are
 
     @property
     def n_examples(self) -> int:
@@ -335,21 +336,31 @@ class Rows:
         return found.reshape(self.n_examples, *self.shape)
 
     def select(self, index: Tensor) -> Rows:
-        return replace(self, ids=self.ids[index], rows=self.rows[index])
+        positions = None if self.positions is None else self.positions[index]
+        return replace(self, ids=self.ids[index], rows=self.rows[index], positions=positions)
 
     def scaled(self, weights: Tensor) -> Rows:
         return replace(self, rows=self.rows * _columns(weights, self.rows))
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         owner = torch.arange(self.n_examples, device=self.ids.device).repeat_interleave(self.ids.shape[1])
-        return self.ids.reshape(-1), self.rows.reshape(-1, self.rows.shape[2]), owner
+        ids, rows = self.ids.reshape(-1), self.rows.reshape(-1, self.rows.shape[2])
+        if self.positions is not None:
+            real = self.positions.reshape(-1)
+            ids, rows, owner = ids[real], rows[real], owner[real]
+        return ids, rows, owner
 
     def route(self) -> str:
         return f"{_count(self.rows.numel())} entries by id"
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Rows:
-        flat = self.rows.reshape(-1, self.rows.shape[2])
-        return replace(self, rows=same_shape(flat, transform(flat)).reshape(self.rows.shape))
+        _, given, _ = self.factors()
+        found = same_shape(given, transform(given)).to(self.rows.dtype)
+        if self.positions is not None:
+            whole = self.rows.new_zeros(self.ids.numel(), self.rows.shape[2])
+            whole[self.positions.reshape(-1)] = found
+            found = whole
+        return replace(self, rows=found.reshape(self.rows.shape))
 
 
 def inner(f: Form, g: Form) -> Tensor:

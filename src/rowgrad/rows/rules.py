@@ -9,6 +9,16 @@ from collections.abc import Mapping
 from functools import partial
 
 from rowgrad.rows.linear import batched, matrix_first, matrix_second
+from rowgrad.rows.lookup import bag, embedding, indexed, selected
+from rowgrad.rows.normalization import (
+    batch_scale,
+    channel_shift,
+    group_scale,
+    layer_scale,
+    layer_shift,
+    repeated,
+    rms_scale,
+)
 from rowgrad.rows.site import Rule, elementwise, factor, summand
 
 # fmt: off
@@ -31,6 +41,18 @@ _TABLE: dict[tuple[str, int], Rule] = {
     ("SubBackward0", 0):      summand,
     ("SubBackward0", 1):      partial(summand, scale="alpha", sign=-1),
     ("ExpandBackward0", 0):   summand,                                  # class token, learned queries
+    ("RepeatBackward0", 0):   repeated,                                 # instance norm, prompts
+    ("NativeLayerNormBackward0", 1): layer_scale,
+    ("NativeLayerNormBackward0", 2): layer_shift,
+    ("FusedRmsNormBackward0", 1):    rms_scale,
+    ("NativeGroupNormBackward0", 1): group_scale,
+    ("NativeGroupNormBackward0", 2): channel_shift,
+    ("NativeBatchNormBackward0", 1): batch_scale,
+    ("NativeBatchNormBackward0", 2): channel_shift,
+    ("EmbeddingBackward0", 0):       embedding,
+    ("EmbeddingBagBackward0", 0):    bag,
+    ("IndexBackward0", 0):           indexed,
+    ("IndexSelectBackward0", 0):     selected,
 }
 # fmt: on
 

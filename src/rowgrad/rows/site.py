@@ -118,10 +118,12 @@ def summand(site: Site, scale: str | None = None, sign: int = 1) -> Recipe | Non
     return Recipe(lambda cotangents: Dense(factor * reduce(wide(only(cotangents)))), "sum")
 
 
-def reduce_broadcast(site: Site, z_shape: torch.Size, shape: torch.Size) -> Callable[[Tensor], Tensor] | None:
+def reduce_broadcast(
+    site: Site, z_shape: torch.Size, shape: torch.Size, layout: Layout | None = None
+) -> Callable[[Tensor], Tensor] | None:
     """Sum (z_shape) to (B, *shape), each example by itself; None where `shape` itself runs along the examples."""
     n = site.n_examples
-    layout = site.layout()
+    layout = site.layout() if layout is None else layout
     padded = (1,) * (len(z_shape) - len(shape)) + tuple(shape)
     if n == 1:
         return lambda t: t.sum_to_size(shape).unsqueeze(0)

@@ -1,0 +1,109 @@
+"""Rules for the scale and shift of normalizations, and for parameters repeated over the examples.
+
+The scale's gradient is the cotangent times the normalized input, the shift's the cotangent, each summed over what the
+example owns. How the normalized input came about (also from a whole batch) does not matter here: that is another input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rowgrad.rows.factors import Dense, wide
+from rowgrad.rows.ownership import Axis
+from rowgrad.rows.site import Cotangents, Recipe, Site, reduce_broadcast
+from rowgrad.tape import Node
+
+Normalized = Callable[[], Tensor]
+
+
+def _first(cotangents: Cotangents) -> Tensor:
+    z = cotangents[0]
+    assert z is not None
+    return z
+
+
+def _scale(site: Site, parameter: Sequence[int], normalized: Tensor) -> Recipe | None:
+    """`parameter`: the scale's shape with ones where it is broadcast, aligned with the input."""
+    reduce = reduce_broadcast(site, site.node.shape(), torch.Size(parameter))
+    if reduce is None:
+        return None
+    shape = (-1, *site.target_shape)
+    return Recipe(lambda cotangents: Dense(reduce(wide(_first(cotangents)) * normalized).reshape(shape)), "scale")
+
+
+def _shift(site: Site, parameter: Sequence[int]) -> Recipe | None:
+    reduce = reduce_broadcast(site, site.node.shape(), torch.Size(parameter))
+    if reduce is None:
+        return None
+    shape = (-1, *site.target_shape)
+    return Recipe(lambda cotangents: Dense(reduce(wide(_first(cotangents))).reshape(shape)), "shift")
+
+
+def _standardized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (wide(x) - wide(mean)) * wide(rstd)
+
+
+def layer_scale(site: Site) -> Recipe | None:
+    node = site.node
+    normalized = _standardized(node.saved("input"), node.saved("result1"), node.saved("result2"))
+    return _scale(site, site.target_shape, normalized)
+
+
+def layer_shift(site: Site) -> Recipe | None:
+    return _shift(site, site.target_shape)
+
+
+def rms_scale(site: Site) -> Recipe | None:
+    normalized = wide(site.node.saved("input")) * wide(site.node.saved("result1"))
+    return _scale(site, site.target_shape, normalized)
+
+
+def _channels(node: Node) -> tuple[int, ...]:
+    """Shape of a per-channel parameter aligned with (N, C, ...)."""
+    shape = node.shape()
+    return (shape[1], *[1] * (len(shape) - 2))
+
+
+def group_scale(site: Site) -> Recipe | None:
+    node = site.node
+    x, groups = node.saved("input"), node.attribute("group")
+    split = x.reshape(x.shape[0], groups, -1)
+    mean, rstd = (node.saved(name).reshape(x.shape[0], groups, 1) for name in ("result1", "result2"))
+    return _scale(site, _channels(node), _standardized(split, mean, rstd).reshape(x.shape))
+
+
+def batch_scale(site: Site) -> Recipe | None:
+    node = site.node
+    if node.attribute("training"):
+        mean, rstd = node.saved("result1"), node.saved("result2")
+    else:
+        mean = node.saved("running_mean")
+        rstd = (wide(node.saved("running_var")) + node.attribute("eps")).rsqrt()
+    shape = _channels(node)
+    return _scale(site, shape, _standardized(node.saved("input"), mean.reshape(shape), rstd.reshape(shape)))
+
+
+def channel_shift(site: Site) -> Recipe | None:
+    return _shift(site, _channels(site.node))
+
+
+def repeated(site: Site) -> Recipe | None:
+    """Tiled copies (r_1 s_1, r_2 s_2, ...) of a parameter (s_1, s_2, ...): the copies an example owns are added up."""
+    layout, repeats = site.layout(), tuple(site.node.attribute("repeats"))
+    sizes = (1,) * (len(repeats) - len(site.target_shape)) + tuple(site.target_shape)
+    if isinstance(layout, Axis):
+        if layout.inner % sizes[layout.dim] and site.n_examples > 1:
+            return None
+        layout = Axis(2 * layout.dim, max(1, layout.inner // sizes[layout.dim]))
+    elif site.n_examples > 1:
+        return None
+    split = torch.Size(n for pair in zip(repeats, sizes, strict=True) for n in pair)
+    once = torch.Size(n for size in sizes for n in (1, size))
+    reduce = reduce_broadcast(site, split, once, layout)
+    if reduce is None:
+        return None
+    shape = (-1, *site.target_shape)
+    return Recipe(lambda cotangents: Dense(reduce(wide(_first(cotangents)).reshape(split)).reshape(shape)), "sum")
