@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+from rowgrad.rows.convolution import convolution_weight
 from rowgrad.rows.linear import batched, matrix_first, matrix_second
 from rowgrad.rows.lookup import bag, embedding, indexed, selected
 from rowgrad.rows.normalization import (
@@ -42,6 +43,8 @@ _TABLE: dict[tuple[str, int], Rule] = {
     ("SubBackward0", 1):      partial(summand, scale="alpha", sign=-1),
     ("ExpandBackward0", 0):   summand,                                  # class token, learned queries
     ("RepeatBackward0", 0):   repeated,                                 # instance norm, prompts
+    ("ConvolutionBackward0", 1):     convolution_weight,
+    ("ConvolutionBackward0", 2):     channel_shift,
     ("NativeLayerNormBackward0", 1): layer_scale,
     ("NativeLayerNormBackward0", 2): layer_shift,
     ("FusedRmsNormBackward0", 1):    rms_scale,
