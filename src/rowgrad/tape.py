@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge
 
 from rowgrad.errors import FreedGraphError, OpaqueGraphError
 
+_T = TypeVar("_T")
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 _PYTHON_NODE = torch.autograd.function.BackwardCFunction
 
@@ -144,10 +145,17 @@ class Tape:
         index = {fn: i for i, fn in enumerate(order)}
         self.nodes = [_node(fn, i, index) for i, fn in enumerate(order)]
         self.root_slot = (index[output.grad_fn], output.output_nr)
+        self._shared: dict[Any, Any] = {}
         self.leaves = {id(node.variable): node.index for node in self.nodes if node.is_leaf}
 
     def __len__(self) -> int:
         return len(self.nodes)
+
+    def shared(self, key: Any, make: Callable[[], _T]) -> _T:
+        """Something made once for several uses of one node, dropped with the tape."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def signature(self) -> tuple:
         """Everything about the graph but the contents of its tensors."""

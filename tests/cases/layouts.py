@@ -162,7 +162,7 @@ def _(m: nn.Module, x: Tensor) -> Tensor:
     return energy(m[2](h[h[:, 0].argsort()]))
 
 
-@_layout("columns sorted over the batch", 4, independent=False, tags="permuted attack")
+@_layout("columns sorted over the batch", 4, fast=False, independent=False, tags="permuted attack")
 def _(m: nn.Module, x: Tensor) -> Tensor:
     """Each column gets its own permutation of the examples: every entry is owned, no row is."""
     return energy(m[2](m[0](x).sort(0)[0]))

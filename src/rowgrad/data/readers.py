@@ -63,6 +63,8 @@ def read_table(
         targets=encoded_target.values,
         target_name=chosen,
         classes=encoded_target.classes,
+        place=raw.place,
+        numbers=raw.numbers,
         frame=frame,
         images=None if raw.images is None else _displayed(raw.images),
         notes=(encoded_target.note, *raw.notes, *notes),

@@ -16,6 +16,7 @@ class Table:
     classes: the labels, for classification; None for regression.
     frame: the columns as they stood in the source, for display; None where the examples are images.
     images: uint8, (N, height, width) or (N, height, width, channels); None for tables.
+    place, numbers: the word for where an example stands in the source ("line" or "row"), and its number there.
     notes: what was decided about the columns and the target, one sentence each.
     """
 
@@ -25,6 +26,8 @@ class Table:
     targets: torch.Tensor
     target_name: str
     classes: tuple[str, ...] | None
+    place: str
+    numbers: np.ndarray
     frame: pl.DataFrame | None = None
     images: np.ndarray | None = None
     notes: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import Dense, Form, Outer, Rows, gram, inner
+from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows, gram, inner
 from rowgrad.rows.placement import Place
 
 
@@ -194,6 +194,7 @@ def _region(group: list[tuple[Form, Place]]) -> Region:
 def _joined(forms: list[Form]) -> list[Form]:
     """Fewer forms with the same sum: positions concatenated, written-out rows added."""
     dense = [f for f in forms if isinstance(f, Dense)]
+    multiples: list[Form] = [f for f in forms if isinstance(f, Multiples)]
     rows = [f for f in forms if isinstance(f, Rows)]
     by_split: dict[tuple, list[Outer]] = {}
     for f in forms:
@@ -205,7 +206,7 @@ def _joined(forms: list[Form]) -> list[Form]:
         found.append(_cat_rows(rows))
     if dense:
         found.append(Dense(sum_of(f.values.reshape(-1, *dense[0].shape) for f in dense)))
-    return found
+    return found + multiples
 
 
 def _cat_outer(forms: list[Outer]) -> Outer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from rowgrad.errors import NoGraphError, NotAVectorError, OpaqueGraphError, ParameterError, RowgradWarning
 from rowgrad.rows.block import Block
 from rowgrad.rows.explain import Entry, Explanation
-from rowgrad.rows.factors import Dense, Form
+from rowgrad.rows.factors import Dense, Form, Multiples
 from rowgrad.rows.frontier import Use
 from rowgrad.rows.general import GeneralPath
 from rowgrad.rows.matrix import Blocks, Jacobian
@@ -216,6 +216,7 @@ class _Reading:
             forms = self._forms(found)
             by_leaf = self._direct(forms)
             general = self._general(forms, found)
+            general = general and self._without_scalars(general, by_leaf)
             if general is not None and general.bytes(self.parameters.by_name) <= general_bytes:
                 for leaf, rows in general.written_out().items():
                     by_leaf.setdefault(leaf, []).append((Dense(rows), Place.whole(leaf, rows.shape[1:])))
@@ -329,6 +330,20 @@ class _Reading:
         """Whether some value has two leading dimensions whose product is the number of losses."""
         shapes = [node.shape() for node in self.tape.nodes if not node.is_leaf and node.is_traced(0)]
         return any(len(s) >= 3 and 1 < s[0] < self.n_examples == s[0] * s[1] for s in shapes)
+
+    def _without_scalars(
+        self, general: GeneralPath, by_leaf: dict[int, list[tuple[Form, Place]]]
+    ) -> GeneralPath | None:
+        """Uses that pass through a single number (a penalty on the weights): every row is a multiple of one gradient."""
+        kept: list[tuple[Use, Form]] = []
+        for use, form in general.seeds:
+            if form.shape.numel() != 1:
+                kept.append((use, form))
+                continue
+            weights = form.dense().reshape(self.n_examples) / self.loss_scale
+            for leaf, gradient in general.pushed_once(use.target).items():
+                by_leaf.setdefault(leaf, []).append((Multiples(weights, gradient), Place.whole(leaf, gradient.shape)))
+        return replace(general, seeds=kept) if kept or general.masked else None
 
     def _explanation(self, forms: Mapping[Use, Form]) -> Explanation:
         assert self.plan is not None

@@ -29,21 +29,34 @@ from rowgrad.rows.site import Cotangents, Recipe, Site, only
 def convolution_weight(site: Site) -> Recipe | None:
     group = site.grouping(1)
     if group is None:
-        return None
+        return _over_positions(site)
     node = site.node
     data, transposed = node.saved("input"), node.attribute("transposed")
-    geometry = _Geometry(
-        site.target_shape,
-        node.attribute("groups"),
-        tuple(node.attribute("stride")),
-        tuple(node.attribute("padding")),
-        tuple(node.attribute("dilation")),
-    )
+    geometry = _Geometry.of(site)
 
     def build(cotangents: Cotangents) -> Form:
         z = only(cotangents)
         x, y = (data, z) if transposed else (z, data)
         return geometry.form(wide(x), wide(y), group, cotangent_left=not transposed)
+
+    return Recipe(build, "convolution")
+
+
+def _over_positions(site: Site) -> Recipe | None:
+    """Examples along the positions themselves, as for a kernel of one over the batch."""
+    node = site.node
+    order = (0, *range(2, len(node.shape())), 1)
+    group = site.grouping(len(order) - 1, order=order)
+    if group is None or node.attribute("transposed"):
+        return None
+    geometry, data = _Geometry.of(site), node.saved("input")
+
+    def build(cotangents: Cotangents) -> Form:
+        x, y = wide(only(cotangents)).unsqueeze(1), geometry.padded(wide(data)).unsqueeze(1)
+        left, right = geometry.positions(x), geometry.patches(x, y)  # (N, groups, positions, .)
+        sides = [t.transpose(1, 2).unflatten(1, x.shape[3:]) for t in (left, right)]
+        left, right = (group(t).transpose(1, 2) for t in sides)
+        return Outer(left, right, geometry.shape, cotangent_left=True, positions=group.positions)
 
     return Recipe(build, "convolution")
 
@@ -64,11 +77,18 @@ class _Geometry:
         self.kernel = tuple(shape[2:])
         self.stride, self.padding, self.dilation = stride, padding, dilation
 
+    @classmethod
+    def of(cls, site: Site) -> _Geometry:
+        moves = (tuple(site.node.attribute(name)) for name in ("stride", "padding", "dilation"))
+        return cls(site.target_shape, site.node.attribute("groups"), *moves)
+
+    def padded(self, y: Tensor) -> Tensor:
+        return F.pad(y, [p for size in reversed(self.padding) for p in (size, size)])
+
     def form(self, x: Tensor, y: Tensor, group: Grouping, *, cotangent_left: bool) -> Form:
         """x (N, channels, *positions), y (N, channels, *extent)."""
-        y = F.pad(y, [p for size in reversed(self.padding) for p in (size, size)])
         x = group(x)  # (B, images, channels, *positions)
-        y = group(y)
+        y = group(self.padded(y))
         n_positions = x.shape[1] * prod(x.shape[3:])
         a, b = self.shape[0] // self.groups, prod(self.shape[1:])
         by_gram = n_positions * (a + b) < a * b
@@ -78,17 +98,17 @@ class _Geometry:
         real = group.positions
         if real is not None:
             real = real.repeat_interleave(n_positions // x.shape[1], 1)
-        return Outer(self._positions(x), self._patches(x, y), self.shape, cotangent_left, real)
+        return Outer(self.positions(x), self.patches(x, y), self.shape, cotangent_left, real)
 
     def _split(self, t: Tensor) -> Tensor:
         """(B, images, channels, ...) to (B, images, groups, channels of the group, ...)."""
         return t.unflatten(2, (self.groups, -1))
 
-    def _positions(self, x: Tensor) -> Tensor:
+    def positions(self, x: Tensor) -> Tensor:
         """(B, groups, images * positions, a)."""
         return self._split(x).flatten(4).permute(0, 2, 1, 4, 3).flatten(2, 3)
 
-    def _patches(self, x: Tensor, y: Tensor) -> Tensor:
+    def patches(self, x: Tensor, y: Tensor) -> Tensor:
         """(B, groups, images * positions, b * kernel): a view of y with the kernel's dimensions added, then copied."""
         n_dims = len(self.kernel)
         y = self._split(y).contiguous()

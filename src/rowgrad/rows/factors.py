@@ -6,6 +6,7 @@ is cheapest. Letters: B examples, T positions, G groups, a and b the two sides o
     Outer   row j = left_j^T right_j per group     left (B, G, T, a), right (B, G, T, b)     linear, convolution
     Rows    row j = zeros with rows added at ids   ids (B, T), rows (B, T, d)                embedding
     Dense   row j itself                           (B, *shape)                               bias, scale, general path
+    Multiples  row j = weights_j times one tensor  weights (B,), tensor of the shape         penalty on the weights
 
 Every form answers the same questions, all in at least float32: `sq_norms`, `weighted_sum(c)`, `dot(direction)`,
 `dense()`, `select(index)`, and the functions `inner(f, g)` (row by row) and `gram(f, g)` (every row with every row)
@@ -363,10 +364,57 @@ class Rows:
         return replace(self, rows=found.reshape(self.rows.shape))
 
 
+@dataclass
+class Multiples:
+    """Row j of the Jacobian = weights_j times `direction`."""
+
+    weights: Tensor  # (B,)
+    direction: Tensor  # of the parameter's shape
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.direction.shape
+
+    @property
+    def n_examples(self) -> int:
+        return len(self.weights)
+
+    def sq_norms(self) -> Tensor:
+        return self.weights.square() * self.direction.square().sum()
+
+    def weighted_sum(self, c: Tensor) -> Tensor:
+        return (c.to(self.weights.dtype) @ self.weights) * self.direction
+
+    def dot(self, direction: Tensor) -> Tensor:
+        return self.weights * (self.direction * direction.to(self.direction.dtype)).sum()
+
+    def dense(self) -> Tensor:
+        return self.weights.reshape(-1, *[1] * self.direction.ndim) * self.direction
+
+    def select(self, index: Tensor) -> Multiples:
+        return Multiples(self.weights[index], self.direction)
+
+    def scaled(self, weights: Tensor) -> Multiples:
+        return Multiples(self.weights * weights.to(self.weights.dtype), self.direction)
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The direction is the same for all examples; the weights are its cotangents."""
+        return self.direction, self.weights, torch.arange(self.n_examples, device=self.weights.device)
+
+    def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Multiples:
+        return Multiples(same_shape(self.weights, transform(self.weights)), self.direction)
+
+    def route(self) -> str:
+        return "multiples of one gradient"
+
+
 def inner(f: Form, g: Form) -> Tensor:
     """<row j of f, row j of g> for every j, shape (B,)."""
     if f is g:
         return f.sq_norms()
+    for one, other in ((f, g), (g, f)):
+        if isinstance(one, Multiples):
+            return one.weights * other.dot(one.direction.reshape(other.shape))
     if _same_split(f, g):
         if (type(f), type(g)) in _INNER:
             return _INNER[type(f), type(g)](f, g)
@@ -377,6 +425,10 @@ def inner(f: Form, g: Form) -> Tensor:
 
 def gram(f: Form, g: Form) -> Tensor:
     """<row j of f, row k of g> for every j and k, shape (B, B')."""
+    if isinstance(f, Multiples):
+        return torch.outer(f.weights, g.dot(f.direction.reshape(g.shape)))
+    if isinstance(g, Multiples):
+        return torch.outer(f.dot(g.direction.reshape(f.shape)), g.weights)
     if _same_split(f, g):
         if (type(f), type(g)) in _GRAM:
             return _GRAM[type(f), type(g)](f, g)

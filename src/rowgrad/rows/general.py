@@ -12,10 +12,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import Form
+from rowgrad.rows.factors import CHUNK_BYTES, Form
 from rowgrad.rows.frontier import Use
 from rowgrad.rows.ownership import Edge, Layout, mask
 from rowgrad.tape import Tape
+
+
+# Kinds whose backward is known to take a batch of cotangents under torch.func.vmap, with the result of one at a time.
+BATCHED = frozenset(
+    f"{name}Backward{i}"
+    for name in (
+        "Add Sub Mul Div Neg Mm Bmm Addmm T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Squeeze Clone"
+        " ToCopy Slice Select Split Cat Stack Expand Exp Log Sqrt Rsqrt Softplus Sigmoid Tanh Relu Softmax Sum Mean Pow"
+        " Norm LinalgVectorNorm WeightNormInterface Embedding Repeat Alias Var Unbind"
+    ).split()
+    for i in range(3)
+)
 
 
 @dataclass
@@ -57,12 +69,57 @@ class GeneralPath:
         """Leaf -> (B, *shape)."""
         leaf_of = {name: leaf for leaf, name in self.names.items()}
         rows: dict[int, Tensor] = {}
-        for position in range(len(self.examples)):
-            for name, gradient in self.row(position).items():
+        for positions, found in self._in_chunks():
+            for name, gradients in found.items():
                 if leaf_of[name] not in rows:
-                    rows[leaf_of[name]] = gradient.new_zeros(len(self.examples), *gradient.shape)
-                rows[leaf_of[name]][position] = gradient
+                    rows[leaf_of[name]] = gradients.new_zeros(len(self.examples), *gradients.shape[1:])
+                rows[leaf_of[name]][positions] = gradients
         return rows
+
+    def _in_chunks(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Rows of several examples at a time where every gradient at the uses is known in factors."""
+        n = len(self.examples)
+        if self.masked or not self._takes_batches():
+            for j in range(n):
+                yield slice(j, j + 1), {name: g.unsqueeze(0) for name, g in self.row(j).items()}
+            return
+        n_bytes = sum(form.shape.numel() for _, form in self.seeds) * 8
+        step = max(1, CHUNK_BYTES // max(1, n_bytes))
+        for start in range(0, n, step):
+            piece = slice(start, min(n, start + step))
+            yield piece, self._pushed(piece)
+
+    def _pushed(self, piece: slice) -> dict[str, Tensor]:
+        index = torch.tensor(self.examples[piece], device=self.tape.output.device)
+        gradients = [form.select(index).dense() for _, form in self.seeds]
+
+        def push(*parts: Tensor) -> dict[str, Tensor]:
+            inbox: dict[Edge, Tensor] = {}
+            for (use, _), part in zip(self.seeds, parts, strict=True):
+                self._post(inbox, use.target, part)
+            return dict(self._sweep(inbox))
+
+        found = torch.func.vmap(push)(*gradients)
+        return {name: self._unscaled(g) for name, g in found.items()}
+
+    def _takes_batches(self) -> bool:
+        """Whether the nodes below the uses are all known to work on a batch of cotangents."""
+        below = {use.target[0] for use, _ in self.seeds}
+        for node in self.tape.nodes:
+            if node.index in below and not node.is_leaf:
+                if node.kind not in BATCHED:
+                    return False
+                below |= {t[0] for t in node.slots if t is not None}
+        return True
+
+    def pushed_once(self, target: Edge) -> dict[int, Tensor]:
+        """Leaf -> gradient of one tainted scalar, for rows that are multiples of it."""
+        node = self.tape.nodes[target[0]]
+        unit = torch.ones(node.shape(target[1]), dtype=node.dtype(target[1]), device=node.device(target[1]))
+        leaf_of = {name: leaf for leaf, name in self.names.items()}
+        return {
+            leaf_of[name]: g.to(torch.promote_types(g.dtype, torch.float32)) for name, g in self._sweep({target: unit})
+        }
 
     def row(self, position: int) -> dict[str, Tensor]:
         """Gradient of one example's loss that passes these uses, by parameter name; absent where there is none."""
@@ -82,7 +139,10 @@ class GeneralPath:
                 target, gradient = node.slots[slot], gradients[slot]
                 if target is not None and gradient is not None:
                     self._post(inbox, target, gradient)
-        return {name: g.to(torch.promote_types(g.dtype, torch.float32)) / self.scale for name, g in self._sweep(inbox)}
+        return {name: self._unscaled(g) for name, g in self._sweep(inbox)}
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / self.scale
 
     def _post(self, inbox: dict[Edge, Tensor], target: Edge, gradient: Tensor) -> None:
         node = self.tape.nodes[target[0]]

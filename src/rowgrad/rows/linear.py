@@ -6,6 +6,7 @@ from torch import Tensor
 
 from rowgrad.rows.factors import Form, Outer, wide
 from rowgrad.rows.ownership import Grouping
+from rowgrad.rows.products import stacked
 from rowgrad.rows.site import Cotangents, Recipe, Site, only, scalar
 
 
@@ -71,7 +72,7 @@ def batched(site: Site, *, weight_first: bool, saved: str, scale: str | None = N
     order = (2, 0, 1) if weight_first else (1, 0, 2)
     group = site.grouping(1, order=order)
     if group is None:
-        return None
+        return stacked(site, weight_first=weight_first, saved=saved) if scale is None else None
     data = site.node.saved(saved)
     factor = scalar(site.node.attribute(scale)) if scale else 1
     shape = site.target_shape

@@ -20,6 +20,8 @@ from rowgrad.rows.normalization import (
     repeated,
     rms_scale,
 )
+from rowgrad.rows.products import bilinear, grouped, vector
+from rowgrad.rows.recurrent import lstm_parameter
 from rowgrad.rows.site import Rule, elementwise, factor, summand
 
 # fmt: off
@@ -43,6 +45,15 @@ _TABLE: dict[tuple[str, int], Rule] = {
     ("SubBackward0", 1):      partial(summand, scale="alpha", sign=-1),
     ("ExpandBackward0", 0):   summand,                                  # class token, learned queries
     ("RepeatBackward0", 0):   repeated,                                 # instance norm, prompts
+    ("MvBackward0", 1):              vector,
+    ("AddmvBackward0", 0):           partial(summand, scale="beta"),
+    ("AddmvBackward0", 2):           partial(vector, saved="mat", scale="alpha"),
+    ("TrilinearBackward0", 1):       bilinear,
+    ("GroupedMmBackward0", 1):       grouped,                           # experts
+    ("MkldnnRnnLayerBackward0", 1):  partial(lstm_parameter, part="input"),
+    ("MkldnnRnnLayerBackward0", 2):  partial(lstm_parameter, part="hidden"),
+    ("MkldnnRnnLayerBackward0", 3):  partial(lstm_parameter, part="bias"),
+    ("MkldnnRnnLayerBackward0", 4):  partial(lstm_parameter, part="bias"),
     ("ConvolutionBackward0", 1):     convolution_weight,
     ("ConvolutionBackward0", 2):     channel_shift,
     ("NativeLayerNormBackward0", 1): layer_scale,

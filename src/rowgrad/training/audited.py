@@ -12,7 +12,7 @@ from rowgrad.data.split import split_rows
 from rowgrad.data.table import Table, standardize
 from rowgrad.errors import InputError, NonFiniteError
 from rowgrad.training.cost import Cost, measure_cost, update
-from rowgrad.training.mlp import mlp
+from rowgrad.training.mlp import adam, mlp
 from rowgrad.training.settings import Settings
 from rowgrad.training.step import Criterion, Trainee, label_losses, squared_losses
 from rowgrad.uses.audit import Audit, AuditScores
@@ -110,16 +110,27 @@ def audit_table(
         InputError: too few rows are left to audit, or training diverged.
     """
     settings = settings or Settings()
+    with torch.random.fork_rng(devices=[]):  # initialization and dropout draw from the global generator
+        torch.default_generator.manual_seed(settings.seed)
+        return _audit(table, settings, flip, rows, progress)
+
+
+def _audit(
+    table: Table, settings: Settings, flip: float, rows: float, progress: Callable[[int, int], None]
+) -> AuditRun:
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(settings.seed)
     chosen, held_out = split_rows(len(table), rows, generator)
     _check_chosen(table, chosen)
     given, planted = _plant(table, chosen, flip, generator)
     problem = _problem(table, chosen, held_out, given)
-    model = mlp(problem.inputs.shape[1], settings.hidden, table.n_outputs, settings.seed)
-    trainee = Trainee(model, torch.optim.Adam(model.parameters(), lr=settings.lr), problem.criterion)
+    model = mlp(problem.inputs.shape[1], settings.hidden, table.n_outputs, settings.dropout)
+    trainee = Trainee(model, adam(model, settings.lr), problem.criterion)
     batch_size = settings.batch_size_for(len(chosen))
     record = _train(trainee, problem, settings, batch_size, generator, progress)
+    cost = measure_cost(
+        trainee, problem.inputs, problem.targets, problem.n_classes, batch_size=batch_size, generator=generator
+    )
     return AuditRun(
         table=table,
         settings=settings,
@@ -134,9 +145,7 @@ def audit_table(
         epochs=tuple(record.epochs),
         held_out=_held_out_score(problem, model),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        cost=measure_cost(
-            trainee, problem.inputs, problem.targets, problem.n_classes, batch_size=batch_size, generator=generator
-        ),
+        cost=cost,
         seconds=time.perf_counter() - start,
     )
 
@@ -229,7 +238,7 @@ def _held_out_score(problem: _Problem, model: nn.Module) -> float | None:
     targets = problem.held_out_targets
     if not len(targets):
         return None
-    outputs = model(problem.held_out_inputs)
+    outputs = model.eval()(problem.held_out_inputs)
     if problem.n_classes is not None:
         return float((outputs.argmax(dim=1) == targets).double().mean())
     residual = (targets - (outputs[:, 0].double() * problem.scale + problem.center)).square().sum()

@@ -15,15 +15,17 @@ class Settings:
     epochs: passes over the audited examples.
     batch_size: examples per step; None takes a twentieth of the examples (a power of two from 8 to 64), and beyond
         128,000 examples a two-thousandth (at most 1024).
-    lr: learning rate of Adam.
+    lr: learning rate of Adam; a first layer of more than 64 inputs takes 64/inputs of it.
     hidden: width of each hidden layer.
+    dropout: share of hidden units left out in a step; it slows the learning by heart of single labels.
     seed: of the split, the planted errors, the initialization and the order of the examples.
     """
 
-    epochs: int = 25
+    epochs: int = 40
     batch_size: int | None = None
-    lr: float = 1e-3
+    lr: float = 3e-3
     hidden: tuple[int, ...] = (128, 128)
+    dropout: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -33,6 +35,8 @@ class Settings:
             raise InputError(f"--batch-size {self.batch_size}: at least one example per step is needed")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"--lr {self.lr:g}: the learning rate must be a positive number")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"--dropout {self.dropout:g}: the share must be at least 0 and below 1")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed {self.seed}: the seed must be at least 0 and below 2**63")
         if any(width < 1 for width in self.hidden):

@@ -53,8 +53,8 @@ class Audit:
     different examples commute.
 
     Flags follow the trajectory rule: the label of largest mean probability differs from the given one. The ranking is
-    by mean loss. On scikit-learn's digits with 10% of the labels changed it has an average precision of .99; the mean
-    margin is as good there, and falls by up to .13 where training goes on until the labels are memorized.
+    by mean loss. On scikit-learn's digits with 10% of the labels changed it has an average precision of .99. The mean
+    margin is as good there; on its breast_cancer, trained until the labels were memorized, it had .80 against .93.
 
     Args:
         n: how many examples the data set has.
