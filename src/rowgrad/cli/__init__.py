@@ -1,0 +1,17 @@
+"""The `rowgrad` command."""
+
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C.
+
+    Args:
+        arguments: what follows the command's name; by default those of the process.
+    """
+    try:
+        from rowgrad.cli.app import run  # what it imports comes with the extra `app`
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"rowgrad: the command needs {error.name}; install rowgrad[app]\n")
+        return 2
+    return run(arguments)

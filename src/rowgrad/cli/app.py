@@ -1,0 +1,55 @@
+"""The command's sub-commands, and how its errors are shown."""
+
+import sys
+from typing import Annotated, cast
+
+import typer
+
+from rowgrad import __version__
+from rowgrad.cli.audit import audit
+from rowgrad.errors import InputError
+
+# Typer brings its own copy of Click in some versions and imports Click in others; its errors are found through one.
+_ancestors = {base.__name__: base for base in typer.BadParameter.__mro__}
+UsageError = cast("type[typer.BadParameter]", _ancestors["ClickException"])
+
+app = typer.Typer(name="rowgrad", add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+app.command()(audit)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rowgrad {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The gradients of neural networks, example by example."""
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command line; errors are one line on standard error."""
+    try:
+        code = app(args=arguments, prog_name="rowgrad", standalone_mode=False)
+    except InputError as error:
+        return _fail(str(error), 2)
+    except OSError as error:
+        return _fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
+    except KeyboardInterrupt:
+        code = 130
+    except UsageError as error:
+        return _fail(error.format_message(), 2)
+    if code == 130:
+        return _fail("interrupted; nothing was written", 130)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    sys.stderr.write(f"rowgrad: {line}\n")
+    return code

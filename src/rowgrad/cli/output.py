@@ -1,0 +1,55 @@
+"""A directory of results that appears whole or not at all."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rowgrad.errors import InputError
+
+
+@contextlib.contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A temporary folder beside `directory`, which takes its place (or whose files take their places in it) at the end.
+
+    Guarantees: until the block has ended without an exception `directory` is untouched; then a new directory appears by
+    one rename, and in an existing one each file is replaced by one rename and other files stay. The temporary folder is
+    gone in every case.
+
+    Raises:
+        InputError: `directory` cannot be written; raised before the block runs.
+    """
+    directory = Path(os.path.abspath(directory))
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--out {directory}: this is a file; name a directory")
+    parent = next(folder for folder in directory.parents if folder.exists())
+    stage = parent / f".{directory.name}-{secrets.token_hex(4)}"
+    try:
+        _check_writable(directory if directory.exists() else parent)
+        stage.mkdir()
+    except OSError as error:
+        raise InputError(
+            f"--out {directory}: cannot be written ({error.strerror}); choose another directory"
+        ) from error
+    try:
+        yield stage
+        _publish(stage, directory)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _check_writable(folder: Path) -> None:
+    probe = folder / f".rowgrad-{secrets.token_hex(4)}"
+    probe.touch()
+    probe.unlink()
+
+
+def _publish(stage: Path, directory: Path) -> None:
+    if directory.is_dir():
+        for file in sorted(stage.iterdir()):
+            file.replace(directory / file.name)
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    stage.replace(directory)

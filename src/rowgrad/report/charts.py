@@ -1,0 +1,172 @@
+"""Charts as SVG text that takes its colors and fonts from the page's style sheet.
+
+A chart is drawn in the width it is shown at, so that its text has the size of the page's; a page for two widths of
+screen holds it twice and shows one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 22, 36  # margins around the plot, in pixels
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: values at the positions 1, 2, ... and the class of the style sheet that colors it."""
+
+    values: np.ndarray
+    style: str
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The plot's area and the ranges it shows."""
+
+    width: int
+    height: int
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+
+    def x(self, value: float) -> float:
+        low, high = self.x_range
+        return LEFT + (value - low) / (high - low) * (self.width - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        return self.height - BOTTOM - (value - low) / (high - low) * (self.height - TOP - BOTTOM)
+
+
+def line_chart(
+    lines: Sequence[Line],
+    band: tuple[np.ndarray, np.ndarray] | None,
+    *,
+    width: int,
+    height: int,
+    x_label: str,
+    y_label: str,
+    title: str,
+) -> Markup:
+    """Lines over the positions 1 .. n, on a linear scale from 0, with an optional shaded band between two curves."""
+    n = len(lines[0].values)
+    top = max(float(curve.max()) for curve in (*(line.values for line in lines), *(band or ())))
+    y_ticks = _ticks(0, top)
+    frame = _Frame(width, height, (1, max(n, 2)), (0, max(top * 1.02, y_ticks[-1])))
+    x_ticks = [tick for tick in (1, *_ticks(1, n, whole=True)) if 1 <= tick <= n]
+    parts = _axes(frame, _dedupe(x_ticks), y_ticks, x_label, y_label)
+    if band is not None:
+        outline = [*_points(frame, band[1]), *reversed(_points(frame, band[0]))]
+        parts.append(f'<polygon class="band" points="{" ".join(outline)}"/>')
+    for line in lines:
+        if n == 1:
+            parts.append(
+                f'<circle class="{line.style} dot" cx="{frame.x(1):.1f}" cy="{frame.y(line.values[0]):.1f}" r="3"/>'
+            )
+        else:
+            parts.append(f'<polyline class="{line.style}" points="{" ".join(_points(frame, line.values))}"/>')
+    return _svg(frame, parts, title)
+
+
+def log_histogram(
+    groups: Sequence[tuple[str, np.ndarray]],
+    *,
+    n_bins: int,
+    width: int,
+    height: int,
+    x_label: str,
+    y_label: str,
+    title: str,
+) -> Markup:
+    """Stacked counts of positive values in bins of equal ratio; a value of 0 counts in the first bin."""
+    values = np.concatenate([group for _, group in groups])
+    positive = values[values > 0]
+    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (0.1, 10.0)
+    if high < low * 1.1:  # all alike: some room around them
+        low, high = low / 2, high * 2
+    edges = np.geomspace(low, high, n_bins + 1)
+    counts = [np.histogram(group.clip(low, high), edges)[0] for _, group in groups]
+    y_ticks = _ticks(0, float(np.sum(counts, axis=0).max()), whole=True)
+    frame = _Frame(width, height, (np.log10(low), np.log10(high)), (0, y_ticks[-1]))
+    parts = _axes(frame, _decades(low, high), y_ticks, x_label, y_label, log=True)
+    below = np.zeros(n_bins)
+    for (style, _), count in zip(groups, counts, strict=True):
+        parts += [_bar(frame, style, edges[k : k + 2], below[k], count[k]) for k in range(n_bins) if count[k]]
+        below += count
+    return _svg(frame, parts, title)
+
+
+def _bar(frame: _Frame, style: str, edges: np.ndarray, below: float, count: float) -> str:
+    left, right = (frame.x(float(np.log10(edge))) for edge in edges)
+    top, bottom = frame.y(below + count), frame.y(below)
+    return (
+        f'<rect class="{style}" x="{left + 0.5:.1f}" y="{top:.1f}" width="{max(right - left - 1, 0.5):.1f}" '
+        f'height="{bottom - top:.1f}"/>'
+    )
+
+
+def _axes(
+    frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str, log: bool = False
+) -> list[str]:
+    base = frame.height - BOTTOM
+    parts = [f'<text class="label" x="0" y="11">{escape(y_label)}</text>']
+    for tick in y_ticks:
+        y = frame.y(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{frame.width - RIGHT}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{y + 4:.1f}">{number(tick)}</text>')
+    for tick in x_ticks:
+        x = frame.x(np.log10(tick) if log else tick)
+        parts.append(f'<line class="axis" x1="{x:.1f}" y1="{base}" x2="{x:.1f}" y2="{base + 4}"/>')
+        parts.append(f'<text class="tick middle" x="{x:.1f}" y="{base + 16}">{number(tick)}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" y1="{base}" x2="{frame.width - RIGHT}" y2="{base}"/>')
+    parts.append(f'<text class="label end" x="{frame.width - RIGHT}" y="{frame.height - 4}">{escape(x_label)}</text>')
+    return parts
+
+
+def _svg(frame: _Frame, parts: list[str], title: str) -> Markup:
+    body = "".join(parts)
+    return Markup(
+        f'<svg viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(title)}">'
+        f"<title>{escape(title)}</title>{body}</svg>"
+    )
+
+
+def _points(frame: _Frame, values: np.ndarray) -> list[str]:
+    return [f"{frame.x(k):.1f},{frame.y(float(value)):.1f}" for k, value in enumerate(values, start=1)]
+
+
+def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """A few round numbers that reach from `low` to `high`."""
+    locator = MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10], integer=whole)
+    return [float(tick) for tick in locator.tick_values(low, high if high > low else low + 1)]
+
+
+def _dedupe(ticks: Sequence[float]) -> list[float]:
+    """Ascending, without a tick that would touch the first."""
+    first, *others = sorted(set(ticks))
+    gap = 0.08 * (max(ticks) - first)
+    return [first, *(tick for tick in others if tick - first > gap)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Powers of ten inside the range, with 2 and 5 between them where it spans less than two decades."""
+    subs = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0)
+    ticks = [float(tick) for tick in LogLocator(base=10, subs=subs).tick_values(low, high) if low <= tick <= high]
+    step = -(-len(ticks) // 7)
+    return ticks[::step]
+
+
+def number(value: float) -> str:
+    """A number for a reader: three significant digits, thousands separated, no trailing zeros."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e6 or size < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    if size >= 999.5:
+        return f"{value:,.0f}"
+    text = f"{value:.3g}"
+    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,0 +1,257 @@
+"""The page of an audit: one HTML file that needs nothing else."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rowgrad.report.charts import Line, line_chart, log_histogram, number
+from rowgrad.report.metrics import versions
+from rowgrad.report.scores import targets_text
+from rowgrad.report.thumbnails import data_uri
+from rowgrad.training.audited import AuditRun
+from rowgrad.uses.planted import PlantedScores, score_planted
+
+N_LISTED = (12, 60)  # suspects on the page: at least, at most
+N_OPEN = 24  # of them shown without unfolding
+N_CURVES = 6
+N_VALUES = 60  # columns of an example that are written out
+N_UNUSUAL = 3
+WIDE, NARROW = 1072, 324  # widths of a chart in pixels, on a desk and on a telephone
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of an example beside the median of its class."""
+
+    name: str
+    text: str
+    usual: str
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """What the page says of one example."""
+
+    rank: int
+    place: str
+    given: str
+    suggested: str | None
+    probability: float | None
+    flagged: bool
+    planted: bool
+    before: str | None
+    mean_loss: float
+    mean_norm: float
+    thumbnail: str | None
+    unusual: list[Value]
+    values: list[tuple[str, str]]
+    n_more_values: int
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A suspect's loss and gradient norm over training."""
+
+    suspect: Suspect
+    loss: Markup
+    norm: Markup
+
+
+def render(run: AuditRun, command: Sequence[str] = ()) -> str:
+    """The page as HTML; `command` is the command line that made the run, for a reader who wants to repeat it."""
+    environment = Environment(
+        loader=PackageLoader("rowgrad.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    environment.filters["percent"] = percent
+    suspects = _suspects(run)
+    return environment.get_template("audit.html.j2").render(
+        run=run,
+        table=run.table,
+        is_labels=run.table.classes is not None,
+        planted=_planted(run),
+        n_flagged=0 if run.scores.flagged is None else int(run.scores.flagged.sum()),
+        suspects=suspects,
+        n_open=N_OPEN,
+        curves=[
+            _curves(run, suspect, position)
+            for suspect, position in zip(suspects, _listed(run)[:N_CURVES], strict=False)
+        ],
+        histograms={"wide": _histogram(run, WIDE, 260, 48), "narrow": _histogram(run, NARROW, 220, 24)},
+        training={"wide": _training(run, WIDE // 2 - 40), "narrow": _training(run, NARROW)},
+        loss_unit=loss_unit(run),
+        norm_unit=norm_unit(run),
+        versions=versions(),
+        command=shlex.join(command),
+    )
+
+
+def write_page(run: AuditRun, path: Path, command: Sequence[str] = ()) -> None:
+    """Write the page."""
+    path.write_text(render(run, command), encoding="utf-8")
+
+
+def loss_unit(run: AuditRun) -> str:
+    """The unit of the loss; `sd` is the standard deviation of the target."""
+    return "nats" if run.table.classes is not None else "sd²"
+
+
+def norm_unit(run: AuditRun) -> str:
+    """The unit of the gradient norm: the loss's, per unit of weight."""
+    return f"{loss_unit(run)} per unit of weight"
+
+
+def percent(share: float) -> str:
+    """A share as `12.3%`, with three significant digits and no trailing zeros."""
+    return f"{100 * share:.3g}%"
+
+
+def _planted(run: AuditRun) -> PlantedScores | None:
+    return None if run.planted is None else score_planted(run.scores, run.planted)
+
+
+def _listed(run: AuditRun) -> list[int]:
+    """Positions of the listed examples among the audited, most suspicious first."""
+    low, high = N_LISTED
+    n_flagged = 0 if run.scores.flagged is None else int(run.scores.flagged.sum())
+    return run.scores.order()[: max(low, min(high, n_flagged))].tolist()
+
+
+def _suspects(run: AuditRun) -> list[Suspect]:
+    usual = _Usual(run)
+    return [_suspect(run, usual, position) for position in _listed(run)]
+
+
+def _suspect(run: AuditRun, usual: "_Usual", position: int) -> Suspect:
+    table, scores, row = run.table, run.scores, int(run.rows[position])
+    here = slice(position, position + 1)
+    values = (
+        []
+        if table.frame is None
+        else [(name, _text(value)) for name, value in table.frame.row(row, named=True).items()]
+    )
+    is_planted = run.planted is not None and bool(run.planted[position])
+    return Suspect(
+        rank=int(scores.rank[position]),
+        place=f"{table.place} {table.numbers[row]}",
+        given=_text(targets_text(run, run.given[here])[0]),
+        suggested=None if scores.suggested is None else _text(targets_text(run, scores.suggested[here])[0]),
+        probability=None if scores.suggested_probability is None else float(scores.suggested_probability[position]),
+        flagged=scores.flagged is not None and bool(scores.flagged[position]),
+        planted=is_planted,
+        before=_text(targets_text(run, table.targets[row : row + 1])[0]) if is_planted else None,
+        mean_loss=float(scores.mean_loss[position]),
+        mean_norm=float(run.norms[:, position].mean()),
+        thumbnail=None if table.images is None else data_uri(table.images[row]),
+        unusual=usual.values(position),
+        values=values[:N_VALUES],
+        n_more_values=max(0, len(values) - N_VALUES),
+    )
+
+
+class _Usual:
+    """Medians and spreads of the numeric features, to tell what is unusual about an example of its class."""
+
+    def __init__(self, run: AuditRun) -> None:
+        self._run = run
+        frame = run.table.frame
+        names = run.table.feature_names
+        self._columns = [] if frame is None else [k for k, name in enumerate(names) if name in frame.columns]
+        self._features = run.table.features[run.rows][:, self._columns].double().numpy() if self._columns else None
+        self._spread = None if self._features is None else self._features.std(axis=0)
+        self._medians: dict[int, np.ndarray] = {}
+
+    def values(self, position: int) -> list[Value]:
+        """The values farthest from the median of the examples with the same given label, in deviations of the column."""
+        if self._features is None or self._spread is None:
+            return []
+        median = self._median(position)
+        spread = np.where(self._spread > 0, self._spread, np.inf)
+        distance = np.abs(self._features[position] - median) / spread
+        names = self._run.table.feature_names
+        return [
+            Value(names[self._columns[k]], number(float(self._features[position, k])), number(float(median[k])))
+            for k in np.argsort(-distance, kind="stable")[:N_UNUSUAL]
+            if distance[k] > 0
+        ]
+
+    def _median(self, position: int) -> np.ndarray:
+        assert self._features is not None
+        label = -1 if self._run.table.classes is None else int(self._run.given[position])
+        if label not in self._medians:
+            members = np.ones(len(self._features), dtype=bool) if label < 0 else self._run.given.numpy() == label
+            self._medians[label] = np.median(self._features[members], axis=0)
+        return self._medians[label]
+
+
+def _curves(run: AuditRun, suspect: Suspect, position: int) -> Curves:
+    members = slice(None) if run.table.classes is None else (run.given == run.given[position]).numpy()
+    charts = []
+    for values, label, unit in ((run.losses, "loss", loss_unit(run)), (run.norms, "gradient norm", norm_unit(run))):
+        class_values = values.numpy()[:, members]
+        low, median, high = np.quantile(class_values, (0.25, 0.5, 0.75), axis=1)
+        lines = [Line(median, "median"), Line(values[:, position].numpy(), "suspect")]
+        charts.append(
+            line_chart(
+                lines,
+                (low, high),
+                width=NARROW,
+                height=170,
+                x_label="epoch",
+                y_label=f"{label} ({unit})",
+                title=f"{label} of {suspect.place} over training, and its class median",
+            )
+        )
+    return Curves(suspect, *charts)
+
+
+def _training(run: AuditRun, width: int) -> list[Markup]:
+    """The course of the run itself: mean loss and median norm by epoch."""
+    mean_loss = np.array([epoch.mean_loss for epoch in run.epochs])
+    median_norm = np.array([epoch.median_norm for epoch in run.epochs])
+    charts = (
+        (mean_loss, f"mean loss ({loss_unit(run)})", "mean loss over training"),
+        (median_norm, f"median gradient norm ({norm_unit(run)})", "median gradient norm over training"),
+    )
+    return [
+        line_chart([Line(values, "course")], None, width=width, height=180, x_label="epoch", y_label=label, title=title)
+        for values, label, title in charts
+    ]
+
+
+def _histogram(run: AuditRun, width: int, height: int, n_bins: int) -> Markup:
+    norms = run.norms.mean(dim=0).numpy()
+    marked = _marked(run)
+    groups = [("rest", norms[~marked]), ("marked", norms[marked])]
+    return log_histogram(
+        groups,
+        n_bins=n_bins,
+        width=width,
+        height=height,
+        x_label=f"mean norm ({norm_unit(run)}), log scale",
+        y_label="examples",
+        title="Distribution of the mean gradient norm over the audited examples",
+    )
+
+
+def _marked(run: AuditRun) -> np.ndarray:
+    """The examples to mark among all: the flagged ones, or for a regression the planted ones."""
+    marked = run.scores.flagged if run.scores.flagged is not None else run.planted
+    return np.zeros(len(run.rows), dtype=bool) if marked is None else marked.numpy()
+
+
+def _text(value: object) -> str:
+    if value is None or value == "":
+        return "(missing)"
+    if isinstance(value, float):
+        return "NaN" if np.isnan(value) else f"{value:.6g}"
+    return str(value)
