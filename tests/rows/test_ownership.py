@@ -106,7 +106,7 @@ def test_canceling_seeds_do_not_look_like_zero() -> None:
     assert_exact(losses, {"w": w})
 
 
-# -- sequences of calls with one signature ------------------------------------------------------------------------------
+# -- sequences of calls with one signature -----------------------------------------------------------------------------
 
 Step = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 SEQUENCES: dict[str, Callable[[], Step]] = {}
@@ -408,7 +408,7 @@ def test_no_call_of_a_sequence_gives_a_wrong_row(name: str) -> None:
         assert_exact(losses, params)
 
 
-# -- adversarial search -------------------------------------------------------------------------------------------------
+# -- adversarial search ------------------------------------------------------------------------------------------------
 
 KNOBS = ("identity", "permutation", "zeros", "one_hot", "random")
 
@@ -494,7 +494,7 @@ def test_long_search_for_a_graph_that_fools_the_cache(program: tuple[int, list[s
     run(program)
 
 
-# -- the cache ----------------------------------------------------------------------------------------------------------
+# -- the cache ---------------------------------------------------------------------------------------------------------
 
 
 def passes_of(
@@ -559,7 +559,7 @@ def test_the_cache_holds_no_tensor() -> None:
     assert not tensors(plan._kept, set())
 
 
-# -- layouts ------------------------------------------------------------------------------------------------------------
+# -- layouts -----------------------------------------------------------------------------------------------------------
 
 
 def proved(losses: Tensor, *edges: int) -> list[object]:
