@@ -53,8 +53,8 @@ class Region:
         return sum_of((p.to_dense() if p.is_sparse else p).reshape(self.shape) for p in parts)
 
     def dot(self, direction: Tensor) -> Tensor:
-        """direction: the parameter's, contiguous."""
-        part = direction.as_strided(self.shape, self.stride, self.offset)
+        """direction: the parameter's, contiguous, and perhaps itself a part of a larger tensor."""
+        part = direction.as_strided(self.shape, self.stride, int(direction.storage_offset()) + self.offset)
         return sum_of(form.dot(part.reshape(form.shape)) for form in self.forms)
 
     def dense(self) -> Tensor:
