@@ -189,7 +189,7 @@ def _(m: nn.Module, x: Tensor) -> Tensor:
     return energy(out)
 
 
-@_coupled("examples exchange halves of their features", 4, tags="attack permuted", fast=True)
+@_coupled("examples exchange halves of their features", 4, tags="attack permuted")
 def _(m: nn.Module, x: Tensor) -> Tensor:
     """Cut and mix: each row of the hidden layer belongs to two examples, each entry to one."""
     h = m[0](x).tanh()

@@ -26,7 +26,7 @@ _tokens("embedding with padding", 4, 6, padding_idx=1)
 _tokens("embedding, sparse", 11, 5, sparse=True)
 _tokens("embedding, sparse, padding and repeated ids", 3, 7, sparse=True, padding_idx=0)
 _tokens("embedding on long sequences", 40, 300)
-_tokens("embedding renormalized", 6, 5, max_norm=0.8)
+_tokens("embedding renormalized", 6, 5, max_norm=0.8, tags="writes")
 
 
 @case("embedding of one id", fast=True)

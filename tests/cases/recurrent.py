@@ -33,7 +33,13 @@ def _recurrent(
 ) -> None:
     for suffix, flags in (("", {}), (", float32", SINGLE))[: 1 + single]:
 
-        @case(name + suffix, fast=fast, deterministic=deterministic, tags="recurrent", **flags)
+        @case(
+            name + suffix,
+            fast=fast,
+            deterministic=deterministic,
+            tags="recurrent" if single else "recurrent double",
+            **flags,
+        )
         def _(make: Make) -> Setup:
             layer = kind(3, 4, **{"batch_first": True, **options})
             return make.setup(make.model(Reader(layer)), make.x(5, 3), loss=lambda m, x: energy(m(x)))

@@ -18,7 +18,7 @@ import rowgrad as rg
 every_case = pytest.mark.parametrize("name", CASES)
 repeatable = [n for n, c in CASES.items() if c.deterministic]
 apart = [n for n, c in CASES.items() if c.deterministic and c.independent]
-quick = [n for n, c in CASES.items() if c.fast and c.dtype == torch.float64]
+quick = [n for n, c in CASES.items() if c.fast and c.dtype == torch.float64 and "double" not in c.tags]
 
 
 @cache
@@ -214,8 +214,9 @@ def test_weighted_sums(name: str) -> None:
             assert_scaled_close(dense(value), expected, (weight.abs() * norms).sum(), case.rtol)
 
 
-@every_case
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if "writes" not in c.tags])
 def test_products_of_rows_with_rows(name: str) -> None:
+    """Not for models whose forward pass writes on their weights: the first Jacobian is stale after the second."""
     case, setup, rows, norms = made(name)
     J, J2 = jacobian_of(setup), jacobian_of(other := other_batch(name))
     A, B = flat(rows), flat(rows_by_grad(other.losses(), other.params))
