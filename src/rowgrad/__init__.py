@@ -1,5 +1,6 @@
 """rowgrad: the gradients of neural networks, seen whole and example by example."""
 
+from rowgrad.checking import check_rows
 from rowgrad.errors import RowgradError, RowgradWarning
 from rowgrad.rows.build import grad_norms, jacobian
 from rowgrad.rows.matrix import Jacobian
@@ -13,6 +14,7 @@ __all__ = [
     "Jacobian",
     "RowgradError",
     "RowgradWarning",
+    "check_rows",
     "clip_weights",
     "clipped_loss",
     "grad_norms",

@@ -154,7 +154,7 @@ plain(
     fast=False,
 )
 plain(
-    "orthogonal weight", lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Tanh()), 4, fast=False
+    "orthogonal weight", lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(5, 5)), nn.Tanh()), 5, fast=False
 )
 
 

@@ -133,6 +133,8 @@ def _read(
 ) -> _Reading:
     if verify not in ("cached", "always"):
         raise ValueError(f'verify={verify!r}: expected "cached" or "always"')
+    if not 0 < loss_scale < float("inf"):
+        raise ValueError(f"loss_scale={loss_scale!r}: expected a positive finite number")
     check_losses(losses)
     parameters = named(params)
     with _plain_numbers(losses):
@@ -171,19 +173,22 @@ def _plain_numbers(losses: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _grad_untouched(parameters: Parameters) -> Iterator[None]:
-    """Notice a node that runs a backward pass of its own and so writes `.grad` while ours reads."""
-    before = {name: (p.grad, None if p.grad is None else p.grad._version) for name, p in parameters.by_name.items()}
-    yield
-    for name, p in parameters.by_name.items():
-        grad, version = before[name]
-        if p.grad is not grad or (grad is not None and grad._version != version):
-            if grad is None:
-                p.grad = None
-            raise OpaqueGraphError(
-                f"reading the graph changed {name}.grad: a custom autograd Function calls backward() inside its own "
-                "backward (reversible layers, reentrant checkpointing), so its parameters are hidden. Use "
-                "torch.autograd.grad inside the Function, or non-reentrant checkpointing"
-            )
+    """Notice a node that runs a backward pass of its own, which writes `.grad`; whatever was there is put back."""
+    before = {name: p.grad for name, p in parameters.by_name.items()}
+    for p in parameters.by_name.values():
+        p.grad = None
+    try:
+        yield
+        written = [name for name, p in parameters.by_name.items() if p.grad is not None]
+    finally:
+        for name, p in parameters.by_name.items():
+            p.grad = before[name]
+    if written:
+        raise OpaqueGraphError(
+            f"reading the graph wrote {written[0]}.grad: a custom autograd Function calls backward() inside its own "
+            "backward (reversible layers, reentrant checkpointing), so its parameters are hidden. Use "
+            "torch.autograd.grad inside the Function, or non-reentrant checkpointing"
+        )
 
 
 @dataclass
@@ -262,7 +267,8 @@ class _Reading:
         """Back in units of the losses, turned to the parameter's own order."""
         assert self.plan is not None
         if self.loss_scale != 1:
-            form = form.scaled(torch.full((self.n_examples,), 1 / self.loss_scale, device=self.seed.device))
+            unit = torch.full((self.n_examples,), 1 / self.loss_scale, dtype=torch.float64, device=self.seed.device)
+            form = form.scaled(unit)
         return settle(form, self.plan.places[use])
 
     def _forms(self, found: Mapping[Edge, Tensor | None]) -> dict[Use, Form]:

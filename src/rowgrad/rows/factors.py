@@ -458,9 +458,15 @@ def _inner_outer_outer(f: Outer, g: Outer) -> Tensor:
 
 
 def _inner_outer_rows(f: Outer, g: Rows) -> Tensor:
-    left, right = f.left[:, 0], f.right[:, 0]
-    index = g.ids.unsqueeze(1).expand(-1, left.shape[1], -1)
-    return (left.gather(2, index) * (right @ g.rows.transpose(1, 2))).sum((1, 2))
+    if f._formed is not None:
+        index = g.ids.unsqueeze(2).expand(-1, -1, g.rows.shape[2])
+        return (f._formed[:, 0].gather(1, index) * g.rows).sum((1, 2))
+    found = f.left.new_empty(f.n_examples)
+    for s in f.chunks(2 * f.sizes[2] * g.ids.shape[1] * f.left.element_size()):
+        left, right = f.left[s, 0], f.right[s, 0]
+        index = g.ids[s].unsqueeze(1).expand(-1, left.shape[1], -1)
+        found[s] = left.gather(2, index).mul_(right @ g.rows[s].transpose(1, 2)).sum((1, 2))
+    return found
 
 
 def _inner_rows_rows(f: Rows, g: Rows) -> Tensor:

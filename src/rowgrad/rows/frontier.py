@@ -99,7 +99,7 @@ def find_uses(
     couplings: dict[int, None] = {}
     only_parameters = _only_parameters(tape, n_examples)
     for use in uses:
-        if not only_parameters[use.target[0]]:
+        if not only_parameters[use.target[0]] and not _is_broadcast_lookup(tape, use, only_parameters):
             couplings[use.node] = None
     return Frontier(uses, tainted, list(needed), tuple(couplings))
 
@@ -112,6 +112,19 @@ def _only_parameters(tape: Tape, n_examples: int) -> list[bool]:
         below = bool(live) and all(found[t[0]] for t in live)
         found[node.index] = node.is_leaf or (below and _adds_no_data(tape, node, n_examples))
     return found
+
+
+def _is_broadcast_lookup(tape: Tape, use: Use, only_parameters: Sequence[bool]) -> bool:
+    """Whether entries of a table, only rearranged on the way, are used by all examples alike: a bias of positions."""
+    node = tape.nodes[use.target[0]]
+    if node.shape(use.target[1]).numel() >= tape.nodes[use.node].shape().numel():
+        return False
+    while not _READS_MORE.search(node.kind):
+        live = [t for t in node.slots if t is not None]
+        if len(live) != 1 or tape.nodes[live[0][0]].shape(live[0][1]).numel() != node.shape().numel():
+            return False
+        node = tape.nodes[live[0][0]]
+    return all(t is None or only_parameters[t[0]] for t in node.slots)
 
 
 def _adds_no_data(tape: Tape, node: Node, n_examples: int) -> bool:

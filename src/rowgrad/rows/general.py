@@ -24,7 +24,7 @@ BATCHED = frozenset(
     for name in (
         "Add Sub Mul Div Neg Mm Bmm Addmm T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Squeeze Clone"
         " ToCopy Slice Select Split Cat Stack Expand Exp Log Sqrt Rsqrt Softplus Sigmoid Tanh Relu Softmax Sum Mean Pow"
-        " Norm LinalgVectorNorm WeightNormInterface Embedding Repeat Alias Var Unbind"
+        " LinalgVectorNorm Embedding Repeat Alias Var Unbind"
     ).split()
     for i in range(3)
 )

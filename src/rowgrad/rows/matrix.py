@@ -255,8 +255,10 @@ class Jacobian:
         return pairs
 
     def _one_name(self, key: Any) -> str:
-        (name,) = self._parameters.resolve(key)
-        return name
+        names = self._parameters.resolve(key)
+        if len(names) != 1:
+            raise ValueError(f"{key!r} means {len(names)} parameters ({', '.join(names[:4])}), expected one")
+        return names[0]
 
     # -- products of examples -----------------------------------------------------------------------------------------
 
@@ -315,7 +317,7 @@ class Jacobian:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: Any) -> Jacobian:
-        """A sub-Jacobian: by parameter or module name(s), or by example index, slice or mask. Nothing is copied yet."""
+        """A sub-Jacobian: by parameter or module name(s), or by example index, slice or mask. No row is formed."""
         if isinstance(key, str) or (isinstance(key, (list, tuple)) and key and isinstance(key[0], str)):
             return self._with_names(list(dict.fromkeys(self._parameters.resolve(key))))
         if isinstance(key, (nn.Parameter, nn.Module)):
