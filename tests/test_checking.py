@@ -89,6 +89,7 @@ def test_rows_summed_right_but_given_to_the_wrong_examples_are_caught_by_the_bac
     assert not report.ok
 
 
+@pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
 def test_a_hook_that_bends_gradients_on_their_way_is_noticed() -> None:
     """A clamp of the batch's gradient is no derivative of any one loss."""
     model = nn.Linear(4, 3).double()

@@ -22,6 +22,14 @@ class Entry:
     shape: tuple[int, ...]
     uses: list[Entry.Use]
 
+    def __str__(self) -> str:
+        head = f"{self.name} {list(self.shape)}: "
+        if not self.uses:
+            return head + "not in the graph, rows are zero"
+        shown = [f"{u.kind} {_how(u)} [{u.layout}, {u.proof}]" for u in self.uses[:2]]
+        more = f" and {len(self.uses) - 2} more uses" if len(self.uses) > 2 else ""
+        return head + "; ".join(shown) + more
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -35,7 +43,7 @@ class Explanation:
         return [(e.name, u.kind) for e in self.entries for u in e.uses if u.rule is None]
 
     def __str__(self) -> str:
-        lines = [_line(e) for e in self.entries]
+        lines = [str(e) for e in self.entries]
         if self.couplings:
             lines.append("examples are mixed below: " + ", ".join(self.couplings))
         return "\n".join(lines)
@@ -47,12 +55,3 @@ def _how(use: Entry.Use) -> str:
     if use.rule is None:
         return "general path"
     return ", ".join(part for part in (use.rule, use.route, "" if use.direct else "pushed down") if part)
-
-
-def _line(entry: Entry) -> str:
-    head = f"{entry.name} {list(entry.shape)}: "
-    if not entry.uses:
-        return head + "not in the graph, rows are zero"
-    shown = [f"{u.kind} {_how(u)} [{u.layout}, {u.proof}]" for u in entry.uses[:2]]
-    more = f" and {len(entry.uses) - 2} more uses" if len(entry.uses) > 2 else ""
-    return head + "; ".join(shown) + more
