@@ -179,6 +179,47 @@ def _(make: Make) -> Setup:
     return make.setup(make.model(nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])), make.x(4), loss=loss)
 
 
+# -- parameters that belong to examples --------------------------------------------------------------------------------
+
+
+def _per_example(name: str, losses, *, fast: bool = False, **shapes: tuple[int, ...]) -> None:
+    """Parameters with as many entries as there are examples: position in the batch matters."""
+
+    @case(name, independent=False, fast=fast, tags="attack square")
+    def _(make: Make) -> Setup:
+        return make.setup(make.bag(**shapes), make.x(3), loss=losses)
+
+
+_per_example("a parameter with a row for each example", lambda m, x: energy((x + m.P).tanh() @ m.W), P=(4, 3), W=(3, 2))
+_per_example(
+    "a computed parameter with a row for each example",
+    lambda m, x: energy((x * m.P.exp()).tanh() @ m.W),
+    P=(4, 3),
+    W=(3, 2),
+)
+_per_example(
+    "a parameter with a column for each example",
+    lambda m, x: energy((x.T * m.P.softmax(0)).tanh().T @ m.W),
+    P=(3, 4),
+    W=(3, 2),
+)
+_per_example("learned weights of the losses", lambda m, x: energy(x @ m.W) * m.w.softmax(0) * 4, w=(4,), W=(3, 2))
+_per_example("learned mixing of the losses", lambda m, x: m.A.softmax(1) @ energy(x @ m.W), A=(4, 4), W=(3, 2))
+
+
+@case("first state with a row for each example", independent=False, tags="recurrent square attack")
+def _(make: Make) -> Setup:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.first = nn.GRU(3, 4, batch_first=True), nn.Parameter(torch.randn(1, make.n, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gru(x, self.first)[0]
+
+    return make.setup(make.model(Reader()), make.x(5, 3), loss=lambda m, x: energy(m(x)))
+
+
 # -- checkpointing -----------------------------------------------------------------------------------------------------
 
 

@@ -250,6 +250,40 @@ def _(m: nn.Module, x: Tensor) -> Tensor:
     return (m.mix.softmax(0).view(3, 1, 1) * layers).sum(0)
 
 
+@_function("weight quantized by fake quantization", {"W": (4, 3)}, 4, fast=False)
+def _(m: nn.Module, x: Tensor) -> Tensor:
+    return (x @ torch.fake_quantize_per_tensor_affine(m.W, 0.1, 0, -20, 20)).tanh()
+
+
+@_function("sparse data times a weight", {"W": (4, 3)}, 4, fast=False)
+def _(m: nn.Module, x: Tensor) -> Tensor:
+    return torch.sparse.mm(x.where(x > 0, 0.0).to_sparse(), m.W).tanh()
+
+
+@case("weight norm of a fused lstm with as many gates as examples", n=8, dtype=torch.float32, rtol=2e-5, tags="square")
+def _(make: Make) -> Setup:
+    """B = 4 H: the computed weights of the fused node have a dimension as long as the batch."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.log_scale = nn.LSTM(3, 2, batch_first=True), nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = {name: p * self.log_scale.exp() for name, p in self.lstm.named_parameters()}
+            return torch.func.functional_call(self.lstm, weights, (x,))[0]
+
+    return make.setup(make.model(Normed()), make.x(5, 3), loss=lambda m, x: energy(m(x)))
+
+
+@case("embedding of a computed table", fast=True)
+def _(make: Make) -> Setup:
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        return energy(F.embedding(ids, model.table @ model.up).tanh())
+
+    return make.setup(make.bag(table=(6, 2), up=(2, 4)), make.ids(6, 5), loss=loss)
+
+
 class _Positive(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         return F.softplus(w)
