@@ -14,4 +14,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         sys.stderr.write(f"rowgrad: the command needs {error.name}; install rowgrad[app]\n")
         return 2
+    except KeyboardInterrupt:
+        return 130
     return run(arguments)

@@ -1,5 +1,6 @@
 """The command's sub-commands, and how its errors are shown."""
 
+import io
 import sys
 from typing import Annotated, cast
 
@@ -13,7 +14,13 @@ from rowgrad.errors import InputError
 _ancestors = {base.__name__: base for base in typer.BadParameter.__mro__}
 UsageError = cast("type[typer.BadParameter]", _ancestors["ClickException"])
 
-app = typer.Typer(name="rowgrad", add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(
+    name="rowgrad",
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 app.command()(audit)
 
 
@@ -34,8 +41,12 @@ def _options(
 
 def run(arguments: list[str] | None = None) -> int:
     """Run a command line; errors are one line on standard error."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # names of classes may not fit the terminal's encoding
     try:
-        code = app(args=arguments, prog_name="rowgrad", standalone_mode=False)
+        code = app(args=arguments, prog_name="rowgrad", standalone_mode=False, obj=arguments)
     except InputError as error:
         return _fail(str(error), 2)
     except OSError as error:

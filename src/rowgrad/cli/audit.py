@@ -1,7 +1,6 @@
 """`rowgrad audit`: find mislabelled examples in a training run."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +17,7 @@ from rowgrad.errors import InputError
 from rowgrad.report.charts import number
 from rowgrad.report.metrics import write_metrics
 from rowgrad.report.page import write_page
-from rowgrad.report.scores import targets_text, write_scores
+from rowgrad.report.scores import readable, targets_text, write_scores
 from rowgrad.training.audited import AuditRun, audit_table
 from rowgrad.training.settings import Settings
 from rowgrad.uses.planted import score_planted
@@ -41,6 +40,7 @@ class NaN(StrEnum):
 
 
 def audit(
+    context: typer.Context,
     data: Annotated[
         str, typer.Argument(help="digits, breast_cancer, wine, iris, diabetes, or a CSV, Parquet or NPZ file.")
     ],
@@ -73,14 +73,14 @@ def audit(
     table = read_table(data, target=target, drop=drop or (), categorical=categorical or (), task=task, nan=nan)
     console = Console()
     for note in table.notes:
-        console.print(note, style="dim", highlight=False, markup=False)
+        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
     directory = out or Path(f"rowgrad-audit-{Path(data).stem}")
     with staged(directory) as stage:
         with _progress() as progress:
             run = audit_table(table, settings, flip=flip, rows=rows, progress=progress)
         write_scores(run, stage / "scores.parquet")
         write_metrics(run, stage / "metrics.jsonl")
-        write_page(run, stage / "report.html", ["rowgrad", *sys.argv[1:]])
+        write_page(run, stage / "report.html", ["rowgrad", *context.obj])
     _summarize(console, run, directory)
 
 
@@ -139,12 +139,12 @@ def _suspects(run: AuditRun) -> TextTable:
     columns = [
         [str(rank) for rank in scores.rank[shown].tolist()],
         [str(place) for place in table.numbers[run.rows[shown].numpy()]],
-        [str(given) for given in targets_text(run, run.given[shown])],
+        [readable(given) for given in targets_text(run, run.given[shown])],
     ]
     if scores.suggested is not None and scores.suggested_probability is not None:
         text.add_column("suggested", style="bold")
         text.add_column("probability", justify="right")
-        columns.append([str(label) for label in targets_text(run, scores.suggested[shown])])
+        columns.append([readable(label) for label in targets_text(run, scores.suggested[shown])])
         columns.append([f"{share:.2f}" for share in scores.suggested_probability[shown].tolist()])
     text.add_column("mean loss", justify="right")
     text.add_column("mean norm", justify="right")

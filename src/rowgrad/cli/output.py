@@ -12,11 +12,11 @@ from rowgrad.errors import InputError
 
 @contextlib.contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """A temporary folder beside `directory`, which takes its place (or whose files take their places in it) at the end.
+    """A temporary folder that takes the place of `directory` at the end, or whose files take their places in it.
 
-    Guarantees: until the block has ended without an exception `directory` is untouched; then a new directory appears by
-    one rename, and in an existing one each file is replaced by one rename and other files stay. The temporary folder is
-    gone in every case.
+    Guarantees: until the block has ended without an exception nothing in `directory` changes; then a new directory
+    appears by one rename, and in an existing one each file is replaced by one rename and other files stay. The
+    temporary folder (beside a new directory, inside an existing one) is gone in every case.
 
     Raises:
         InputError: `directory` cannot be written; raised before the block runs.
@@ -24,10 +24,9 @@ def staged(directory: Path) -> Iterator[Path]:
     directory = Path(os.path.abspath(directory))
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--out {directory}: this is a file; name a directory")
-    parent = next(folder for folder in directory.parents if folder.exists())
-    stage = parent / f".{directory.name}-{secrets.token_hex(4)}"
+    parent = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    stage = parent / f".rowgrad-{secrets.token_hex(4)}"
     try:
-        _check_writable(directory if directory.exists() else parent)
         stage.mkdir()
     except OSError as error:
         raise InputError(
@@ -38,12 +37,6 @@ def staged(directory: Path) -> Iterator[Path]:
         _publish(stage, directory)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def _check_writable(folder: Path) -> None:
-    probe = folder / f".rowgrad-{secrets.token_hex(4)}"
-    probe.touch()
-    probe.unlink()
 
 
 def _publish(stage: Path, directory: Path) -> None:

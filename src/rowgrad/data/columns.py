@@ -21,12 +21,14 @@ class Advice:
     stray: str
     nan: str
     infinite: str
+    neither: str
 
 
 FEATURE = Advice(
     stray="mend or empty these cells, or use --categorical {name} or --drop {name}",
     nan="leave these cells empty, or use --nan missing or --drop {name}",
     infinite="mend these cells, or use --drop {name}",
+    neither="make it numbers or text, or use --drop {name}",
 )
 
 
@@ -103,7 +105,7 @@ def numbers(raw: Raw, column: pl.Series, advice: Advice, nan_is_missing: bool = 
             )
     else:
         raise InputError(
-            f"{raw.name}: column {column.name!r} holds {column.dtype}; make it numbers or text, or --drop {column.name}"
+            f"{raw.name}: column {column.name!r} holds {column.dtype}; {advice.neither.format(name=column.name)}"
         )
     if nan_is_missing:
         values = values.fill_nan(None)

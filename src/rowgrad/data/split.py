@@ -6,9 +6,9 @@ from rowgrad.errors import InputError
 
 
 def split_rows(n: int, share: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """`floor(share * n)` rows drawn without replacement, in ascending order, and the others."""
+    """`round(share * n)` rows drawn without replacement, in ascending order, and the others."""
     if not 0 < share <= 1:
         raise InputError(f"--rows {share:g}: the share of rows to audit must be above 0 and at most 1")
     order = torch.randperm(n, generator=generator)
-    count = int(share * n + 1e-9)  # 0.7 * 10 is 7.000000000000001 and 0.29 * 100 is 28.999999999999996
+    count = round(share * n)
     return order[:count].sort().values, order[count:].sort().values

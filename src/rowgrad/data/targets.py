@@ -16,6 +16,7 @@ TARGET = Advice(
     stray="mend these cells, or use --task classification",
     nan="give these examples a target or remove them",
     infinite="give these examples a target or remove them",
+    neither="a target is numbers or text",
 )
 
 

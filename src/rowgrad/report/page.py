@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from rowgrad.report.charts import Line, line_chart, log_histogram, number
 from rowgrad.report.metrics import versions
-from rowgrad.report.scores import targets_text
+from rowgrad.report.scores import readable, targets_text
 from rowgrad.report.thumbnails import data_uri
 from rowgrad.training.audited import AuditRun
 from rowgrad.uses.planted import PlantedScores, score_planted
@@ -137,18 +137,18 @@ def _suspect(run: AuditRun, usual: "_Usual", position: int) -> Suspect:
     values = (
         []
         if table.frame is None
-        else [(name, _text(value)) for name, value in table.frame.row(row, named=True).items()]
+        else [(name, readable(value)) for name, value in table.frame.row(row, named=True).items()]
     )
     is_planted = run.planted is not None and bool(run.planted[position])
     return Suspect(
         rank=int(scores.rank[position]),
         place=f"{table.place} {table.numbers[row]}",
-        given=_text(targets_text(run, run.given[here])[0]),
-        suggested=None if scores.suggested is None else _text(targets_text(run, scores.suggested[here])[0]),
+        given=readable(targets_text(run, run.given[here])[0]),
+        suggested=None if scores.suggested is None else readable(targets_text(run, scores.suggested[here])[0]),
         probability=None if scores.suggested_probability is None else float(scores.suggested_probability[position]),
         flagged=scores.flagged is not None and bool(scores.flagged[position]),
         planted=is_planted,
-        before=_text(targets_text(run, table.targets[row : row + 1])[0]) if is_planted else None,
+        before=readable(targets_text(run, table.targets[row : row + 1])[0]) if is_planted else None,
         mean_loss=float(scores.mean_loss[position]),
         mean_norm=float(run.norms[:, position].mean()),
         thumbnail=None if table.images is None else data_uri(table.images[row]),
@@ -171,7 +171,7 @@ class _Usual:
         self._medians: dict[int, np.ndarray] = {}
 
     def values(self, position: int) -> list[Value]:
-        """The values farthest from the median of the examples with the same given label, in deviations of the column."""
+        """The values farthest from the median of the examples with the same given label, measured in deviations."""
         if self._features is None or self._spread is None:
             return []
         median = self._median(position)
@@ -247,11 +247,3 @@ def _marked(run: AuditRun) -> np.ndarray:
     """The examples to mark among all: the flagged ones, or for a regression the planted ones."""
     marked = run.scores.flagged if run.scores.flagged is not None else run.planted
     return np.zeros(len(run.rows), dtype=bool) if marked is None else marked.numpy()
-
-
-def _text(value: object) -> str:
-    if value is None or value == "":
-        return "(missing)"
-    if isinstance(value, float):
-        return "NaN" if np.isnan(value) else f"{value:.6g}"
-    return str(value)

@@ -55,6 +55,13 @@ def targets_text(run: AuditRun, targets: torch.Tensor) -> list:
     return targets.tolist() if classes is None else [classes[position] for position in targets.tolist()]
 
 
+def readable(value: object) -> str:
+    """A value of the data as text."""
+    if value is None or value == "":
+        return "(missing)"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def _array(values: torch.Tensor | None) -> np.ndarray:
     assert values is not None  # the audit of a table always has norms, and labels where it has suggestions
     return values.numpy()

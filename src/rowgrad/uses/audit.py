@@ -219,7 +219,7 @@ def _check_finite(index: torch.Tensor, name: str, values: torch.Tensor) -> None:
     bad = ~values.isfinite()
     if bad.any():
         raise NonFiniteError(
-            f"{name} of example {index[bad][0]} is {values[bad][0]:g}; the audit takes finite values only"
+            f"{name}: example {index[bad][0]} has {values[bad][0]:g}; the audit takes finite values only"
         )
 
 

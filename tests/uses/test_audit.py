@@ -1,0 +1,180 @@
+"""The accumulator: means over updates, the trajectory rule, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rowgrad.errors import InputError, NonFiniteError
+from rowgrad.uses.audit import Audit
+
+N, CLASSES, EPOCHS, BATCH = 23, 4, 5, 6
+
+
+def _course(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Made-up training: logits (EPOCHS, N, CLASSES), labels (N,), losses and norms (EPOCHS, N)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(EPOCHS, N, CLASSES, generator=generator)
+    labels = torch.randint(CLASSES, (N,), generator=generator)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(EPOCHS), reduction="none").view(EPOCHS, N)
+    return {
+        "logits": logits,
+        "labels": labels,
+        "losses": losses,
+        "norms": torch.rand(EPOCHS, N, generator=generator),
+    }
+
+
+def _fed(course: dict[str, torch.Tensor], seed: int = 0) -> Audit:
+    """An audit fed with the course in shuffled batches."""
+    audit = Audit(N, CLASSES)
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(EPOCHS):
+        for index in torch.randperm(N, generator=generator).split(BATCH):
+            audit.update(
+                index,
+                losses=course["losses"][epoch, index],
+                norms=course["norms"][epoch, index],
+                logits=course["logits"][epoch, index],
+                labels=course["labels"][index],
+            )
+    return audit
+
+
+def test_scores_are_those_of_the_whole_course() -> None:
+    course = _course()
+    scores = _fed(course).compute()
+    probabilities = course["logits"].softmax(2).mean(0)
+    labels = course["labels"]
+    given = course["logits"].gather(2, labels.expand(EPOCHS, N)[..., None])[..., 0]
+    others = course["logits"].masked_fill(F.one_hot(labels, CLASSES).bool(), -torch.inf).amax(2)
+
+    torch.testing.assert_close(scores.mean_loss, course["losses"].mean(0))
+    torch.testing.assert_close(scores.final_loss, course["losses"][-1])
+    torch.testing.assert_close(scores.mean_norm, course["norms"].mean(0))
+    torch.testing.assert_close(scores.final_norm, course["norms"][-1])
+    torch.testing.assert_close(scores.peak_norm, course["norms"].amax(0))
+    assert torch.equal(scores.peak_visit, course["norms"].argmax(0) + 1)
+    torch.testing.assert_close(scores.mean_margin, (given - others).mean(0))
+    assert torch.equal(scores.suggested, probabilities.argmax(1))
+    torch.testing.assert_close(scores.suggested_probability, probabilities.amax(1))
+    torch.testing.assert_close(scores.given_probability, probabilities.gather(1, labels[:, None])[:, 0])
+    assert torch.equal(scores.flagged, probabilities.argmax(1) != labels)
+    assert torch.equal(scores.times_seen, torch.full((N,), EPOCHS))
+    assert torch.equal(scores.order(), course["losses"].double().mean(0).argsort(descending=True))
+    assert torch.equal(scores.rank.sort().values, torch.arange(1, N + 1))
+
+
+def test_batches_and_their_order_do_not_matter() -> None:
+    course = _course()
+    one, other = _fed(course, seed=0).compute(), _fed(course, seed=1).compute()
+    for name, values in vars(one).items():
+        assert torch.equal(values, getattr(other, name)), name
+
+
+def test_reset_forgets_everything() -> None:
+    audit = _fed(_course(0))
+    audit.reset()
+    assert audit.compute().times_seen.sum() == 0
+    again = _fed(_course(1))
+    audit.reset()
+    for values, expected in zip(vars(_fed(_course(1)).compute()).values(), vars(again.compute()).values(), strict=True):
+        assert torch.equal(values, expected)
+
+
+def test_examples_never_seen_come_last_and_are_not_flagged() -> None:
+    audit = Audit(3, n_classes=2)
+    logits, labels = torch.tensor([[3.0, 0.0]]), torch.tensor([1])
+    audit.update(torch.tensor([2]), losses=torch.tensor([0.5]), logits=logits, labels=labels)
+    scores = audit.compute()
+    assert scores.rank.tolist() == [2, 3, 1]
+    assert scores.flagged.tolist() == [False, False, True]
+    assert scores.suggested.tolist() == [-1, -1, 0]
+    assert scores.mean_loss.isnan().tolist() == [True, True, False]
+
+
+def test_memory_does_not_grow_with_updates() -> None:
+    audit = Audit(N, CLASSES)
+    sizes = []
+    for _ in range(3):
+        course = _course()
+        audit.update(torch.arange(N), losses=course["losses"][0], logits=course["logits"][0], labels=course["labels"])
+        sizes.append(sum(v.numel() for v in vars(audit).values() if isinstance(v, torch.Tensor)))
+    assert sizes[0] == sizes[-1] <= N * (CLASSES + 10)
+
+
+def test_without_classes_there_are_no_suggestions() -> None:
+    audit = Audit(2)
+    audit.update(torch.tensor([1, 0]), losses=torch.tensor([1.0, 2.0]))
+    scores = audit.compute()
+    assert scores.flagged is None
+    assert scores.suggested is None
+    assert scores.mean_norm is None
+    assert scores.order().tolist() == [0, 1]
+
+
+def test_nothing_is_kept_of_the_graph() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    audit = Audit(2)
+    audit.update(torch.arange(2), losses=weight * 2, norms=weight * 3)
+    assert not audit.compute().mean_loss.requires_grad
+    assert not audit.compute().mean_norm.requires_grad
+
+
+GOOD = {
+    "index": torch.tensor([0, 1]),
+    "losses": torch.tensor([1.0, 2.0]),
+    "norms": torch.tensor([1.0, 2.0]),
+    "logits": torch.zeros(2, 3),
+    "labels": torch.tensor([0, 2]),
+}
+REFUSED = {
+    "a position out of range": ({"index": torch.tensor([0, 9])}, "examples 0 to 4"),
+    "a negative position": ({"index": torch.tensor([-1, 1])}, "examples 0 to 4"),
+    "a position twice": ({"index": torch.tensor([1, 1])}, "holds an example twice"),
+    "an index of the wrong shape": ({"index": torch.tensor([[0, 1]])}, r"index has shape \(1, 2\)"),
+    "losses of the wrong shape": ({"losses": torch.ones(3)}, r"losses has shape \(3,\)"),
+    "norms of the wrong shape": ({"norms": torch.ones(2, 1)}, r"norms has shape \(2, 1\)"),
+    "logits of the wrong shape": ({"logits": torch.ones(2, 4)}, r"logits have shape \(2, 4\)"),
+    "no labels": ({"labels": None}, "needs logits and labels"),
+    "a label out of range": ({"labels": torch.tensor([0, 3])}, "expected 0 to 2"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str) -> None:
+    change, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        Audit(5, 3).update(**(GOOD | change))
+
+
+@pytest.mark.parametrize("name", ["losses", "norms", "logits"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_nonfinite_value_is_refused_and_nothing_taken_in(name: str, value: float) -> None:
+    audit = Audit(5, 3)
+    bad = GOOD[name].clone()
+    bad[1] = value
+    with pytest.raises(NonFiniteError, match=f"{name}: example 1 has"):
+        audit.update(**(GOOD | {name: bad}))
+    assert audit.compute().times_seen.sum() == 0
+
+
+def test_a_changed_label_is_refused() -> None:
+    audit = Audit(5, 3)
+    audit.update(**GOOD)
+    with pytest.raises(InputError, match="example 1 has another label"):
+        audit.update(**(GOOD | {"labels": torch.tensor([0, 1])}))
+
+
+def test_norms_come_in_every_update_or_in_none() -> None:
+    audit = Audit(5, 3)
+    audit.update(**GOOD)
+    with pytest.raises(InputError, match="norms were given in some updates"):
+        audit.update(**(GOOD | {"norms": None}))
+
+
+@pytest.mark.parametrize("arguments", [(0,), (5, 1)])
+def test_sizes_that_cannot_be_audited(arguments: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="needs an example and, for labels, two classes"):
+        Audit(*arguments)
