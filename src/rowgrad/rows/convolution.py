@@ -27,6 +27,7 @@ from rowgrad.rows.site import Cotangents, Recipe, Site, only
 
 
 def convolution_weight(site: Site) -> Recipe | None:
+    """Kernel of a convolution in 1 to 3 dimensions, plain or transposed, with stride, dilation and groups."""
     group = site.grouping(1)
     if group is None:
         return _over_positions(site)

@@ -33,7 +33,7 @@ KEEP_BYTES = 256 * 2**20  # a formed product is kept for the next question up to
 CANCELLATION = 1e-3  # Gram route trusted while its result is above this part of its bound
 
 
-def _count(n: int) -> str:
+def count(n: int) -> str:
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if n >= size:
             return f"{n / size:.3g}{unit}"
@@ -68,6 +68,10 @@ class Form(Protocol):
     def scaled(self, weights: Tensor) -> Form: ...
     def factors(self) -> tuple[Tensor | None, Tensor, Tensor]: ...
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Form: ...
+    def plain(self) -> Form: ...
+    def plain(self) -> ZZ:
+        return self
+
     def route(self) -> str: ...
 
 
@@ -118,8 +122,11 @@ class Dense:
             torch.arange(self.n_examples, device=self.values.device),
         )
 
+    def plain(self) -> Dense:
+        return self
+
     def route(self) -> str:
-        return f"{_count(self.values.numel())} entries"
+        return f"{count(self.values.numel())} entries"
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Dense:
         return Dense(same_shape(self.values, transform(self.values)))
@@ -264,14 +271,17 @@ class Outer:
             h, zbar, owner = h[real], zbar[real], owner[real]
         return h, zbar, owner
 
+    def plain(self) -> Outer:
+        return self
+
     def route(self) -> str:
         """How norms are taken and their multiply-adds."""
         b, g, t, a, d = self.sizes
         if t == 1:
-            return f"T=1, {_count(b * g * (a + d))} multiply-adds"
+            return f"T=1, {count(b * g * (a + d))} multiply-adds"
         if self.prefers_gram:
-            return f"T={t} by Gram, {_count(b * g * t * t * (a + d))} multiply-adds"
-        return f"T={t} formed, {_count(b * g * t * a * d)} multiply-adds"
+            return f"T={t} by Gram, {count(b * g * t * t * (a + d))} multiply-adds"
+        return f"T={t} formed, {count(b * g * t * a * d)} multiply-adds"
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Outer:
         old = self.left if self.cotangent_left else self.right
@@ -351,8 +361,11 @@ class Rows:
             ids, rows, owner = ids[real], rows[real], owner[real]
         return ids, rows, owner
 
+    def plain(self) -> Rows:
+        return self
+
     def route(self) -> str:
-        return f"{_count(self.rows.numel())} entries by id"
+        return f"{count(self.rows.numel())} entries by id"
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Rows:
         _, given, _ = self.factors()
@@ -403,6 +416,9 @@ class Multiples:
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Multiples:
         return Multiples(same_shape(self.weights, transform(self.weights)), self.direction)
+
+    def plain(self) -> Multiples:
+        return self
 
     def route(self) -> str:
         return "multiples of one gradient"

@@ -12,7 +12,7 @@ from rowgrad.tape import signed
 
 
 def embedding(site: Site) -> Recipe | None:
-    """(..., d) looked up at ids (...): the cotangent's rows, at their ids. Padding has no gradient."""
+    """Embedding: rows of a table looked up at ids, dense or sparse; padding has no gradient."""
     node = site.node
     if node.attribute("scale_grad_by_freq"):
         return None  # divides by counts over the whole batch: not the derivative of any one loss
@@ -36,7 +36,7 @@ def _rows(site: Site, ids: Tensor, padding: int, *, sparse: bool = False) -> Rec
 
 
 def indexed(site: Site) -> Recipe | None:
-    """table[ids]: one tensor of ids for the first dimension, which may be negative."""
+    """Indexing of a table's first dimension by one tensor of ids."""
     indices = site.node.saved("indices")
     if len(indices) != 1 or indices[0] is None or indices[0].dtype not in (torch.long, torch.int):
         return None
@@ -44,14 +44,14 @@ def indexed(site: Site) -> Recipe | None:
 
 
 def selected(site: Site) -> Recipe | None:
-    """index_select of rows."""
+    """Selection of a table's rows."""
     if site.node.dim("dim", len(site.target_shape)) != 0:
         return None
     return _rows(site, site.node.saved("index").reshape(-1).long(), -1)
 
 
 def bag(site: Site) -> Recipe | None:
-    """Sum, mean or maximum of the rows of each bag; the bags are positions."""
+    """Embedding bag: sum, mean or maximum of the rows of each bag."""
     node = site.node
     if node.attribute("scale_grad_by_freq"):
         return None

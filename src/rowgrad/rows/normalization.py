@@ -47,16 +47,19 @@ def _standardized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 
 def layer_scale(site: Site) -> Recipe | None:
+    """Scale of a layer normalization."""
     node = site.node
     normalized = _standardized(node.saved("input"), node.saved("result1"), node.saved("result2"))
     return _scale(site, site.target_shape, normalized)
 
 
 def layer_shift(site: Site) -> Recipe | None:
+    """Shift of a layer normalization."""
     return _shift(site, site.target_shape)
 
 
 def rms_scale(site: Site) -> Recipe | None:
+    """Scale of a fused root-mean-square normalization."""
     normalized = wide(site.node.saved("input")) * wide(site.node.saved("result1"))
     return _scale(site, site.target_shape, normalized)
 
@@ -68,6 +71,7 @@ def _channels(node: Node) -> tuple[int, ...]:
 
 
 def group_scale(site: Site) -> Recipe | None:
+    """Scale of a group normalization."""
     node = site.node
     x, groups = node.saved("input"), node.attribute("group")
     split = x.reshape(x.shape[0], groups, -1)
@@ -76,6 +80,7 @@ def group_scale(site: Site) -> Recipe | None:
 
 
 def batch_scale(site: Site) -> Recipe | None:
+    """Scale of a batch normalization (its input goes the general path in training)."""
     node = site.node
     if node.attribute("training"):
         mean, rstd = node.saved("result1"), node.saved("result2")
@@ -87,11 +92,12 @@ def batch_scale(site: Site) -> Recipe | None:
 
 
 def channel_shift(site: Site) -> Recipe | None:
+    """Shift of each channel: bias of a convolution, of a group or batch normalization."""
     return _shift(site, _channels(site.node))
 
 
 def repeated(site: Site) -> Recipe | None:
-    """Tiled copies (r_1 s_1, r_2 s_2, ...) of a parameter (s_1, s_2, ...): the copies an example owns are added up."""
+    """Repeated copies of a parameter (instance normalization, prompts): the copies an example owns are added up."""
     layout, repeats = site.layout(), tuple(site.node.attribute("repeats"))
     sizes = (1,) * (len(repeats) - len(site.target_shape)) + tuple(site.target_shape)
     if isinstance(layout, Axis):

@@ -28,7 +28,7 @@ def vector(site: Site, saved: str = "self", scale: str | None = None) -> Recipe 
 
 
 def bilinear(site: Site) -> Recipe | None:
-    """z_o = x^T W_o y."""
+    """Bilinear layer: z_o = x^T W_o y."""
     node = site.node
     expands = [tuple(node.attribute(name)) for name in ("expand1", "expand2", "expand3", "sumdim")]
     group = site.grouping(1)

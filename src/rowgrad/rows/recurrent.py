@@ -19,7 +19,10 @@ LSTM_MODE = 2
 
 
 def lstm_parameter(site: Site, part: str) -> Recipe | None:
-    """`part`: "input", "hidden" or "bias" of the CPU's fused LSTM layer."""
+    """Weights and biases of the CPU's fused LSTM layer.
+
+    `part` is "input", "hidden" or "bias".
+    """
     group = _grouping(site)
     if group is None or site.node.attribute("mode") != LSTM_MODE:
         return None

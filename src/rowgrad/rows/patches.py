@@ -1,0 +1,306 @@
+"""The form of a convolution's weight: two images and a kernel that moves over them.
+
+With x the side whose positions are counted and y the other, padded, row j of the Jacobian is, group by group,
+
+    weight[a, b, k] = sum_t x[a, t] y[b, stride t + dilation k]
+
+As an outer product the right side would hold, for each position, the patch of y under the kernel, k^n times y.
+
+Note [images without patches]
+    The weighted sum of rows is an ordinary backward of the weight with x scaled example by example, the product with a
+    direction an ordinary forward. Norms take the cheaper of two routes:
+    - The Gram matrix of the patches is the sum over k of the Gram matrix of y's pixels, shifted by k on both sides:
+      <patch_t, patch_u> = sum_k <y[t + k], y[u + k]>. No patch is made, and the products shrink by k^n. With a stride,
+      pixels meet only within their phase. Cost: positions^2 a + pixels^2 b / stride^n.
+    - The rows are formed. On the CPU in float32 the examples are folded into the groups of one backward of the weight,
+      which takes little more than the weighted sum; elsewhere patches are made for a few examples at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rowgrad.rows.factors import CANCELLATION, CHUNK_BYTES, KEEP_BYTES, Dense, Outer, count
+
+CACHE_BYTES = 4 * 2**20  # temporaries of one step on a CPU, so that they stay near it
+# Measured on a CPU: a multiply-add of the Gram route costs as much as three of a formed row, and writing and reading
+# one entry of a formed row as much as 150.
+GRAM_WEIGHT = 3
+ENTRY_WEIGHT = 150
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """How the kernel moves over y."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def reach(self, positions: Sequence[int]) -> tuple[int, ...]:
+        """Entries of padded y that are met, along each dimension."""
+        moves = zip(positions, self.kernel, self.stride, self.dilation, strict=True)
+        return tuple((n - 1) * s + d * (k - 1) + 1 for n, k, s, d in moves)
+
+    def padded(self, y: Tensor, positions: Sequence[int]) -> Tensor:
+        """y padded, and cut where the kernel does not reach."""
+        n = len(self.kernel)
+        ends = zip(self.padding, self.reach(positions), y.shape[-n:], strict=True)
+        sizes = [(before, reach - size - before) for before, reach, size in ends]
+        return F.pad(y, [p for pair in reversed(sizes) for p in pair])
+
+    def fills(self, y: Tensor, positions: Sequence[int]) -> bool:
+        """Whether a convolution of y has exactly these positions; a transposed one may leave a rest."""
+        return self._natural(y) == tuple(positions)
+
+    def _natural(self, y: Tensor) -> tuple[int, ...]:
+        n = len(self.kernel)
+        moves = zip(y.shape[-n:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in moves)
+
+    def phases(self) -> dict[tuple[int, ...], list[tuple[int, ...]]]:
+        """Phase of the stride -> the shifts, in strides, at which places of the kernel meet it."""
+        found: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        for place in product(*map(range, self.kernel)):
+            reach = [k * d for k, d in zip(place, self.dilation, strict=True)]
+            phase = tuple(r % s for r, s in zip(reach, self.stride, strict=True))
+            shift = tuple(r // s for r, s in zip(reach, self.stride, strict=True))
+            found.setdefault(phase, []).append(shift)
+        return found
+
+    def extents(self, positions: Sequence[int]) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Phase of the stride -> its entries in padded y, along each dimension."""
+        reach = self.reach(positions)
+        return {
+            phase: tuple((r - p + s - 1) // s for r, p, s in zip(reach, phase, self.stride, strict=True))
+            for phase in self.phases()
+        }
+
+
+@dataclass
+class Convolved:
+    """Row j = sum over images and positions of x_j times the patches of y_j. See Note [images without patches]."""
+
+    x: Tensor  # (B, images, channels, *positions)
+    y: Tensor  # (B, images, channels, *extent), not padded
+    sliding: Sliding
+    shape: torch.Size  # (groups * a, b, *kernel)
+    cotangent_left: bool
+    images: Tensor | None = None  # (B, images) True where an image is real, None: all are
+    _formed: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def n_examples(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """(B, groups, positions of all images, a, b with the kernel)."""
+        groups = self.sliding.groups
+        n_positions = self.x.shape[1] * prod(self.x.shape[3:])
+        return self.n_examples, groups, n_positions, self.shape[0] // groups, prod(self.shape[1:])
+
+    @property
+    def _positions(self) -> tuple[int, ...]:
+        return tuple(self.x.shape[3:])
+
+    @property
+    def formed_bytes(self) -> int:
+        return self.n_examples * self.shape.numel() * self.x.element_size()
+
+    def _gram_count(self) -> int:
+        """Multiply-adds of the Gram route for one example, additions of shifted matrices included."""
+        _, groups, t, a, _ = self.sizes
+        pixels = sum((self.x.shape[1] * prod(extent)) ** 2 for extent in self.sliding.extents(self._positions).values())
+        return groups * (t * t * a + pixels * self.shape[1] + 4 * prod(self.sliding.kernel) * t * t)
+
+    @property
+    def prefers_gram(self) -> bool:
+        return GRAM_WEIGHT * self._gram_count() < (self.sizes[2] + ENTRY_WEIGHT) * self.shape.numel()
+
+    def _pieces(self, bytes_per_example: int, step_bytes: int | None = None) -> Iterator[slice]:
+        if step_bytes is None:
+            step_bytes = CACHE_BYTES if self.x.device.type == "cpu" else CHUNK_BYTES
+        step = max(1, step_bytes // max(1, bytes_per_example))
+        return (slice(i, i + step) for i in range(0, self.n_examples, step))
+
+    # -- norms --------------------------------------------------------------------------------------------------------
+
+    def sq_norms(self) -> Tensor:
+        if self._formed is None and self.prefers_gram:
+            found, bound = self._sq_norms_by_gram()
+            if not bool((found < CANCELLATION * bound).any()):
+                return found
+        if self._formed is not None or self.formed_bytes <= KEEP_BYTES:
+            return self.form().flatten(1).square().sum(1)
+        found = self.x.new_empty(self.n_examples)
+        for s in self._pieces(self.shape.numel() * self.x.element_size(), CHUNK_BYTES):
+            found[s] = self._rows(self.x[s], self.y[s]).flatten(1).square().sum(1)
+        return found
+
+    def _sq_norms_by_gram(self) -> tuple[Tensor, Tensor]:
+        """Squared norms, and the bound they would have if no two positions canceled."""
+        b, groups, t, _, _ = self.sizes
+        found, bound = self.x.new_empty(b), self.x.new_empty(b)
+        largest = max(prod(extent) for extent in self.sliding.extents(self._positions).values())
+        per_example = groups * ((self.x.shape[1] * largest) ** 2 + 2 * t * t) * self.x.element_size()
+        for s in self._pieces(per_example):
+            left = self._split(self.x[s]).flatten(3)
+            gram_left = left.mT @ left
+            gram_right = self._patch_gram(self.sliding.padded(self.y[s], self._positions))
+            diagonals = gram_left.diagonal(dim1=-2, dim2=-1), gram_right.diagonal(dim1=-2, dim2=-1)
+            bound[s] = (diagonals[0] * diagonals[1]).sqrt().sum(2).square().sum(1)
+            found[s] = gram_left.mul_(gram_right).sum((1, 2, 3))
+        return found, bound
+
+    def _patch_gram(self, y: Tensor) -> Tensor:
+        """(n, groups, T, T) from padded y (n, images, channels, *extent)."""
+        n, images = y.shape[:2]
+        sides = (images, *self._positions)
+        total = y.new_zeros(n, self.sliding.groups, *sides, *sides)
+        y = self._split(y)
+        for phase, shifts in self.sliding.phases().items():
+            part = y[(..., *(slice(p, None, s) for p, s in zip(phase, self.sliding.stride, strict=True)))]
+            extent = part.shape[4:]
+            flat = part.flatten(3)  # (n, groups, b, images * pixels)
+            pixels = (flat.mT @ flat).reshape(n, -1, images, *extent, images, *extent)
+            for shift in shifts:
+                window = [slice(k, k + size) for k, size in zip(shift, self._positions, strict=True)]
+                total += pixels[(slice(None), slice(None), slice(None), *window, slice(None), *window)]
+        t = prod(sides)
+        return total.reshape(n, -1, t, t)
+
+    def _split(self, t: Tensor) -> Tensor:
+        """(n, images, channels, ...) to (n, groups, channels of the group, images, ...)."""
+        return t.unflatten(2, (self.sliding.groups, -1)).movedim(1, 3)
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def form(self) -> Tensor:
+        """(B, *shape); kept for the next question while it is small enough."""
+        if self._formed is not None:
+            return self._formed
+        formed = self._rows(self.x, self.y)
+        if self.formed_bytes <= KEEP_BYTES:
+            self._formed = formed
+        return formed
+
+    def _rows(self, x: Tensor, y: Tensor) -> Tensor:
+        folds = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        if folds and len(x):
+            return self._folded(x, y)
+        found = x.new_empty(len(x), *self.shape)
+        _, groups, t, _, b = self.sizes
+        for s in self._pieces(groups * t * b * x.element_size()):
+            left = self._split(x[s]).flatten(3)
+            found[s] = (left @ self._patches(y[s]).mT).reshape(-1, *self.shape)
+        return found
+
+    def _folded(self, x: Tensor, y: Tensor) -> Tensor:
+        """One backward of a weight whose groups are those of all examples."""
+        n = len(x)
+        x, y = (t.transpose(0, 1).flatten(1, 2) for t in (x, y))
+        return self._backward(x, y, n).reshape(n, *self.shape)
+
+    def _backward(self, x: Tensor, y: Tensor, n_folded: int = 1) -> Tensor:
+        """(n_folded * shape[0], *shape[1:]) from x and y as batches of images."""
+        padding = self.sliding.padding
+        if not self.sliding.fills(y, self._positions):
+            y, padding = self.sliding.padded(y, self._positions), (0,) * len(padding)
+        weight = x.new_empty(n_folded * self.shape[0], *self.shape[1:])
+        nothing = [0] * len(padding)
+        moves = (self.sliding.stride, padding, self.sliding.dilation, False, nothing)
+        groups = n_folded * self.sliding.groups
+        return torch.ops.aten.convolution_backward(x, y, weight, None, *moves, groups, [False, True, False])[1]
+
+    def _patches(self, y: Tensor) -> Tensor:
+        """(n, groups, b * kernel, images * positions): a view of padded y with the kernel's dimensions, then copied."""
+        y = self._split(self.sliding.padded(y, self._positions)).contiguous()
+        n, groups, b, images = y.shape[:4]
+        outer, moves = y.stride()[:4], y.stride()[4:]
+        steps = [m * s for m, s in zip(moves, self.sliding.stride, strict=True)]
+        reach = [m * d for m, d in zip(moves, self.sliding.dilation, strict=True)]
+        view = y.as_strided(
+            (n, groups, b, *self.sliding.kernel, images, *self._positions), (*outer[:3], *reach, outer[3], *steps)
+        )
+        return view.reshape(n, groups, self.sizes[4], self.sizes[2])
+
+    # -- products -----------------------------------------------------------------------------------------------------
+
+    def weighted_sum(self, c: Tensor) -> Tensor:
+        c = c.to(self.x.dtype)
+        if self._formed is not None:
+            return (c @ self._formed.flatten(1)).reshape(self.shape)
+        scaled = self.x * c.reshape(-1, *[1] * (self.x.ndim - 1))
+        return self._backward(scaled.flatten(0, 1), self.y.flatten(0, 1))
+
+    def dot(self, direction: Tensor) -> Tensor:
+        direction = direction.to(self.x.dtype).reshape(self.shape)
+        if self._formed is not None:
+            return self._formed.flatten(1) @ direction.reshape(-1)
+        moves = (self.sliding.stride, self.sliding.padding, self.sliding.dilation)
+        nothing = [0] * len(self.sliding.padding)
+        y = self.y.flatten(0, 1)
+        found = torch.ops.aten.convolution(y, direction, None, *moves, False, nothing, self.sliding.groups)
+        found = found[(..., *(slice(n) for n in self._positions))].reshape(self.x.shape)
+        return (found * self.x).flatten(1).sum(1)
+
+    def dense(self) -> Tensor:
+        return self.form()
+
+    def select(self, index: Tensor) -> Convolved:
+        return replace(
+            self,
+            x=self.x[index],
+            y=self.y[index],
+            images=None if self.images is None else self.images[index],
+            _formed=None if self._formed is None else self._formed[index],
+        )
+
+    def scaled(self, weights: Tensor) -> Convolved:
+        x, y = self.x, self.y
+        side = x if self.cotangent_left else y
+        side = side * weights.to(side.dtype).reshape(-1, *[1] * (side.ndim - 1))
+        return replace(self, x=side if self.cotangent_left else x, y=y if self.cotangent_left else side, _formed=None)
+
+    # -- other forms --------------------------------------------------------------------------------------------------
+
+    def outer(self) -> Outer:
+        """With patches written out."""
+        left = self._split(self.x).flatten(3).mT
+        real = self.images
+        if real is not None:
+            real = real.repeat_interleave(prod(self._positions), 1)
+        return Outer(left, self._patches(self.y).mT, self.shape, self.cotangent_left, real)
+
+    @property
+    def has_small_patches(self) -> bool:
+        """Whether the patches take no more than y: positions that do not overlap."""
+        return prod(self._positions) * prod(self.sliding.kernel) <= prod(self.y.shape[3:])
+
+    def plain(self) -> Outer | Dense:
+        """The smaller of patches and formed rows."""
+        _, _, t, a, b = self.sizes
+        return self.outer() if t * (a + b) < a * b else Dense(self.form())
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.outer().factors()
+
+    def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Outer:
+        return self.outer().with_cotangents(transform)
+
+    def route(self) -> str:
+        """How norms are taken and their multiply-adds."""
+        n, _, t, _, _ = self.sizes
+        if self.prefers_gram:
+            return f"T={t} by Gram of pixels, {count(n * self._gram_count())} multiply-adds"
+        return f"T={t} formed, {count(n * t * self.shape.numel())} multiply-adds"
