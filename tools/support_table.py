@@ -1,7 +1,7 @@
 """Write the table of rules into docs/support.md, from the rules themselves.
 
-    python tools/support_table.py          # write
-    python tools/support_table.py --check  # fail if what is committed differs
+python tools/support_table.py          # write
+python tools/support_table.py --check  # fail if what is committed differs
 """
 
 from __future__ import annotations
