@@ -44,6 +44,7 @@ def test_the_wheel_says_what_it_needs(wheel):
     metadata = email.message_from_bytes(wheel.read(f"rowgrad-{rowgrad.__version__}.dist-info/METADATA"))
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert [re.match(r"[\w-]+", line)[0] for line in needed] == ["torch"]
+    assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata["License-Expression"] == "Apache-2.0"
     command = wheel.read(f"rowgrad-{rowgrad.__version__}.dist-info/entry_points.txt").decode()
     assert "rowgrad = rowgrad.cli:main" in command
