@@ -193,6 +193,9 @@ def _region(group: list[tuple[Form, Place]]) -> Region:
 
 def _joined(forms: list[Form]) -> list[Form]:
     """Fewer forms with the same sum: positions concatenated, written-out rows added."""
+    if len(forms) == 1:
+        return forms
+    forms = [f.plain() for f in forms]
     dense = [f for f in forms if isinstance(f, Dense)]
     multiples: list[Form] = [f for f in forms if isinstance(f, Multiples)]
     rows = [f for f in forms if isinstance(f, Rows)]

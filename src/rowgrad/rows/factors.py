@@ -3,7 +3,8 @@
 For a use of a parameter, row j is a block of the parameter's (effective) shape. It is never stored as such unless that
 is cheapest. Letters: B examples, T positions, G groups, a and b the two sides of an outer product, n scattered rows.
 
-    Outer   row j = left_j^T right_j per group     left (B, G, T, a), right (B, G, T, b)     linear, convolution
+    Outer   row j = left_j^T right_j per group     left (B, G, T, a), right (B, G, T, b)     linear
+    Convolved  an Outer whose right side is patches of images (rows/patches.py)              convolution
     Rows    row j = zeros with rows added at ids   ids (B, T), rows (B, T, d)                embedding
     Dense   row j itself                           (B, *shape)                               bias, scale, general path
     Multiples  row j = weights_j times one tensor  weights (B,), tensor of the shape         penalty on the weights
@@ -68,9 +69,9 @@ class Form(Protocol):
     def scaled(self, weights: Tensor) -> Form: ...
     def factors(self) -> tuple[Tensor | None, Tensor, Tensor]: ...
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Form: ...
-    def plain(self) -> Form: ...
-    def plain(self) -> ZZ:
-        return self
+    def plain(self) -> Form:
+        """The same rows as one of the forms of this module."""
+        ...
 
     def route(self) -> str: ...
 
@@ -431,6 +432,7 @@ def inner(f: Form, g: Form) -> Tensor:
     for one, other in ((f, g), (g, f)):
         if isinstance(one, Multiples):
             return one.weights * other.dot(one.direction.reshape(other.shape))
+    f, g = f.plain(), g.plain()
     if _same_split(f, g):
         if (type(f), type(g)) in _INNER:
             return _INNER[type(f), type(g)](f, g)
@@ -445,6 +447,7 @@ def gram(f: Form, g: Form) -> Tensor:
         return torch.outer(f.weights, g.dot(f.direction.reshape(g.shape)))
     if isinstance(g, Multiples):
         return torch.outer(f.dot(g.direction.reshape(f.shape)), g.weights)
+    f, g = f.plain(), g.plain()
     if _same_split(f, g):
         if (type(f), type(g)) in _GRAM:
             return _GRAM[type(f), type(g)](f, g)
