@@ -22,11 +22,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-build-isolation --editable '.[app,dev]'
 	@touch $@
 
+# The tests run in two workers of one thread each; products as small as the demo's are slower on more threads.
+test test-long demo: export OMP_NUM_THREADS = 1
+
 demo: $(INSTALLED)
 	.venv/bin/rowgrad audit digits --flip 0.1 --out demo-report
-
-# Two workers, one thread each.
-test test-long: export OMP_NUM_THREADS = 1
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest -m "not long" -n 2 --dist worksteal
