@@ -11,6 +11,7 @@ import argparse
 import platform
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -56,7 +57,7 @@ class GPT(nn.Module):
 
 def perceptron(b: int) -> Workload:
     widths = (512, 1024, 1024, 1024)
-    layers = [layer for d, p in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(d, p), nn.ReLU())]
+    layers = [layer for d, p in pairwise(widths) for layer in (nn.Linear(d, p), nn.ReLU())]
     model = nn.Sequential(*layers, nn.Linear(1024, 10))
     x, y = torch.randn(b, 512), torch.randint(10, (b,))
     return f"MLP 512-1024-1024-1024-10, B={b}", model, lambda: F.cross_entropy(model(x), y, reduction="none")
@@ -65,7 +66,7 @@ def perceptron(b: int) -> Workload:
 def convolutional(b: int) -> Workload:
     channels = (3, 32, 64, 64, 128, 128)
     layers: list[nn.Module] = []
-    for i, (d, p) in enumerate(zip(channels, channels[1:], strict=False)):
+    for i, (d, p) in enumerate(pairwise(channels)):
         layers += [nn.Conv2d(d, p, 3, stride=1 + i % 2, padding=1), nn.GroupNorm(8, p), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
     x, y = torch.randn(b, 3, 32, 32), torch.randint(10, (b,))
