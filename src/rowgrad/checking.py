@@ -154,7 +154,7 @@ def _compare_backward(
         error = float((ours - theirs).norm())
         if error > 4 * tolerance * size:
             notes.append(
-                f"FAILED {name}: J^T u and losses.backward(u) differ by {error / size if size else error:.1e}. Where single rows agree, a "
-                "tensor hook inside the model may change gradients on their way"
+                f"FAILED {name}: J^T u and losses.backward(u) differ by {error / size if size else error:.1e}. Where "
+                "single rows agree, a tensor hook inside the model may change gradients on their way"
             )
     return tuple(notes)

@@ -340,7 +340,7 @@ class _Reading:
     def _without_scalars(
         self, general: GeneralPath, by_leaf: dict[int, list[tuple[Form, Place]]]
     ) -> GeneralPath | None:
-        """Uses that pass through a single number (a penalty on the weights): every row is a multiple of one gradient."""
+        """Uses that pass through one number (a penalty on the weights): every row is a multiple of one gradient."""
         kept: list[tuple[Use, Form]] = []
         for use, form in general.seeds:
             if form.shape.numel() != 1:

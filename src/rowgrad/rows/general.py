@@ -17,17 +17,13 @@ from rowgrad.rows.frontier import Use
 from rowgrad.rows.ownership import Edge, Layout, mask
 from rowgrad.tape import Tape
 
-
 # Kinds whose backward is known to take a batch of cotangents under torch.func.vmap, with the result of one at a time.
-BATCHED = frozenset(
-    f"{name}Backward{i}"
-    for name in (
-        "Add Sub Mul Div Neg Mm Bmm Addmm T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Squeeze Clone"
-        " ToCopy Slice Select Split Cat Stack Expand Exp Log Sqrt Rsqrt Softplus Sigmoid Tanh Relu Softmax Sum Mean Pow"
-        " LinalgVectorNorm Embedding Repeat Alias Var Unbind"
-    ).split()
-    for i in range(3)
+_BATCHED_NAMES = (
+    "Add Sub Mul Div Neg Mm Bmm Addmm T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Squeeze Clone ToCopy"
+    " Slice Select Split Cat Stack Expand Exp Log Sqrt Rsqrt Softplus Sigmoid Tanh Relu Softmax Sum Mean Pow"
+    " LinalgVectorNorm Embedding Repeat Alias Var Unbind"
 )
+BATCHED = frozenset(f"{name}Backward{i}" for name in _BATCHED_NAMES.split() for i in range(3))
 
 
 @dataclass

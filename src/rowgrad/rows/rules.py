@@ -25,9 +25,9 @@ from rowgrad.rows.recurrent import lstm_parameter
 from rowgrad.rows.site import Rule, elementwise, factor, summand
 
 # fmt: off
-# (node kind, slot): rule                                             # what it is                    source
+# (node kind, slot): rule                                             # what it is          source
 _TABLE: dict[tuple[str, int], Rule] = {
-    ("MmBackward0", 1):       matrix_second,                            # z = h W                       Goodfellow 2015, section 4
+    ("MmBackward0", 1):       matrix_second,                            # z = h W             Goodfellow 2015, section 4
     ("MmBackward0", 0):       matrix_first,                             # z = W h
     ("AddmmBackward0", 0):    partial(summand, scale="beta"),           # bias of a linear layer
     ("AddmmBackward0", 1):    partial(matrix_first, saved="mat2", scale="alpha"),

@@ -2,8 +2,9 @@
 
 The proof by codes (rows/ownership.py) speaks of one call. It may be kept for later calls only where no tensor's
 contents could make it false: where the layout of every cotangent above the uses follows from the losses' own layout
-by kinds, shapes and saved attributes. `infer` derives those layouts, one kind at a time, from an allow-list. A kind that is not
-listed, or is used along the examples' own dimension, settles nothing, and the graph is proved again at every call.
+by kinds, shapes and saved attributes. `infer` derives those layouts, one kind at a time, from an allow-list. A kind
+that is not listed, or is used along the examples' own dimension, settles nothing, and the graph is proved again at
+every call.
 
 Note [flat layouts]
     `Axis(dim, inner)` says that entry f in row-major order belongs to (f // stride) % B, stride = inner * (product of
@@ -247,8 +248,8 @@ TRANSFERS: dict[str, Transfer] = {
     **_numbered(
         "Abs Acos Acosh Add Addcdiv Addcmul Asin Asinh Atan Atan2 Atanh Bernoulli Celu Ceil Clamp ClampMax ClampMin"
         " Clone Copy Copysign Cos Cosh Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Fill Floor Fmod Frac Gelu"
-        " Hardsigmoid Hardswish Hardtanh Hypot LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid LogAddExp Logaddexp Logit"
-        " MaskedFill Maximum Minimum Mish Mul NanToNum NativeDropout Neg Pow PreluKernel Reciprocal Relu Relu6"
+        " Hardsigmoid Hardswish Hardtanh Hypot LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid LogAddExp"
+        " Logaddexp Logit MaskedFill Maximum Minimum Mish Mul NanToNum NativeDropout Neg Pow PreluKernel Reciprocal Relu Relu6"
         " Remainder Round Rrelu RreluWithNoise Rsqrt Rsub Selu Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus"
         " Softshrink Hardshrink Sqrt Square Sub Tan Tanh Threshold ToCopy Tril Triu Where Xlogy Expand Alias", _same),
     **_numbered("View UnsafeView ReshapeAlias Unsqueeze Squeeze", _reshape),
