@@ -264,7 +264,7 @@ class Outer:
         h, zbar = (self.right, self.left) if self.cotangent_left else (self.left, self.right)
         b, g, t, _, _ = self.sizes
         owner = torch.arange(b, device=h.device).repeat_interleave(t)
-        h, zbar = (side.transpose(1, 2).reshape(b * t, g, -1) for side in (h, zbar))
+        h, zbar = (side.transpose(1, 2).flatten(0, 1) for side in (h, zbar))
         if g == 1:
             h, zbar = h.squeeze(1), zbar.squeeze(1)
         if self.positions is not None:
@@ -288,7 +288,7 @@ class Outer:
         old = self.left if self.cotangent_left else self.right
         b, g, t, p = old.shape
         _, given, _ = self.factors()
-        found = same_shape(given, transform(given)).to(old.dtype).reshape(-1, g, p)
+        found = same_shape(given, transform(given)).to(old.dtype).reshape(len(given), g, p)
         if self.positions is not None:
             whole = old.new_zeros(b * t, g, p)
             whole[self.positions.reshape(-1)] = found
@@ -532,7 +532,7 @@ def _gram_by_positions(f: Outer, g: Outer) -> Tensor:
         left = f.left[piece].transpose(0, 1).reshape(groups, -1, a)
         right = f.right[piece].transpose(0, 1).reshape(groups, -1, d)
         both = (left @ g_left.transpose(-1, -2)).mul_(right @ g_right.transpose(-1, -2)).sum(0)
-        found[piece] = both.reshape(-1, t, other, s).sum((1, 3))
+        found[piece] = both.reshape(len(f.left[piece]), t, other, s).sum((1, 3))
     return found
 
 
@@ -544,7 +544,7 @@ def _gram_outer_rows(f: Outer, g: Rows) -> Tensor:
     ids = g.ids.reshape(-1)
     for piece in f.chunks(2 * t * other * s * f.left.element_size()):
         both = f.left[piece, 0][..., ids] * (f.right[piece, 0] @ right_rows)
-        found[piece] = both.reshape(-1, t, other, s).sum((1, 3))
+        found[piece] = both.reshape(len(f.left[piece]), t, other, s).sum((1, 3))
     return found
 
 

@@ -1,0 +1,71 @@
+"""Every form answers every question as its rows written out would."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rowgrad.rows import factors
+from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows, gram, inner
+
+B, G, P, D = 4, 1, 5, 3
+
+
+def outer(t: int, n: int = B) -> Outer:
+    left, right = torch.randn(n, G, t, P, dtype=torch.float64), torch.randn(n, G, t, D, dtype=torch.float64)
+    return Outer(left, right, torch.Size((P, D)), cotangent_left=True)
+
+
+FORMS: dict[str, Callable[[], Form]] = {
+    "outer, one position": lambda: outer(1),
+    "outer, few positions": lambda: outer(2),
+    "outer, many positions": lambda: outer(9),
+    "outer, no position": lambda: outer(0),
+    "rows": lambda: Rows(torch.randint(P, (B, 6)), torch.randn(B, 6, D, dtype=torch.float64), torch.Size((P, D))),
+    "dense": lambda: Dense(torch.randn(B, P, D, dtype=torch.float64)),
+    "multiples": lambda: Multiples(torch.randn(B, dtype=torch.float64), torch.randn(P, D, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["fresh", "formed"])
+@pytest.mark.parametrize("chunk", [1, 64 * 2**20], ids=["one at a time", "at once"])
+@pytest.mark.parametrize("name", FORMS)
+def test_questions_to_one_form(name: str, chunk: int, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "CHUNK_BYTES", chunk)
+    form = FORMS[name]()
+    rows = form.dense()
+    if not kept:
+        form = form.select(torch.arange(B))
+    c, v = torch.randn(B, dtype=torch.float64), torch.randn(P, D, dtype=torch.float64)
+    torch.testing.assert_close(form.sq_norms(), rows.flatten(1).square().sum(1))
+    torch.testing.assert_close(form.weighted_sum(c), torch.einsum("b,bpd->pd", c, rows))
+    torch.testing.assert_close(form.dot(v), torch.einsum("bpd,pd->b", rows, v))
+    torch.testing.assert_close(form.scaled(c).dense(), c[:, None, None] * rows)
+    torch.testing.assert_close(form.select(torch.tensor([2, 0, 2])).dense(), rows[[2, 0, 2]])
+    torch.testing.assert_close(form.with_cotangents(lambda z: 2 * z).dense(), 2 * rows)
+
+
+@pytest.mark.parametrize(("f", "g"), list(itertools.product(FORMS, FORMS)))
+def test_products_of_two_forms(f: str, g: str) -> None:
+    one, other = FORMS[f](), FORMS[g]()
+    left, right = one.dense().flatten(1), other.dense().flatten(1)
+    torch.testing.assert_close(inner(one, other), (left * right).sum(1))
+    torch.testing.assert_close(gram(one, other), left @ right.T)
+    torch.testing.assert_close(inner(one.select(torch.arange(B)), other), (left * right).sum(1))
+
+
+def test_norms_that_cancel_are_formed() -> None:
+    """Two positions that all but cancel: by Gram matrices in float32 nothing but rounding would be left."""
+    h, z = torch.randn(1, 1, 1, 300), torch.randn(1, 1, 1, 300)
+    form = Outer(torch.cat([z, -z], 2), torch.cat([h, h * (1 + 1e-4)], 2), torch.Size((300, 300)), cotangent_left=True)
+    assert form.prefers_gram
+    exact = Outer(form.left.double(), form.right.double(), form.shape, cotangent_left=True).dense().square().sum()
+    assert float(form.sq_norms()) == pytest.approx(float(exact), rel=1e-2)
+
+
+def test_a_transform_that_changes_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"given cotangents of shape \(8, 5\) and returned \(8,\)"):
+        outer(2).with_cotangents(lambda z: z.sum(1))
