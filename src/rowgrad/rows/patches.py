@@ -12,8 +12,9 @@ Note [images without patches]
     - The Gram matrix of the patches is the sum over k of the Gram matrix of y's pixels, shifted by k on both sides:
       <patch_t, patch_u> = sum_k <y[t + k], y[u + k]>. No patch is made, and the products shrink by k^n. With a stride,
       pixels meet only within their phase. Cost: positions^2 a + pixels^2 b / stride^n.
-    - The rows are formed. On the CPU in float32 the examples are folded into the groups of one backward of the weight,
-      which takes little more than the weighted sum; elsewhere patches are made for a few examples at a time.
+    - The rows are formed, a few examples at a time. On the CPU in float32 the examples are folded into the groups of
+      one backward of the weight, which takes little more than the weighted sum, so the rows are not kept; elsewhere
+      patches are made, and the rows are kept for the next question.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from torch import Tensor
 from rowgrad.rows.factors import CANCELLATION, CHUNK_BYTES, KEEP_BYTES, Dense, Outer, count
 
 CACHE_BYTES = 4 * 2**20  # temporaries of one step on a CPU, so that they stay near it
-# Measured on a CPU: a multiply-add of the Gram route costs as much as three of a formed row, and writing and reading
-# one entry of a formed row as much as 150.
+# Measured on a CPU, in multiply-adds of a formed row: one of the Gram route, one added entry of a shifted Gram matrix,
+# and one entry of a formed row besides its multiply-adds.
 GRAM_WEIGHT = 3
-ENTRY_WEIGHT = 150
+SHIFT_WEIGHT = 48
+ENTRY_WEIGHT = 50
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,17 @@ class Convolved:
         return self.n_examples * self.shape.numel() * self.x.element_size()
 
     def _gram_count(self) -> int:
-        """Multiply-adds of the Gram route for one example, additions of shifted matrices included."""
+        """Multiply-adds of the Gram route for one example."""
         _, groups, t, a, _ = self.sizes
         pixels = sum((self.x.shape[1] * prod(extent)) ** 2 for extent in self.sliding.extents(self._positions).values())
-        return groups * (t * t * a + pixels * self.shape[1] + 4 * prod(self.sliding.kernel) * t * t)
+        return groups * (t * t * a + pixels * self.shape[1])
 
     @property
     def prefers_gram(self) -> bool:
-        return GRAM_WEIGHT * self._gram_count() < (self.sizes[2] + ENTRY_WEIGHT) * self.shape.numel()
+        _, groups, t, _, _ = self.sizes
+        shifted = groups * prod(self.sliding.kernel) * t * t
+        by_gram = GRAM_WEIGHT * self._gram_count() + SHIFT_WEIGHT * shifted
+        return by_gram < (t + ENTRY_WEIGHT) * self.shape.numel()
 
     def _pieces(self, bytes_per_example: int, step_bytes: int | None = None) -> Iterator[slice]:
         if step_bytes is None:
@@ -140,10 +145,10 @@ class Convolved:
             found, bound = self._sq_norms_by_gram()
             if not bool((found < CANCELLATION * bound).any()):
                 return found
-        if self._formed is not None or self.formed_bytes <= KEEP_BYTES:
+        if self._formed is not None or (not self._folds and self.formed_bytes <= KEEP_BYTES):
             return self.form().flatten(1).square().sum(1)
         found = self.x.new_empty(self.n_examples)
-        for s in self._pieces(self.shape.numel() * self.x.element_size(), CHUNK_BYTES):
+        for s in self._pieces(self.shape.numel() * self.x.element_size()):
             found[s] = self._rows(self.x[s], self.y[s]).flatten(1).square().sum(1)
         return found
 
@@ -194,9 +199,12 @@ class Convolved:
             self._formed = formed
         return formed
 
+    @property
+    def _folds(self) -> bool:
+        return self.x.device.type == "cpu" and self.x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
     def _rows(self, x: Tensor, y: Tensor) -> Tensor:
-        folds = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-        if folds and len(x):
+        if self._folds and len(x):
             return self._folded(x, y)
         found = x.new_empty(len(x), *self.shape)
         _, groups, t, _, b = self.sizes
