@@ -100,9 +100,10 @@ def grad_norms(
     """
     reading = _read(losses, params, verify, rules, loss_scale)
     with _plain_numbers(losses):
-        if reading.plan is not None and reading.plan.is_direct:
+        general_bytes = GENERAL_BYTES if max_bytes is None else max_bytes
+        if reading.streams(general_bytes):
             return reading.streamed_norms(retain_graph).norms(by)
-        return reading.jacobian(retain_graph, GENERAL_BYTES if max_bytes is None else max_bytes).norms(by)
+        return reading.jacobian(retain_graph, general_bytes).norms(by)
 
 
 def check_losses(losses: Tensor) -> None:
@@ -223,15 +224,41 @@ class _Reading:
             general = self._general(forms, found)
             general = general and self._without_scalars(general, by_leaf)
             if general is not None and general.bytes(self.parameters.by_name) <= general_bytes:
-                for leaf, rows in general.written_out().items():
-                    by_leaf.setdefault(leaf, []).append((Dense(rows), Place.whole(leaf, rows.shape[1:])))
+                self._write_out(general, by_leaf)
                 general = None
         explanation = self._explanation(forms)
         self._warn_if_slow(explanation)
         return self._finished(by_leaf, general, explanation)
 
+    @staticmethod
+    def _write_out(general: GeneralPath, by_leaf: dict[int, list[tuple[Form, Place]]]) -> None:
+        for leaf, rows in general.written_out().items():
+            by_leaf.setdefault(leaf, []).append((Dense(rows), Place.whole(leaf, rows.shape[1:])))
+
+    def held(self) -> set[int]:
+        """Leaves below a use that sees no strided part of them: their norms wait until all uses are in."""
+        assert self.plan is not None
+        reach, leaf_of = self._reach(), {name: leaf for leaf, name in self.leaves.items()}
+        return {leaf_of[n] for use in self.plan.uses if use not in self.plan.places for n in reach[use]}
+
+    def streams(self, general_bytes: int) -> bool:
+        """Whether norms can be read while the cotangents pass: every use has a recipe, and little is to be held."""
+        if self.plan is None or not self.plan.is_ruled:
+            return False
+        held = [self.parameters.by_name[self.leaves[leaf]] for leaf in self.held()]
+        return sum(self.n_examples * p.numel() * max(4, p.element_size()) for p in held) <= general_bytes
+
+    def pushed_down(self, seeds: Mapping[Use, Form]) -> dict[int, list[tuple[Form, Place]]]:
+        """Forms at uses of computed parameters, to the parameters they are computed from."""
+        by_leaf: dict[int, list[tuple[Form, Place]]] = {}
+        general = self._general(seeds, {})
+        general = general and self._without_scalars(general, by_leaf)
+        if general is not None:
+            self._write_out(general, by_leaf)
+        return by_leaf
+
     def streamed_norms(self, retain_graph: bool) -> Jacobian:
-        """Norms alone, each use read as its cotangent arrives; only for plans without a general path."""
+        """Norms alone, each use read as its cotangent arrives; only where every use has a recipe."""
         assert self.plan is not None
         waiting = _Arrivals(self)
         with _grad_untouched(self.parameters):
@@ -397,10 +424,14 @@ class _Arrivals:
         self._open: dict[int, int] = {}
         self._parts: dict[int, list[tuple[Form, Place]]] = {}
         self._later: list[tuple[Use, Sequence[Tensor | None]]] = []
+        self._seeds: dict[Use, Form] = {}
         self._sq_norms: dict[str, Tensor] = {}
-        for use, place in reading.plan.places.items():
+        for use in reading.plan.recipes:
             self._uses.setdefault(use.node, []).append(use)
+        for place in reading.plan.places.values():
             self._open[place.leaf] = self._open.get(place.leaf, 0) + 1
+        for leaf in reading.held():
+            self._open[leaf] = self._open.get(leaf, 0) + 1  # closed at the end
 
     def arrived(self, node: int, cotangents: Sequence[Tensor | None]) -> None:
         assert self._reading.plan is not None
@@ -412,8 +443,12 @@ class _Arrivals:
 
     def _take(self, use: Use, cotangents: Sequence[Tensor | None]) -> None:
         assert self._reading.plan is not None
-        leaf = self._reading.plan.places[use].leaf
         form = self._reading.form(use, cotangents)
+        if use not in self._reading.plan.places:
+            if form is not None:
+                self._seeds[use] = form
+            return
+        leaf = self._reading.plan.places[use].leaf
         if form is not None:
             self._parts.setdefault(leaf, []).append(self._reading.placed(use, form))
         self._open[leaf] -= 1
@@ -428,7 +463,9 @@ class _Arrivals:
     def finished(self) -> dict[str, Tensor]:
         for use, cotangents in self._later:
             self._take(use, cotangents)
+        for leaf, parts in self._reading.pushed_down(self._seeds).items():
+            self._parts.setdefault(leaf, []).extend(parts)
         for leaf, n_open in self._open.items():
-            if n_open:  # a use that no cotangent reached
+            if n_open:  # held, or a use that no cotangent reached
                 self._close(leaf)
         return self._sq_norms

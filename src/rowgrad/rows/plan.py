@@ -62,6 +62,11 @@ class Plan:
         return [(i, nr) for i in nodes for nr in range(tape.nodes[i].n_outputs) if tape.nodes[i].is_traced(nr)]
 
     @property
+    def is_ruled(self) -> bool:
+        """Whether every use has a recipe."""
+        return all(use in self.recipes for use in self.uses)
+
+    @property
     def is_direct(self) -> bool:
         """Whether every use has a recipe and sees a strided part of one parameter."""
         return all(use in self.recipes and use in self.places for use in self.uses)
