@@ -198,15 +198,16 @@ def _joined(forms: list[Form]) -> list[Form]:
     forms = [f.plain() for f in forms]
     dense = [f for f in forms if isinstance(f, Dense)]
     multiples: list[Form] = [f for f in forms if isinstance(f, Multiples)]
-    rows = [f for f in forms if isinstance(f, Rows)]
+    by_table: dict[torch.Size, list[Rows]] = {}
     by_split: dict[tuple, list[Outer]] = {}
     for f in forms:
         if isinstance(f, Outer):
             _, g, _, a, b = f.sizes
             by_split.setdefault((g, a, b, f.cotangent_left, f.left.dtype), []).append(f)
+        if isinstance(f, Rows):
+            by_table.setdefault(f.shape, []).append(f)
     found: list[Form] = [_cat_outer(group) for group in by_split.values()]
-    if rows:
-        found.append(_cat_rows(rows))
+    found += [_cat_rows(group) for group in by_table.values()]
     if dense:
         found.append(Dense(sum_of(f.values.reshape(-1, *dense[0].shape) for f in dense)))
     return found + multiples

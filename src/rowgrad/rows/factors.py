@@ -331,6 +331,9 @@ class Rows:
         rows = self.rows * c.to(self.rows.dtype).reshape(-1, 1, 1)
         flat_ids, flat_rows = self.ids.reshape(-1), rows.reshape(-1, rows.shape[2])
         if self.sparse:
+            if self.positions is not None:  # an absent row must not count as touched
+                real = self.positions.reshape(-1)
+                flat_ids, flat_rows = flat_ids[real], flat_rows[real]
             return torch.sparse_coo_tensor(
                 flat_ids.unsqueeze(0),
                 flat_rows,
@@ -346,6 +349,16 @@ class Rows:
         found = self.rows.new_zeros(self.n_examples * self.shape[0], self.shape[1])
         found.index_add_(0, self._keys(), self.rows.reshape(-1, self.shape[1]))
         return found.reshape(self.n_examples, *self.shape)
+
+    def at(self, ids: Tensor) -> Tensor:
+        """The rows of the table at `ids`, which are ascending, in each row of the Jacobian: (B, len(ids) * d)."""
+        place = torch.searchsorted(ids, self.ids.contiguous()).clamp(max=len(ids) - 1)
+        hit = (ids[place] == self.ids).reshape(-1)
+        owner = torch.arange(self.n_examples, device=ids.device).unsqueeze(1)
+        place = (owner * len(ids) + place).reshape(-1)[hit]
+        found = self.rows.new_zeros(self.n_examples * len(ids), self.shape[1])
+        found.index_add_(0, place, self.rows.reshape(-1, self.shape[1])[hit])
+        return found.reshape(self.n_examples, -1)
 
     def select(self, index: Tensor) -> Rows:
         positions = None if self.positions is None else self.positions[index]
@@ -549,6 +562,11 @@ def _gram_outer_rows(f: Outer, g: Rows) -> Tensor:
 
 
 def _gram_rows_rows(f: Rows, g: Rows) -> Tensor:
+    """Every pair of positions with equal ids, or id by id, whichever multiplies less."""
+    shared = torch.unique(f.ids)
+    shared = shared[torch.isin(shared, g.ids)]
+    if len(shared) * f.n_examples * g.n_examples < f.ids.numel() * g.ids.numel():
+        return _gram_by_ids(f, g, shared)
     found = f.rows.new_zeros(f.n_examples, g.n_examples)
     s = g.ids.shape[1]
     columns, ids = g.rows.reshape(-1, g.rows.shape[2]).T, g.ids.reshape(-1)
@@ -558,6 +576,16 @@ def _gram_rows_rows(f: Rows, g: Rows) -> Tensor:
         same = f.ids[piece].unsqueeze(-1) == ids
         both = (f.rows[piece] @ columns) * same
         found[piece] = both.sum(1).reshape(-1, g.n_examples, s).sum(2)
+    return found
+
+
+def _gram_by_ids(f: Rows, g: Rows, ids: Tensor) -> Tensor:
+    """`ids`: those that both have, ascending."""
+    found = f.rows.new_zeros(f.n_examples, g.n_examples)
+    step = max(1, CHUNK_BYTES // max(1, (f.n_examples + g.n_examples) * f.shape[1] * f.rows.element_size()))
+    for piece in ids.split(step):
+        left = f.at(piece)
+        found += left @ (left if g is f else g.at(piece)).T
     return found
 
 

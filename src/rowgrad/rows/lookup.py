@@ -1,14 +1,19 @@
-"""Rules for lookups: rows of a table chosen by ids."""
+"""Rules for lookups: rows of a table chosen by ids. Positions without a gradient (padding) are left out."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
 from rowgrad.rows.factors import Rows, wide
-from rowgrad.rows.ownership import Axis
+from rowgrad.rows.products import row_owners
 from rowgrad.rows.site import Cotangents, Recipe, Site, only
 from rowgrad.tape import signed
+
+NO_PADDING = -1
 
 
 def embedding(site: Site) -> Recipe | None:
@@ -16,38 +21,73 @@ def embedding(site: Site) -> Recipe | None:
     node = site.node
     if node.attribute("scale_grad_by_freq"):
         return None  # divides by counts over the whole batch: not the derivative of any one loss
-    ids = node.saved("indices")
-    return _rows(site, ids, signed(node.attribute("padding_idx")), sparse=node.attribute("sparse"))
-
-
-def _rows(site: Site, ids: Tensor, padding: int, *, sparse: bool = False) -> Recipe | None:
-    group = site.grouping(ids.ndim)
-    if group is None:
-        return None
-    shape = site.target_shape
-    kept = group(ids != padding).unsqueeze(-1)
-    by_example = group(ids)
-
-    def build(cotangents: Cotangents) -> Rows:
-        rows = wide(group(only(cotangents))).reshape(*by_example.shape, -1) * kept
-        return Rows(by_example, rows, torch.Size((shape[0], rows.shape[2])), sparse, group.positions)
-
-    return Recipe(build, "lookup")
+    padding = signed(node.attribute("padding_idx"))
+    return _rows(site, node.saved("indices"), site.target_shape[:1], padding, sparse=node.attribute("sparse"))
 
 
 def indexed(site: Site) -> Recipe | None:
-    """Indexing of a table's first dimension by one tensor of ids."""
-    indices = site.node.saved("indices")
-    if len(indices) != 1 or indices[0] is None or indices[0].dtype not in (torch.long, torch.int):
+    """Indexing of a table's leading dimensions by tensors of ids."""
+    indices = list(site.node.saved("indices"))
+    while indices and indices[-1] is None:
+        indices.pop()
+    if not indices or any(i is None or i.dtype not in (torch.long, torch.int) for i in indices):
         return None
-    return _rows(site, indices[0].long() % site.target_shape[0], -1)
+    return _rows(site, _flat_ids(indices, site.target_shape), site.target_shape[: len(indices)])
 
 
 def selected(site: Site) -> Recipe | None:
     """Selection of a table's rows."""
-    if site.node.dim("dim", len(site.target_shape)) != 0:
+    if not site.target_shape or site.node.dim("dim", len(site.target_shape)) != 0:
         return None
-    return _rows(site, site.node.saved("index").reshape(-1).long(), -1)
+    return _rows(site, site.node.saved("index").reshape(-1).long(), site.target_shape[:1])
+
+
+def gathered(site: Site) -> Recipe | None:
+    """Single entries of a table, by `gather`."""
+    index, shape = site.node.saved("index"), site.target_shape
+    if not shape:
+        return None
+    dim = site.node.dim("dim", len(shape))
+    along = [
+        index
+        if d == dim
+        else torch.arange(size, device=index.device).reshape([-1 if e == d else 1 for e in range(len(shape))])
+        for d, size in enumerate(index.shape)
+    ]
+    return _rows(site, _flat_ids(along, shape), shape)
+
+
+def taken(site: Site) -> Recipe | None:
+    """Single entries of a table, by `take`."""
+    return _rows(site, site.node.saved("index") % site.target_shape.numel(), site.target_shape)
+
+
+def _flat_ids(indices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """Number of each entry of a table of leading dimensions `shape`; ids may be negative."""
+    flat = torch.zeros((), dtype=torch.long, device=indices[0].device)
+    for index, size in zip(indices, shape, strict=False):
+        flat = flat * size + index.long() % size
+    return flat
+
+
+def _rows(
+    site: Site, ids: Tensor, table: Sequence[int], padding: int = NO_PADDING, *, sparse: bool = False
+) -> Recipe | None:
+    """z = table[ids]: `table` are the dimensions that ids count through."""
+    group = site.grouping(ids.ndim)
+    if group is None:
+        return None
+    shape = torch.Size((prod(table), prod(site.target_shape[len(table) :])))
+    by_example, real = group(ids).long(), group(ids != padding)
+    everywhere = group.positions is None and padding == NO_PADDING
+
+    def build(cotangents: Cotangents) -> Rows:
+        rows = wide(group(only(cotangents))).reshape(*by_example.shape, shape[1])
+        if everywhere:
+            return Rows(by_example, rows, shape, sparse)
+        return Rows(by_example, torch.where(real.unsqueeze(-1), rows, 0.0), shape, sparse, real)
+
+    return Recipe(build, "lookup")
 
 
 def bag(site: Site) -> Recipe | None:
@@ -55,77 +95,71 @@ def bag(site: Site) -> Recipe | None:
     node = site.node
     if node.attribute("scale_grad_by_freq"):
         return None
-    layout, mode = site.layout(), node.attribute("mode")
-    if not isinstance(layout, Axis) or layout.dim != 0:
+    owner = row_owners(site.layout(), node.shape(), 1, site.n_examples)
+    if owner is None:
         return None
-    n_bags = node.shape()[0]
-    owner = torch.arange(n_bags, device=node.device()).div(layout.inner, rounding_mode="floor") % site.n_examples
-    if mode == 2:
-        return _largest(site, owner)
-    return _added(site, owner, mean=mode == 1)
+    owner = owner.to(node.device())
+    return _largest(site, owner) if node.attribute("mode") == 2 else _added(site, owner)
 
 
-def _added(site: Site, owner: Tensor, *, mean: bool) -> Recipe | None:
+def _added(site: Site, owner: Tensor) -> Recipe | None:
+    """Sums and means; owner (bags,)."""
     node = site.node
-    ids, weights, padding = (
-        node.saved("indices"),
-        node.saved("per_sample_weights"),
-        signed(node.attribute("padding_idx")),
-    )
-    starts = node.saved("offsets")[: len(owner)]
-    bag_of = torch.searchsorted(starts, torch.arange(len(ids), device=ids.device), right=True) - 1
-    kept = (ids != padding).unsqueeze(1)
-    size = torch.bincount(bag_of[kept.squeeze(1)], minlength=len(owner)).clamp(min=1)
-    n, shape, sparse = site.n_examples, site.target_shape, node.attribute("sparse")
-    slot, width = _places(owner[bag_of], n)
+    ids, weights, starts = (node.saved(name) for name in ("indices", "per_sample_weights", "offsets"))
+    positions = torch.arange(len(ids), device=ids.device)
+    of_bag = torch.searchsorted(starts[: len(owner)].contiguous(), positions.to(starts.dtype), right=True) - 1
+    counts = ids != signed(node.attribute("padding_idx"))
+    size = torch.bincount(of_bag[counts], minlength=len(owner))[of_bag] if node.attribute("mode") == 1 else None
+    places = _Places(owner[of_bag], counts, site.n_examples)
+    shape, sparse = site.target_shape, node.attribute("sparse")
 
     def build(cotangents: Cotangents) -> Rows:
-        z = cotangents[0]
-        assert z is not None
-        rows = wide(z)[bag_of] * kept
-        if mean:
-            rows = rows / size[bag_of].unsqueeze(1)
+        rows = wide(_first(cotangents))[of_bag]
+        if size is not None:
+            rows = rows / size.unsqueeze(1)
         if weights is not None:
             rows = rows * wide(weights).unsqueeze(1)
-        return _placed(ids, rows, slot, n, width, shape, sparse)
+        return Rows(places(ids).long(), places(rows), shape, sparse, places.real)
 
     return Recipe(build, "lookup")
 
 
 def _largest(site: Site, owner: Tensor) -> Recipe | None:
-    """Each feature of a bag comes from one row: as many rows as features, each with one entry."""
-    node = site.node
-    chosen = node.saved("result3")  # (bags, d) ids, -1 for an empty bag
-    n, shape = site.n_examples, site.target_shape
-    d = shape[1]
-    ids = chosen.reshape(-1).clamp(min=0)
-    slot, width = _places(owner.repeat_interleave(d), n)
-    feature = torch.arange(d, device=chosen.device).repeat(len(chosen))
+    """Maxima: each feature of a bag comes from one row, so single entries of the table are looked up."""
+    chosen, (n_ids, d) = site.node.saved("result3"), site.target_shape  # (bags, d) ids, -1 for an empty bag
+    entries = chosen.clamp(min=0) * d + torch.arange(d, device=chosen.device)
+    places = _Places(owner.repeat_interleave(d), (chosen >= 0).reshape(-1), site.n_examples)
 
     def build(cotangents: Cotangents) -> Rows:
-        z = cotangents[0]
-        assert z is not None
-        rows = wide(z).new_zeros(len(ids), d)
-        rows[torch.arange(len(ids)), feature] = wide(z).reshape(-1) * (chosen.reshape(-1) >= 0)
-        return _placed(ids, rows, slot, n, width, shape, False)
+        z = wide(_first(cotangents))
+        return Rows(
+            places(entries.reshape(-1)), places(z.reshape(-1, 1)), torch.Size((n_ids * d, 1)), False, places.real
+        )
 
     return Recipe(build, "lookup")
 
 
-def _places(owner: Tensor, n_examples: int) -> tuple[Tensor, int]:
-    """Where each row goes in a padded (B, T): its flat index, and T."""
-    order = torch.argsort(owner, stable=True)
-    counts = torch.bincount(owner, minlength=n_examples)
-    start = counts.cumsum(0) - counts
-    width = max(1, int(counts.max())) if len(owner) else 1
-    within = torch.empty_like(owner)
-    within[order] = torch.arange(len(owner), device=owner.device) - start[owner[order]]
-    return owner * width + within, width
+def _first(cotangents: Cotangents) -> Tensor:
+    z = cotangents[0]
+    assert z is not None
+    return z
 
 
-def _placed(ids: Tensor, rows: Tensor, slot: Tensor, n: int, width: int, shape: torch.Size, sparse: bool) -> Rows:
-    all_ids = ids.new_zeros(n * width).index_copy_(0, slot, ids)
-    all_rows = rows.new_zeros(n * width, rows.shape[1]).index_copy_(0, slot, rows)
-    present = torch.zeros(n * width, dtype=torch.bool, device=ids.device).index_fill_(0, slot, True)
-    positions = None if bool(present.all()) else present.reshape(n, width)
-    return Rows(all_ids.reshape(n, width), all_rows.reshape(n, width, -1), shape, sparse, positions)
+class _Places:
+    """Brings rows (N, ...) that count and have an owner to (B, T, ...), T the most that one example has."""
+
+    def __init__(self, owner: Tensor, counts: Tensor, n_examples: int) -> None:
+        self._kept = (counts & (owner >= 0)).nonzero().squeeze(1)
+        owner = owner[self._kept]
+        of_example = torch.bincount(owner, minlength=n_examples)
+        self._size = (n_examples, max(1, int(of_example.max())))
+        order = torch.argsort(owner, stable=True)
+        start = of_example.cumsum(0) - of_example
+        within = torch.empty_like(owner)
+        within[order] = torch.arange(len(owner), device=owner.device) - start[owner[order]]
+        self._index = owner * self._size[1] + within
+        self.real = self(torch.ones_like(counts))
+
+    def __call__(self, t: Tensor) -> Tensor:
+        whole = t.new_zeros(prod(self._size), *t.shape[1:]).index_copy_(0, self._index, t[self._kept])
+        return whole.unflatten(0, self._size)

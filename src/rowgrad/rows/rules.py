@@ -10,7 +10,7 @@ from functools import partial
 
 from rowgrad.rows.convolution import convolution_weight
 from rowgrad.rows.linear import batched, matrix_first, matrix_second
-from rowgrad.rows.lookup import bag, embedding, indexed, selected
+from rowgrad.rows.lookup import bag, embedding, gathered, indexed, selected, taken
 from rowgrad.rows.normalization import (
     batch_scale,
     channel_shift,
@@ -67,6 +67,8 @@ _TABLE: dict[tuple[str, int], Rule] = {
     ("EmbeddingBagBackward0", 0):    bag,
     ("IndexBackward0", 0):           indexed,
     ("IndexSelectBackward0", 0):     selected,
+    ("GatherBackward0", 0):          gathered,
+    ("TakeBackward0", 0):            taken,
 }
 # fmt: on
 

@@ -79,6 +79,8 @@ def _stride(layout: Axis, shape: Shape) -> int:
 
 def _from_stride(stride: int, shape: Shape, n: int) -> Axis | None:
     """The dimension of `shape` that holds the examples' digit of the row-major index, if one alone does."""
+    if not stride or 0 in shape:
+        return None  # nothing there
     behind = 1
     for dim in reversed(range(len(shape))):
         size = shape[dim]
