@@ -564,7 +564,7 @@ def _gram_outer_rows(f: Outer, g: Rows) -> Tensor:
 def _gram_rows_rows(f: Rows, g: Rows) -> Tensor:
     """Every pair of positions with equal ids, or id by id, whichever multiplies less."""
     shared = torch.unique(f.ids)
-    shared = shared[torch.isin(shared, g.ids)]
+    shared = shared[torch.isin(shared, g.ids.reshape(-1))]
     if len(shared) * f.n_examples * g.n_examples < f.ids.numel() * g.ids.numel():
         return _gram_by_ids(f, g, shared)
     found = f.rows.new_zeros(f.n_examples, g.n_examples)
