@@ -104,7 +104,7 @@ class Browser:
                 address = event["params"]["request"]["url"]
                 seen.requests += [] if address.startswith("data:") else [address]  # held in the page itself
             if event["method"] in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
-                seen.messages.append(json.dumps(event["params"])[:500])
+                seen.messages.append(json.dumps(event["params"])[:3000])
         if screenshot is not None:
             picture = self._call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
             screenshot.write_bytes(base64.b64decode(picture))

@@ -13,26 +13,27 @@ from rowgrad.uses.audit import Audit
 
 @dataclass(frozen=True)
 class Cost:
-    """Median seconds of a training step: plain, with rows, and with rows and the audit's bookkeeping.
+    """Seconds of a training step: plain, with rows, and with rows and the audit's bookkeeping.
 
-    n_steps: timed steps of each kind, alternating on the same batches.
+    Each is the lower quartile, the median and the upper quartile of n_steps steps; the kinds alternate on the same
+    batches.
     """
 
-    plain_seconds: float
-    rows_seconds: float
-    audit_seconds: float
+    plain_seconds: tuple[float, ...]
+    rows_seconds: tuple[float, ...]
+    audit_seconds: tuple[float, ...]
     n_steps: int
     batch_size: int
 
     @property
     def rows_ratio(self) -> float:
-        """Time of a step with rows over that of a plain step."""
-        return self.rows_seconds / self.plain_seconds
+        """Median time of a step with rows over that of a plain step."""
+        return self.rows_seconds[1] / self.plain_seconds[1]
 
     @property
     def audit_ratio(self) -> float:
-        """Time of an audited step over that of a plain step."""
-        return self.audit_seconds / self.plain_seconds
+        """Median time of an audited step over that of a plain step."""
+        return self.audit_seconds[1] / self.plain_seconds[1]
 
 
 def measure_cost(
@@ -62,8 +63,8 @@ def measure_cost(
                     update(audit, index, step, targets[index])
             if trial >= n_warm:
                 seconds[kind].append(time.perf_counter() - start)
-    plain, rows, audited = (statistics.median(times) for times in seconds.values())
-    return Cost(plain, rows, audited, n_steps, batch_size)
+    quartiles = {kind: tuple(statistics.quantiles(times, n=4)) for kind, times in seconds.items()}
+    return Cost(quartiles["plain"], quartiles["rows"], quartiles["audit"], n_steps, batch_size)
 
 
 def update(audit: Audit, index: torch.Tensor, step: Step, targets: torch.Tensor) -> None:

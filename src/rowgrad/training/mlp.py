@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import nn
 
-WIDE = 64  # inputs beyond which the first layer learns more slowly
+WIDE = 32  # inputs beyond which the first layer learns more slowly
 
 
 def mlp(n_inputs: int, hidden: tuple[int, ...], n_outputs: int, dropout: float) -> nn.Sequential:

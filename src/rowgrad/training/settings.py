@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rowgrad.errors import InputError
 
-MIN_BATCH, MID_BATCH, MAX_BATCH = 8, 64, 1024
+MIN_BATCH, MID_BATCH, MAX_BATCH = 16, 64, 1024
 
 
 @dataclass(frozen=True)
@@ -13,9 +13,9 @@ class Settings:
     """Training of a multilayer perceptron by Adam.
 
     epochs: passes over the audited examples.
-    batch_size: examples per step; None takes a twentieth of the examples (a power of two from 8 to 64), and beyond
+    batch_size: examples per step; None takes a tenth of the examples (a power of two from 16 to 64), and beyond
         128,000 examples a two-thousandth (at most 1024).
-    lr: learning rate of Adam; a first layer of more than 64 inputs takes 64/inputs of it.
+    lr: learning rate of Adam; a first layer of more than 32 inputs takes 32/inputs of it.
     hidden: width of each hidden layer.
     dropout: share of hidden units left out in a step; it slows the learning by heart of single labels.
     seed: of the split, the planted errors, the initialization and the order of the examples.
@@ -46,7 +46,7 @@ class Settings:
         """The batch size for n examples."""
         if self.batch_size is not None:
             return min(self.batch_size, n)
-        few = _power_of_two(n / 20, MIN_BATCH, MID_BATCH)
+        few = _power_of_two(n / 10, MIN_BATCH, MID_BATCH)
         return min(n, max(few, _power_of_two(n / 2000, 1, MAX_BATCH)))
 
 

@@ -1,0 +1,165 @@
+"""The page: its facts without a browser, and its behavior in one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from tests.report.browser import Browser, program
+from tests.report.runs import digits_run, words_run
+
+from rowgrad.report.page import render, write_page
+from rowgrad.report.scores import scores_frame
+from rowgrad.training.audited import AuditRun
+from rowgrad.uses.planted import score_planted
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class _Page(HTMLParser):
+    """Elements with their attributes, the text a reader sees, and whether the tags nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] not in (["style"], ["title"]):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+RUNS = {
+    "images": digits_run,
+    "images, nothing planted": lambda: digits_run(flip=0),
+    "labels": words_run,
+    "labels, nothing planted": lambda: words_run(flip=0),
+    "quantities": lambda: words_run("regression"),
+    "quantities, nothing planted": lambda: words_run("regression", flip=0),
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(request: pytest.FixtureRequest) -> AuditRun:
+    return RUNS[request.param]()
+
+
+def test_one_file_that_asks_for_nothing(run: AuditRun) -> None:
+    html = render(run)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", html)
+    page = _Page(html)
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "iframe", "object", "embed", "video", "audio", "source"}
+    for tag, attributes in page.elements:
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "data:").startswith("data:"), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+    assert "default-src 'none'" in html
+
+
+def test_it_names_the_suspects_and_the_figures(run: AuditRun) -> None:
+    page = _Page(render(run, ["rowgrad", "audit", "a file.csv"]))
+    frame = scores_frame(run).sort("rank")
+    place = "line" if run.table.place == "line" else "index"
+    shown = [f"{run.table.place} {number}" for number in frame[place].to_list()]
+    assert re.findall(r"(?:row|line) \d+", page.text)[:12] == shown[:12]
+    assert f"{len(run.rows):,}" in page.text
+    assert "rowgrad audit 'a file.csv'" in page.text
+    assert "Cost of the rows" in page.text
+    assert f"{run.cost.rows_ratio:.2f}" in page.text
+    if run.table.classes is None:
+        assert "suggested" not in page.text.replace("no other target is suggested", "")
+        assert "sd²" in page.text
+    else:
+        n_flagged = int(run.scores.flagged.sum())
+        assert f"{n_flagged} of {len(run.rows)} labels flagged" in page.text
+        assert page.text.count("given") > 12
+        assert "loss (nats)" in page.text
+    if run.planted is None:
+        assert "planted" not in page.text.lower()
+        assert "--flip 0.1" in page.text
+    else:
+        planted = score_planted(run.scores, run.planted)
+        assert f"{planted.average_precision:.3f} average precision" in page.text
+        assert "planted error, was" in page.text
+
+
+def test_thumbnails_or_values(run: AuditRun) -> None:
+    page = _Page(render(run))
+    images = [attributes for tag, attributes in page.elements if tag == "img"]
+    if run.table.images is None:
+        assert not images
+        assert "<script>alert(" in page.text  # escaped in the page, read as text
+        assert "usually" in page.text
+    else:
+        assert len(images) >= 12
+        assert all(attributes["alt"] for attributes in images)
+
+
+def test_plots_have_axes_with_units(run: AuditRun) -> None:
+    page = _Page(render(run))
+    charts = [attributes for tag, attributes in page.elements if tag == "svg"]
+    assert len(charts) == 2 * 6 + 2 + 4
+    assert all(attributes["aria-label"] for attributes in charts)
+    unit = "sd²" if run.table.classes is None else "nats"
+    for label in (f"loss ({unit})", f"gradient norm ({unit} per unit of weight)", "epoch", "examples"):
+        assert label in page.text
+    assert f"mean norm ({unit} per unit of weight), log scale" in page.text
+
+
+def test_the_same_run_gives_the_same_page(run: AuditRun) -> None:
+    assert render(run) == render(run)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if program() is None:
+        pytest.skip("no Chromium or Chrome is installed, so that the page cannot be opened in a browser")
+    with Browser() as browser:
+        yield browser
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser(browser: Browser, run: AuditRun, tmp_path: Path, width: int, dark: bool) -> None:
+    page = tmp_path / "report.html"
+    write_page(run, page, ["rowgrad", "audit", "x" * 200])
+    seen = browser.see(page, width, dark=dark)
+    assert seen.messages == []
+    assert seen.requests == [page.as_uri()]
+    assert seen.inner_width == width
+    assert seen.scroll_width <= width
+    assert seen.overflowing == []
+
+
+def test_the_browser_notices_faults(browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "faulty.html"
+    page.write_text(
+        "<script>console.log('hello'); missing()</script><img src='gone.png'><div style='width:2000px'>wide</div>"
+    )
+    seen = browser.see(page, 390)
+    assert len(seen.requests) == 2
+    assert any("hello" in message for message in seen.messages)
+    assert any("missing is not defined" in message for message in seen.messages)
+    assert seen.scroll_width > 390 or seen.overflowing
