@@ -1,29 +1,48 @@
-"""Checks against the slow truth, for users: are these rows the gradients that autograd itself gives?"""
+"""Checks against the slow truth, for users: are these rows the gradients that autograd itself gives?
+
+Note [what the three comparisons see]
+    Row by row, against a backward pass per example on the same graph: a wrong rule, a wrong owner, and which of them.
+    J^T u against one backward pass with the same random u: a wrong owner in any row, also in rows that were not
+    compared one by one; the sum of the rows alone would be right in all these cases.
+    That backward pass against the graph's nodes called one after the other (see `tape`): calls run no hooks, so a
+    difference is a hook inside the model that changes gradients on their way. No product of rows can tell it, for the
+    passes that yield the rows run the same hooks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
+from itertools import islice
+from math import hypot, isfinite, isnan
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rowgrad.errors import NonFiniteError
 from rowgrad.rows.build import check_losses, jacobian
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.parameters import Parameters, Params, named
 from rowgrad.rows.rules import RULES
 from rowgrad.rows.site import Rule
+from rowgrad.tape import Node, Tape
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# Error allowed, over the norm of the row, for the narrowest dtype in the graph. In float64 1e-7, for PyTorch computes
+# single factors of float64 gradients in float32: the weight of the mean of an EmbeddingBag.
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+EDGES_AT_A_TIME = 64  # cotangents held while the place of a hook is looked for
+
+Gradients = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The worst row of one parameter: its error over the whole row's norm, and where the parameter is used."""
+    """The worst error found for one parameter: where, and how that parameter was handled."""
 
     parameter: str
-    error: float
+    error: float  # over the norm of the whole row
     example: int
     how: str
     ok: bool
@@ -31,7 +50,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found, one line a parameter; `ok` if all of it is within tolerance."""
+    """What a check found: one finding per parameter, and notes on what concerns no single row."""
 
     title: str
     findings: tuple[Finding, ...]
@@ -40,19 +59,48 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether every error is within tolerance and there is nothing else to say."""
         return not self.notes and all(f.ok for f in self.findings)
 
+    @property
+    def verdict(self) -> str:
+        """The first line: what was checked, how it went, how much was allowed."""
+        return f"{self.title}: {'ok' if self.ok else 'FAILED'}, relative errors up to {self.tolerance:.0e} allowed"
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {"ok": self.ok, **asdict(self)}
+        """Plain values, for JSON. An error that is not finite is given as a string."""
+        return {
+            "ok": self.ok,
+            "title": self.title,
+            "tolerance": self.tolerance,
+            "findings": [asdict(f) | {"error": f.error if isfinite(f.error) else str(f.error)} for f in self.findings],
+            "notes": list(self.notes),
+        }
+
+    def to_html(self) -> str:
+        """The same table as HTML, for notebooks and pages."""
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in _HEAD)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(f)) + "</tr>" for f in self.findings
+        )
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return f"<p>{escape(self.verdict)}</p><table><tr>{head}</tr>{rows}</table>{notes}"
+
+    _repr_html_ = to_html
 
     def __str__(self) -> str:
-        width = max([len(f.parameter) for f in self.findings], default=9)
-        lines = [f"{self.title}: {'ok' if self.ok else 'FAILED'} (relative error up to {self.tolerance:.0e} allowed)"]
-        for f in self.findings:
-            mark = "ok    " if f.ok else "FAILED"
-            lines.append(f"{mark} {f.parameter:<{width}}  {f.error:.1e} at example {f.example}  {f.how}")
-        return "\n".join([*lines, *self.notes])
+        table = [_HEAD, *map(_cells, self.findings)]
+        widths = [max(len(row[i]) for row in table) for i in range(len(_HEAD) - 1)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in table]
+        return "\n".join([self.verdict, *lines, *self.notes])
+
+
+_HEAD = ("", "parameter", "worst error", "example", "how")
+
+
+def _cells(finding: Finding) -> tuple[str, ...]:
+    mark = "ok" if finding.ok else "FAILED"
+    return mark, finding.parameter, f"{finding.error:.1e}", str(finding.example), finding.how
 
 
 def check_rows(
@@ -66,95 +114,227 @@ def check_rows(
 ) -> Report:
     """Compare the rows of the Jacobian with one backward pass per example, on the same graph.
 
-    Each row is also asked for as part of J^T u with a random u, against an ordinary `losses.backward(u)`: that sees
-    every error of ownership, and tensor hooks inside the model that change gradients. Nothing is left in `.grad`.
+    J^T u for a random u is compared too, with `losses.backward(u)`: it sees an example's part in another's row, also
+    in rows that were not compared one by one, and hooks inside the model that change gradients. Rows are formed one at
+    a time. Nothing is left in `.grad` and no random number is drawn but by `closure`.
 
     Args:
-        closure: a fresh forward pass; returns the losses, shape (B,). Called once.
+        closure: the forward pass; returns the losses, shape (B,). Called once.
         params: as for `rowgrad.jacobian`.
-        examples: which rows to compare one by one; default all.
-        rtol: allowed error of a row over that row's norm; default by dtype, 1e-9 in float64 and 1e-4 in float32.
+        examples: which rows to compare one by one, as indices into the losses; default all.
+        rtol: error allowed in a row, over that row's norm; default by the narrowest dtype in the graph: 1e-7 in
+            float64, 1e-4 in float32, 5e-2 in bfloat16, 2e-2 in float16.
         rules: the table under test.
-        generator: for u; default a generator of its own.
+        generator: for u, on the CPU; default one of its own, seeded.
     Returns:
-        A `Report` with `ok`, `to_dict()` and a table as its `str`.
+        A `Report`: `ok`, a table as its `str`, `to_dict()`, `to_html()`. Per parameter it holds the worst error and
+        its example, and the nodes and rules at which the parameter is used.
+    Raises:
+        TypeError: `closure` cannot be called.
+        IndexError: `examples` holds an index outside the losses.
+        NonFiniteError: a loss or a gradient is not finite, so that ordinary passes prove nothing.
+        RowgradError: as for `rowgrad.jacobian`.
 
     >>> import torch, rowgrad
     >>> model = torch.nn.Linear(3, 1)
     >>> rowgrad.check_rows(lambda: model(torch.eye(3)).squeeze(1).square(), model).ok
     True
     """
-    losses = closure()
+    if not callable(closure):
+        raise TypeError(f"closure is a {type(closure).__name__}, expected a function that returns the losses, (B,)")
+    with torch.enable_grad():
+        losses = closure()
     check_losses(losses)
+    chosen = _indices(examples, len(losses))
     parameters = named(params)
-    tolerance = rtol if rtol is not None else _tolerance(losses, parameters)
+    tape = Tape(losses)
+    tolerance = _tolerance(tape) if rtol is None else rtol
     J = jacobian(losses, parameters.by_name, rules=rules, retain_graph=True, verify="always")
-    chosen = range(len(losses)) if examples is None else examples
+    _check_finite(losses.detach(), J)
     findings = _compare_rows(losses, parameters, J, chosen, tolerance)
-    notes = _compare_backward(losses, parameters, J, tolerance, generator or torch.Generator().manual_seed(0))
-    return Report(f"rows of {len(losses)} examples", findings, notes, tolerance)
+    notes = _compare_passes(tape, parameters, J, tolerance, generator or torch.Generator().manual_seed(0))
+    return Report(f"{len(chosen)} of {len(losses)} rows, one backward pass each", findings, notes, tolerance)
 
 
-def _tolerance(losses: Tensor, parameters: Parameters) -> float:
-    dtypes = {losses.dtype, *(p.dtype for p in parameters.by_name.values())}
-    return max(TOLERANCE.get(d, 1e-4) for d in dtypes)
+def _indices(examples: Sequence[int] | None, n: int) -> list[int]:
+    if examples is None:
+        return list(range(n))
+    outside = [j for j in examples if not -n <= j < n]
+    if outside:
+        raise IndexError(f"examples: {outside[0]} is not among the {n} losses")
+    return [int(j) % n for j in examples]
+
+
+def _check_finite(losses: Tensor, J: Jacobian) -> None:
+    norms = J.norms()
+    assert isinstance(norms, Tensor)
+    bad = (~(losses.isfinite() & norms.isfinite())).nonzero().squeeze(1).tolist()
+    if bad:
+        raise NonFiniteError(
+            f"loss or gradient of {len(bad)} of {len(J)} examples is not finite (first: example {bad[0]}, loss "
+            f"{float(losses[bad[0]]):g}). A backward pass carries it to other examples (0 * inf is nan), so nothing "
+            "can be compared with it; check on other data"
+        )
+
+
+def _tolerance(tape: Tape) -> float:
+    dtypes = {node.dtype(nr) for node in tape.nodes for nr in range(node.n_outputs) if node.is_traced(nr)}
+    return max((TOLERANCE.get(d, TOLERANCE[torch.float32]) for d in dtypes if d.is_floating_point), default=1e-4)
+
+
+# Row by row
 
 
 def _compare_rows(
     losses: Tensor, parameters: Parameters, J: Jacobian, examples: Sequence[int], tolerance: float
 ) -> tuple[Finding, ...]:
-    worst: dict[str, tuple[float, int]] = dict.fromkeys(parameters.by_name, (0.0, 0))
+    worst: dict[str, tuple[float, int]] = {}
     for j in examples:
-        expected = _row(losses, parameters, j)
+        expected = _backward(losses, parameters, _only(j, losses))
         found = J[[j]].dense(as_dict=True)
         assert isinstance(found, dict)
-        norm = torch.stack([e.double().square().sum() for e in expected.values()]).sum().sqrt()
+        norm = hypot(*map(_norm, expected.values()))
         for name, row in expected.items():
-            error = _relative(found[name][0], row, norm)
-            worst[name] = max(worst[name], (error, j))
-    how = {e.name: str(e) for e in J.explain().entries}
+            error = _over(_error(found[name][0], row), norm)
+            if name not in worst or error > worst[name][0]:
+                worst[name] = error, j
+    how = {entry.name: str(entry).partition(": ")[2] for entry in J.explain().entries}
+    return tuple(Finding(name, error, j, how.get(name, ""), error <= tolerance) for name, (error, j) in worst.items())
+
+
+def _only(j: int, losses: Tensor) -> Tensor:
+    seed = torch.zeros_like(losses.detach())
+    seed[j] = 1
+    return seed
+
+
+def _backward(losses: Tensor, parameters: Parameters, seed: Tensor) -> Gradients:
+    """What `losses.backward(seed)` adds to each parameter, zeros where nothing arrives; `.grad` stays as it is."""
+    tensors = list(parameters.by_name.values())
+    found = torch.autograd.grad(losses, tensors, seed, retain_graph=True, allow_unused=True)
+    return {name: _written(g, p) for (name, p), g in zip(parameters.by_name.items(), found, strict=True)}
+
+
+def _written(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """Dense, zeros for None."""
+    if gradient is None:
+        return torch.zeros_like(like.detach())
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def _norm(t: Tensor) -> float:
+    return float(t.detach().double().norm())
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference; inf where it is not a number."""
+    error = _norm(_written(found, expected).double() - expected.double())
+    return float("inf") if isnan(error) else error
+
+
+def _over(error: float, norm: float) -> float:
+    if error == 0:
+        return 0.0
+    return error / norm if norm > 0 else float("inf")
+
+
+# One pass with a random weight for each example
+
+
+def _compare_passes(
+    tape: Tape, parameters: Parameters, J: Jacobian, tolerance: float, generator: torch.Generator
+) -> tuple[str, ...]:
+    """Notes on J^T u, on the engine's pass with u, and on the graph's nodes called with u."""
+    u = torch.randn(len(J), generator=generator, dtype=torch.float64).to(J.losses)
+    real = _backward(tape.output, parameters, u)
+    norms = J.norms()
+    assert isinstance(norms, Tensor)
+    size = max(_norm(u * norms), hypot(*map(_norm, real.values())))
+    note = _note_on_hooks(tape, parameters, real, u, size, tolerance)
+    if note is not None:
+        return (note,)
+    errors = {name: _over(_error(g, real[name]), size) for name, g in J.weighted_sum(u).items()}
     return tuple(
-        Finding(name, error, j, how[name].partition(": ")[2], error <= tolerance) for name, (error, j) in worst.items()
+        f"FAILED {name}: J^T u for a random u is off by {error:.1e} from losses.backward(u)"
+        for name, error in errors.items()
+        if error > tolerance
     )
 
 
-def _row(losses: Tensor, parameters: Parameters, j: int) -> dict[str, Tensor]:
-    tensors = list(parameters.by_name.values())
-    found = torch.autograd.grad(losses[j], tensors, retain_graph=True, allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g)
-        for (name, p), g in zip(parameters.by_name.items(), found, strict=True)
-    }
+def _note_on_hooks(
+    tape: Tape, parameters: Parameters, real: Gradients, u: Tensor, size: float, tolerance: float
+) -> str | None:
+    """What to say of hooks inside the model that change gradients; None where there are none."""
+    names = {tape.leaves[id(p)]: name for name, p in parameters.by_name.items() if id(p) in tape.leaves}
+    unhooked = {names[i]: z for (i, _), z in _cotangents_by_calls(tape, u, names) if i in names}
+    size = max(size, hypot(*map(_norm, unhooked.values())))
+    bent = {name: _over(_error(real[name], g), size) for name, g in unhooked.items()}
+    name = max(bent, key=lambda n: bent[n])
+    if bent[name] <= tolerance:
+        return None
+    node = _hooked_node(tape, u, names, tolerance)
+    place = "inside the model" if node is None else f"at an output of {node!r}"
+    return (
+        f"FAILED {name}: a tensor or module hook {place} changes gradients on their way, in losses.backward(u) by "
+        f"{bent[name]:.1e} of the whole. Hooks are no part of the derivative, and rows follow them only by chance: "
+        "remove the hook, or make the change an operation of the model, for instance a torch.autograd.Function"
+    )
 
 
-def _relative(found: Tensor, expected: Tensor, norm: Tensor) -> float:
-    """Error over the norm of the whole row; inf where one is finite and the other is not."""
-    if not torch.equal(found.isfinite(), expected.isfinite()):
-        return float("inf")
-    error = (found.double() - expected.double()).nan_to_num(0, 0, 0).norm()
-    if not bool(error > 0):
-        return 0.0
-    return float(error / norm) if bool(norm > 0) else float("inf")
+def _cotangents_by_calls(
+    tape: Tape, seed: Tensor, leaves: Mapping[int, str]
+) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """((node, output), cotangent) in topological order, by calling nodes: no hook runs."""
+    needed = _above(tape, leaves)
+    inbox = {tape.root_slot: seed}
+    for node in tape.nodes:
+        own = [inbox.pop((node.index, nr), None) for nr in range(node.n_outputs)]
+        if node.index not in needed or all(z is None for z in own):
+            continue
+        yield from (((node.index, nr), z) for nr, z in enumerate(own) if z is not None)
+        if not node.is_leaf:
+            _send(tape, node, own, inbox)
 
 
-def _compare_backward(
-    losses: Tensor, parameters: Parameters, J: Jacobian, tolerance: float, generator: torch.Generator
-) -> tuple[str, ...]:
-    u = torch.randn(len(losses), generator=generator, dtype=torch.float64).to(losses)
-    tensors = list(parameters.by_name.values())
-    real = torch.autograd.grad(losses, tensors, u, retain_graph=True, allow_unused=True)
-    notes = []
-    norms = J.norms()
-    assert isinstance(norms, Tensor)
-    size = float((u.abs() * norms).nan_to_num(0, 0, 0).sum())
-    for (name, ours), g in zip(J.weighted_sum(u).items(), real, strict=True):
-        theirs = torch.zeros_like(ours) if g is None else g
-        theirs = theirs.to_dense() if theirs.is_sparse else theirs
-        ours = ours.to_dense() if ours.is_sparse else ours
-        error = float((ours - theirs).norm())
-        if error > 4 * tolerance * size:
-            notes.append(
-                f"FAILED {name}: J^T u and losses.backward(u) differ by {error / size if size else error:.1e}. Where "
-                "single rows agree, a tensor hook inside the model may change gradients on their way"
-            )
-    return tuple(notes)
+def _send(tape: Tape, node: Node, own: Sequence[Tensor | None], inbox: dict[tuple[int, int], Tensor]) -> None:
+    for target, z in zip(node.slots, tape.local_gradients(node, own), strict=True):
+        if target is not None and z is not None:
+            z = z.to_dense() if z.is_sparse else z
+            inbox[target] = inbox[target] + z if target in inbox else z
+
+
+def _above(tape: Tape, leaves: Mapping[int, str]) -> set[int]:
+    """Nodes from which gradients flow to these leaves."""
+    needed = set(leaves)
+    for node in reversed(tape.nodes):
+        if any(t is not None and t[0] in needed for t in node.slots):
+            needed.add(node.index)
+    return needed
+
+
+def _hooked_node(tape: Tape, u: Tensor, leaves: Mapping[int, str], tolerance: float) -> Node | None:
+    """The first node whose cotangent the engine's pass changes.
+
+    The engine hands out a cotangent before its hooks if the pass goes on below, after them if it ends there. So the
+    first that differs may lie one node below the hook: those above it are asked for again, one pass each.
+    """
+    cotangents = _cotangents_by_calls(tape, u, leaves)
+    while block := dict(islice(cotangents, EDGES_AT_A_TIME)):
+        real = tape.cotangents(list(block), u)
+        for (edge, unhooked), z in zip(block.items(), real, strict=True):
+            if not _agree(z, unhooked, tolerance):
+                return _first_bent(tape, u, edge[0], leaves, tolerance)
+    return None
+
+
+def _first_bent(tape: Tape, u: Tensor, below: int, leaves: Mapping[int, str], tolerance: float) -> Node:
+    above = {node.index for node in tape.nodes if any(t is not None and t[0] == below for t in node.slots)}
+    for edge, unhooked in _cotangents_by_calls(tape, u, leaves):
+        if edge[0] in above and not _agree(tape.cotangents([edge], u)[0], unhooked, tolerance):
+            return tape.nodes[edge[0]]
+    return tape.nodes[below]
+
+
+def _agree(found: Tensor | None, expected: Tensor, tolerance: float) -> bool:
+    found = _written(found, expected)
+    return _over(_error(found, expected), _norm(expected)) <= tolerance
