@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from rowgrad.rows.factors import Dense, wide
-from rowgrad.rows.ownership import Axis
+from rowgrad.rows.ownership import Axis, Entries
 from rowgrad.rows.site import Cotangents, Recipe, Site, reduce_broadcast
 from rowgrad.tape import Node
-
-Normalized = Callable[[], Tensor]
 
 
 def _first(cotangents: Cotangents) -> Tensor:
@@ -25,13 +23,13 @@ def _first(cotangents: Cotangents) -> Tensor:
     return z
 
 
-def _scale(site: Site, parameter: Sequence[int], normalized: Tensor) -> Recipe | None:
+def _scale(site: Site, parameter: Sequence[int], normalized: Callable[[], Tensor]) -> Recipe | None:
     """`parameter`: the scale's shape with ones where it is broadcast, aligned with the input."""
     reduce = reduce_broadcast(site, site.node.shape(), torch.Size(parameter))
     if reduce is None:
         return None
     shape = (-1, *site.target_shape)
-    return Recipe(lambda cotangents: Dense(reduce(wide(_first(cotangents)) * normalized).reshape(shape)), "scale")
+    return Recipe(lambda cotangents: Dense(reduce(wide(_first(cotangents)) * normalized()).reshape(shape)), "scale")
 
 
 def _shift(site: Site, parameter: Sequence[int]) -> Recipe | None:
@@ -48,9 +46,8 @@ def _standardized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 def layer_scale(site: Site) -> Recipe | None:
     """Scale of a layer normalization."""
-    node = site.node
-    normalized = _standardized(node.saved("input"), node.saved("result1"), node.saved("result2"))
-    return _scale(site, site.target_shape, normalized)
+    x, mean, rstd = (site.node.saved(name) for name in ("input", "result1", "result2"))
+    return _scale(site, site.target_shape, lambda: _standardized(x, mean, rstd))
 
 
 def layer_shift(site: Site) -> Recipe | None:
@@ -60,8 +57,8 @@ def layer_shift(site: Site) -> Recipe | None:
 
 def rms_scale(site: Site) -> Recipe | None:
     """Scale of a fused root-mean-square normalization."""
-    normalized = wide(site.node.saved("input")) * wide(site.node.saved("result1"))
-    return _scale(site, site.target_shape, normalized)
+    x, rstd = (site.node.saved(name) for name in ("input", "result1"))
+    return _scale(site, site.target_shape, lambda: wide(x) * wide(rstd))
 
 
 def _channels(node: Node) -> tuple[int, ...]:
@@ -72,23 +69,26 @@ def _channels(node: Node) -> tuple[int, ...]:
 
 def group_scale(site: Site) -> Recipe | None:
     """Scale of a group normalization."""
-    node = site.node
-    x, groups = node.saved("input"), node.attribute("group")
-    split = x.reshape(x.shape[0], groups, -1)
-    mean, rstd = (node.saved(name).reshape(x.shape[0], groups, 1) for name in ("result1", "result2"))
-    return _scale(site, _channels(node), _standardized(split, mean, rstd).reshape(x.shape))
+    x, mean, rstd = (site.node.saved(name) for name in ("input", "result1", "result2"))
+    n, groups = x.shape[0], site.node.attribute("group")
+
+    def normalized() -> Tensor:
+        of_group = (t.reshape(n, groups, 1) for t in (mean, rstd))
+        return _standardized(x.reshape(n, groups, -1), *of_group).reshape(x.shape)
+
+    return _scale(site, _channels(site.node), normalized)
 
 
 def batch_scale(site: Site) -> Recipe | None:
     """Scale of a batch normalization (its input goes the general path in training)."""
     node = site.node
+    x, shape = node.saved("input"), _channels(node)
     if node.attribute("training"):
         mean, rstd = node.saved("result1"), node.saved("result2")
     else:
-        mean = node.saved("running_mean")
-        rstd = (wide(node.saved("running_var")) + node.attribute("eps")).rsqrt()
-    shape = _channels(node)
-    return _scale(site, shape, _standardized(node.saved("input"), mean.reshape(shape), rstd.reshape(shape)))
+        eps = node.attribute("epsilon" if node.has_saved("epsilon") else "eps")
+        mean, rstd = node.saved("running_mean"), (wide(node.saved("running_var")) + eps).rsqrt()
+    return _scale(site, shape, lambda: _standardized(x, mean.reshape(shape), rstd.reshape(shape)))
 
 
 def channel_shift(site: Site) -> Recipe | None:
@@ -100,13 +100,13 @@ def repeated(site: Site) -> Recipe | None:
     """Repeated copies of a parameter (instance normalization, prompts): the copies an example owns are added up."""
     layout, repeats = site.layout(), tuple(site.node.attribute("repeats"))
     sizes = (1,) * (len(repeats) - len(site.target_shape)) + tuple(site.target_shape)
-    if isinstance(layout, Axis):
+    split = torch.Size(n for pair in zip(repeats, sizes, strict=True) for n in pair)
+    if isinstance(layout, Entries):
+        layout = Entries(layout.owner.reshape(split))
+    elif isinstance(layout, Axis):
         if layout.inner % sizes[layout.dim] and site.n_examples > 1:
             return None
         layout = Axis(2 * layout.dim, max(1, layout.inner // sizes[layout.dim]))
-    elif site.n_examples > 1:
-        return None
-    split = torch.Size(n for pair in zip(repeats, sizes, strict=True) for n in pair)
     once = torch.Size(n for size in sizes for n in (1, size))
     reduce = reduce_broadcast(site, split, once, layout)
     if reduce is None:

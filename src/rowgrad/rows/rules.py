@@ -63,6 +63,8 @@ _TABLE: dict[tuple[str, int], Rule] = {
     ("NativeGroupNormBackward0", 2): channel_shift,
     ("NativeBatchNormBackward0", 1): batch_scale,
     ("NativeBatchNormBackward0", 2): channel_shift,
+    ("CudnnBatchNormBackward0", 1):  batch_scale,
+    ("CudnnBatchNormBackward0", 2):  channel_shift,
     ("EmbeddingBackward0", 0):       embedding,
     ("EmbeddingBagBackward0", 0):    bag,
     ("IndexBackward0", 0):           indexed,

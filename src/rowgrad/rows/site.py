@@ -55,14 +55,19 @@ class Site:
         """
         if self.node.dtype(output_nr).is_complex:
             return None
-        layout, shape = self.layout(output_nr), self.node.shape(output_nr)
-        if order is not None:
-            shape = torch.Size(shape[d] for d in order)
-            if isinstance(layout, Axis):
-                layout = Axis(list(order).index(layout.dim), layout.inner)
-            elif isinstance(layout, Entries):
-                layout = Entries(layout.owner.permute(*order))
-        return Grouping.of(layout, shape, n_positions, self.n_examples)
+        shape = self.node.shape(output_nr)
+        return grouping_of(self.layout(output_nr), shape, order or range(len(shape)), n_positions, self.n_examples)
+
+
+def grouping_of(
+    layout: Layout, shape: Sequence[int], order: Sequence[int], n_positions: int, n_examples: int
+) -> Grouping | None:
+    """The grouping of a tensor of this layout and shape once its dimensions are permuted to `order`."""
+    if isinstance(layout, Axis) and n_examples > 1:
+        layout = Axis(list(order).index(layout.dim), layout.inner)
+    elif isinstance(layout, Entries):
+        layout = Entries(layout.owner.permute(*order))
+    return Grouping.of(layout, [shape[d] for d in order], n_positions, n_examples)
 
 
 Rule = Callable[[Site], Recipe | None]
@@ -111,6 +116,8 @@ def factor(site: Site) -> Recipe | None:
 
 def summand(site: Site, scale: str | None = None, sign: int = 1) -> Recipe | None:
     """A parameter added to something, times a constant: its gradient is the cotangent, summed over the broadcast."""
+    if site.node.dtype().is_complex:
+        return elementwise(site)
     reduce = reduce_broadcast(site, site.node.shape(), site.target_shape)
     if reduce is None:
         return None
@@ -138,12 +145,9 @@ def reduce_broadcast(
             return t.movedim(dim, 0).reshape(n, *shape)
 
         return reduce
-    n_features = 0
-    while n_features < len(z_shape) and padded[len(z_shape) - 1 - n_features] != 1:
-        n_features += 1
-    while n_features > 0 and (group := site.grouping(len(z_shape) - n_features)) is None:
-        n_features -= 1
-    group = site.grouping(len(z_shape) - n_features)
-    if group is None or any(s != 1 for s in padded[: len(z_shape) - n_features]):
+    positions = [d for d, size in enumerate(padded) if size == 1]
+    order = positions + [d for d, size in enumerate(padded) if size != 1]
+    group = grouping_of(layout, z_shape, order, len(positions), n)
+    if group is None:
         return None
-    return lambda t: group(t).sum(1).reshape(n, *shape)
+    return lambda t: group(t.permute(order)).sum(1).reshape(n, *shape)
