@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import rowgrad
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,11 +46,16 @@ def test_the_support_table_is_that_of_the_rules() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["rowgrad", "rowgrad.rows.build", "rowgrad.checking"])
-def test_examples_in_docstrings(name: str) -> None:
-    import doctest
-    import importlib
+MODULES = [found.name for found in pkgutil.walk_packages(rowgrad.__path__, "rowgrad.")]
 
-    found = doctest.testmod(importlib.import_module(name))
-    assert found.failed == 0
-    assert found.attempted > 0 or name == "rowgrad"
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name: str) -> None:
+    assert not doctest.testmod(importlib.import_module(name)).failed
+
+
+@pytest.mark.parametrize("name", rowgrad.__all__)
+def test_what_is_called_has_an_example(name: str) -> None:
+    exported = getattr(rowgrad, name)
+    if callable(exported) and not (inspect.isclass(exported) and issubclass(exported, BaseException | Warning)):
+        assert ">>> " in (exported.__doc__ or ""), f"rowgrad.{name} has no example in its docstring"

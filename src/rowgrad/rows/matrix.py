@@ -52,6 +52,19 @@ class Jacobian:
 
     Row j is the gradient of `losses[j]`. Made by `rowgrad.jacobian`. Every product is detached, in at least float32
     while it is summed, and works under `torch.no_grad()`.
+
+    >>> import torch, rowgrad
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> J = rowgrad.jacobian(model(torch.tensor([[3.0, 4.0], [4.0, -3.0]])).squeeze(1), model)
+    >>> J
+    Jacobian(2 examples x 2 parameters in 1 tensors)
+    >>> J.norms()
+    tensor([5., 5.])
+    >>> J.gram()
+    tensor([[25.,  0.],
+            [ 0., 25.]])
+    >>> J.weighted_sum(0.5)["weight"]
+    tensor([[3.5000, 0.5000]])
     """
 
     def __init__(

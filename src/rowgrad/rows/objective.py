@@ -34,6 +34,10 @@ def clip_weights(norms: Tensor, max_norm: float | Tensor, *, mode: str = "clip")
         (B,), detached, of the norms' dtype. The share clipped is logged at debug level.
     Raises:
         ValueError: max_norm is not positive, or the mode is unknown.
+
+    >>> import torch, rowgrad
+    >>> rowgrad.clip_weights(torch.tensor([0.5, 2.0, torch.inf]), max_norm=1.0)
+    tensor([1.0000, 0.5000, 0.0000])
     """
     if mode not in ("clip", "normalize"):
         raise ValueError(f'mode={mode!r}: expected "clip" or "normalize"')
@@ -82,6 +86,13 @@ def clipped_loss(
         Scalar with value sum_j c_j losses_j; the attribute `share_clipped` on it tells the share of examples clipped
         (a dict for groups).
     Source: Goodfellow 2015, section 6.
+
+    >>> import torch, rowgrad
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> losses = model(torch.tensor([[0.5], [4.0]])).squeeze(1)  # gradients 0.5 and 4
+    >>> rowgrad.clipped_loss(losses, model, max_norm=1.0).backward()
+    >>> model.weight.grad
+    tensor([[0.7500]])
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction={reduction!r}: expected "mean" or "sum"')
@@ -117,6 +128,11 @@ def per_example(token_losses: Tensor, mask: Tensor | None = None, reduction: str
         (B,); 0 for an example whose mask is empty. Masked positions may hold nan or inf.
     Raises:
         ValueError: no batch dimension, a mask that does not fit, an unknown reduction.
+
+    >>> import torch, rowgrad
+    >>> token_losses = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
+    >>> rowgrad.per_example(token_losses, mask=torch.tensor([[True, True], [True, False]]))
+    tensor([2., 5.])
     """
     if token_losses.ndim == 0:
         raise ValueError("token_losses is a scalar, expected (B, ...)")
