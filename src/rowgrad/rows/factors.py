@@ -146,6 +146,7 @@ class Outer:
     cotangent_left: bool
     positions: Tensor | None = None  # (B, T) True where a position is real, None: all are
     _formed: Tensor | None = field(default=None, repr=False)
+    _cancels: bool | None = field(default=None, repr=False)
 
     @property
     def n_examples(self) -> int:
@@ -200,10 +201,20 @@ class Outer:
             return (self.left.square().sum((2, 3)) * self.right.square().sum((2, 3))).sum(1)
         if self._formed is None and self.prefers_gram:
             found = self._sq_norms_by_gram()
-            bound = (self.left.norm(dim=3) * self.right.norm(dim=3)).sum(2).square().sum(1)
-            if not bool((found < CANCELLATION * bound).any()):
+            if not self._cancels_in(found):
                 return found
         return self._sq_norms_by_forming()
+
+    def cancels(self) -> bool:
+        """Whether positions of some example cancel so far that Gram matrices would lose the digits that are left."""
+        if self._cancels is None:
+            self._cancels = self.sizes[2] > 1 and self._cancels_in(self._sq_norms_by_gram())
+        return self._cancels
+
+    def _cancels_in(self, sq_norms: Tensor) -> bool:
+        bound = (self.left.norm(dim=3) * self.right.norm(dim=3)).sum(2).square().sum(1)
+        self._cancels = bool((sq_norms < CANCELLATION * bound).any())
+        return self._cancels
 
     def _sq_norms_by_gram(self) -> Tensor:
         b, g, t, _, _ = self.sizes
@@ -295,7 +306,7 @@ class Outer:
             found = whole
         new = found.reshape(b, t, g, p).transpose(1, 2)
         left, right = (new, self.right) if self.cotangent_left else (self.left, new)
-        return replace(self, left=left, right=right, _formed=None)
+        return replace(self, left=left, right=right, _formed=None, _cancels=None)
 
 
 @dataclass
@@ -484,7 +495,8 @@ def _split(f: Form) -> tuple[int, ...]:
 def _inner_outer_outer(f: Outer, g: Outer) -> Tensor:
     _, _, t, a, b = f.sizes
     s = g.sizes[2]
-    if f._formed is not None or g._formed is not None or t * s * (a + b) > (t + s) * a * b:
+    formed = f._formed is not None or g._formed is not None
+    if formed or t * s * (a + b) > (t + s) * a * b or f.cancels() or g.cancels():
         return (f.form() * g.form()).sum((1, 2, 3))
     return ((f.left @ g.left.transpose(-1, -2)) * (f.right @ g.right.transpose(-1, -2))).sum((1, 2, 3))
 
@@ -522,7 +534,7 @@ def _gram_outer_outer(f: Outer, g: Outer) -> Tensor:
         return (lefts * torch.einsum("jgtb,kgsb->gjk", f.right, g.right)).sum(0)
     by_gram = b * t * other * s * (a + d)
     by_form = (b * t + other * s + b * other) * a * d
-    if by_gram < by_form and f._formed is None:
+    if by_gram < by_form and f._formed is None and not (f.cancels() or g.cancels()):
         return _gram_by_positions(f, g)
     if f.formed_bytes + g.formed_bytes <= 2 * KEEP_BYTES:
         return f.form().reshape(b, -1) @ g.form().reshape(other, -1).T
