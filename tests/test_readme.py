@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ def test_the_code_of_the_readme_runs() -> None:
     gradients = [p.grad for p in names["model"].parameters()]  # type: ignore[attr-defined]
     assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
     assert names["hardest"].shape == (5,)  # type: ignore[attr-defined]
+    assert names["losses"].shape == (32,)  # type: ignore[attr-defined]
 
 
 def test_links_lead_somewhere() -> None:
@@ -44,6 +46,22 @@ def test_the_support_table_is_that_of_the_rules() -> None:
         [sys.executable, ROOT / "tools" / "support_table.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def without_words(site):
+    return None
+
+
+def from_elsewhere(site):
+    """A rule of no family."""
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"), [(without_words, "has no docstring"), (from_elsewhere, "is not among the families")]
+)
+def test_a_rule_cannot_be_half_added(rule, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(ROOT / "tools" / "support_table.py"))["about"](rule)
 
 
 MODULES = [found.name for found in pkgutil.walk_packages(rowgrad.__path__, "rowgrad.")]
