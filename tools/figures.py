@@ -1,8 +1,10 @@
 """Measure what rows cost: norms and the clipped gradient against the plain step, interleaved in one process.
 
-    OMP_NUM_THREADS=2 python tools/figures.py [--repeats 9]
+    OMP_NUM_THREADS=2 python tools/figures.py [--repeats 15]
 
-The plain step is the forward pass and the backward pass of the summed losses. Prints a markdown table of medians.
+The plain step is the forward pass and the backward pass of the summed losses; every other step has a forward pass of
+its own, too. Prints a markdown table: medians of the ratios to the plain step of the same round, with quartiles. The
+first call is `grad_norms` on a graph that was not seen before, which proves where the examples lie.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import platform
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from statistics import median
+from statistics import median, quantiles
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rowgrad as rg
+from rowgrad.rows.plan import forget
 
+WARM_UP = 2  # rounds that are not counted
 Workload = tuple[str, nn.Module, Callable[[], Tensor]]
 
 
@@ -94,8 +98,8 @@ def lookup(b: int, t: int) -> Workload:
     return f"Embedding of 100,000, B={b}, T={t}", model, lambda: F.cross_entropy(model(ids), y, reduction="none")
 
 
-def measure(model: nn.Module, losses: Callable[[], Tensor], repeats: int) -> dict[str, float]:
-    """Median seconds of each kind of step."""
+def measure(model: nn.Module, losses: Callable[[], Tensor], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each kind of step, one of each in every round."""
 
     def plain() -> None:
         losses().sum().backward()
@@ -106,31 +110,44 @@ def measure(model: nn.Module, losses: Callable[[], Tensor], repeats: int) -> dic
     def clipped() -> None:
         rg.clipped_loss(losses(), model, 1.0).backward()
 
+    def first() -> None:
+        forget()
+        norms()
+
     seconds: dict[str, list[float]] = {}
-    for i in range(repeats + 2):
-        for step in (plain, norms, clipped):
+    for i in range(repeats + WARM_UP):
+        for step in (plain, norms, clipped, *([first] if i % 3 == 0 else [])):  # `first` leaves its proof behind
             model.zero_grad(set_to_none=True)
             start = time.perf_counter()
             step()
-            if i >= 2:  # the first calls warm up, and prove where the examples lie
+            if i >= WARM_UP:
                 seconds.setdefault(step.__name__, []).append(time.perf_counter() - start)
-    return {name: median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def line(name: str, seconds: dict[str, list[float]]) -> str:
+    """Milliseconds of the plain step, and for the others the ratio to it with its quartiles over the rounds."""
+    plain = seconds["plain"]
+    cells = [f"{1000 * median(plain):.1f}"]
+    for step in ("norms", "clipped"):
+        low, middle, high = quantiles([a / b for a, b in zip(seconds[step], plain, strict=True)], n=4)
+        cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+    cells.append(f"{median(seconds['first']) / median(plain):.1f}")
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, medians of {repeats}\n")
-    print("| workload | plain step, ms | norms | clipped gradient |\n|---|---|---|---|")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, {repeats} rounds\n")
+    print("| workload | plain step, ms | norms | clipped gradient | first call |\n|---|---|---|---|---|")
     for name, model, losses in (
         perceptron(256), perceptron(32), convolutional(64), language(16, 64), language(4, 512), recurrent(32, 64),
         lookup(256, 32),
     ):  # fmt: skip
-        found = measure(model, losses, repeats)
-        ratios = [f"{found[step] / found['plain']:.2f}" for step in ("norms", "clipped")]
-        print(f"| {name} | {1000 * found['plain']:.1f} | {ratios[0]} | {ratios[1]} |", flush=True)
+        print(line(name, measure(model, losses, repeats)), flush=True)
 
 
 if __name__ == "__main__":

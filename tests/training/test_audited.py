@@ -9,15 +9,17 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.leftovers import nothing_left_behind
 
 from rowgrad.data.readers import read_table
 from rowgrad.data.table import Table, standardize
 from rowgrad.errors import InputError
 from rowgrad.training.audited import AuditRun, audit_table
+from rowgrad.training.cost import measure_cost
 from rowgrad.training.mlp import adam, mlp
 from rowgrad.training.settings import Settings
+from rowgrad.training.step import Trainee, label_losses
 from rowgrad.uses.planted import score_planted
-from tests.leftovers import nothing_left_behind
 
 SEEDS = range(5)
 
@@ -70,7 +72,7 @@ def test_flags_on_clean_digits(digits: Table) -> None:
 
 
 def test_many_features_do_not_hide_the_errors(digits: Table) -> None:
-    """Digits enlarged to 32 x 32: without dropout and the lower rate of the first layer nothing is flagged."""
+    """Digits enlarged to 32 x 32: without dropout no example is flagged."""
     images = digits.images.repeat(4, axis=1).repeat(4, axis=2)
     pixels = images.reshape(len(images), -1) + np.random.default_rng(0).normal(size=(len(images), 1024)) * 16
     wide = Table(
@@ -169,6 +171,25 @@ def test_cost_is_measured_and_the_model_untouched_by_it() -> None:
         assert 0 < low <= median <= high
     assert run.cost.rows_ratio == run.cost.rows_seconds[1] / run.cost.plain_seconds[1] > 1
     assert run.scores.times_seen.tolist() == [1] * 60
+
+
+def test_timing_leaves_the_trained_model_alone() -> None:
+    model = mlp(4, (8,), 3, 0.0)
+    trainee = Trainee(model, adam(model, 1e-2), label_losses)
+    before = [parameter.clone() for parameter in model.parameters()]
+    inputs, labels = torch.randn(20, 4), torch.randint(3, (20,))
+    cost = measure_cost(trainee, inputs, labels, 3, batch_size=5, generator=torch.Generator(), n_steps=4)
+    assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
+    assert (cost.n_steps, cost.batch_size) == (4, 5)
+
+
+@pytest.mark.parametrize(("n_inputs", "factor"), [(4, 1), (32, 1), (64, 0.5), (3200, 0.01)])
+def test_a_first_layer_of_many_inputs_learns_more_slowly(n_inputs: int, factor: float) -> None:
+    model = mlp(n_inputs, (8,), 3, 0.0)
+    rates = {id(p): group["lr"] for group in adam(model, 0.1).param_groups for p in group["params"]}
+    assert rates.pop(id(model[0].weight)) == pytest.approx(0.1 * factor)
+    assert set(rates.values()) == {0.1}
+    assert len(rates) == 3
 
 
 def test_progress_counts_the_steps() -> None:

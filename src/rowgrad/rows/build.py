@@ -354,10 +354,14 @@ class _Reading:
         )
         warnings.warn(
             f"{name} at {kind}{more}: no rule for how the examples meet here, so rows are computed one by one, "
-            f"exactly, in {self.n_examples} partial backward passes.{tokens} See Jacobian.explain()",
+            f"exactly, in {self.n_examples} partial backward passes.{tokens}{self._underflow()} See Jacobian.explain()",
             RowgradWarning,
             stacklevel=4,
         )
+
+    def _underflow(self) -> str:
+        halves = any(n.dtype() == torch.float16 for n in self.tape.nodes if not n.is_leaf and n.is_traced(0))
+        return " Cotangents may underflow in float16, which hides owners: pass loss_scale." if halves else ""
 
     def _looks_like_tokens(self) -> bool:
         """Whether some value has two leading dimensions whose product is the number of losses."""

@@ -1,4 +1,4 @@
-"""Rules for products of a matrix, or a stack of matrices, with the examples' positions."""
+"""Rules for products of a matrix with the examples' positions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from torch import Tensor
 
 from rowgrad.rows.factors import Form, Outer, wide
 from rowgrad.rows.ownership import Grouping
-from rowgrad.rows.products import stacked
 from rowgrad.rows.site import Cotangents, Recipe, Site, only, scalar
 
 
@@ -65,25 +64,3 @@ def matrix_first(site: Site, saved: str = "mat2", scale: str | None = None) -> R
         transposed=True,
         scale=factor,
     )
-
-
-def batched(site: Site, *, weight_first: bool, saved: str, scale: str | None = None) -> Recipe | None:
-    """z_g = h_g W_g or W_g h_g for a stack of matrices: examples along the positions, never along the stack."""
-    order = (2, 0, 1) if weight_first else (1, 0, 2)
-    group = site.grouping(1, order=order)
-    if group is None:
-        return stacked(site, weight_first=weight_first, saved=saved) if scale is None else None
-    data = site.node.saved(saved)
-    factor = scalar(site.node.attribute(scale)) if scale else 1
-    shape = site.target_shape
-
-    def build(cotangents: Cotangents) -> Form:
-        z = only(cotangents).permute(order)  # (positions, G, p)
-        h = data.permute(order)
-        sides = [wide(group(t)).transpose(1, 2) for t in (h, z)]  # (B, G, T, .)
-        if factor != 1:
-            sides[1] = sides[1] * factor
-        left, right = sides[::-1] if weight_first else sides
-        return Outer(left, right, shape, cotangent_left=weight_first, positions=group.positions)
-
-    return Recipe(build, "outer product")

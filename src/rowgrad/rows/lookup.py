@@ -95,10 +95,9 @@ def bag(site: Site) -> Recipe | None:
     node = site.node
     if node.attribute("scale_grad_by_freq"):
         return None
-    owner = row_owners(site.layout(), node.shape(), 1, site.n_examples)
+    owner = row_owners(site.layout(), node.shape(), 1, site.n_examples, node.device())
     if owner is None:
         return None
-    owner = owner.to(node.device())
     return _largest(site, owner) if node.attribute("mode") == 2 else _added(site, owner)
 
 

@@ -105,6 +105,13 @@ def clipped_loss(
         loss.share_clipped = share_clipped(norms, max_norm)  # type: ignore[attr-defined]
         return loss
     names = {group: J.group_names(group) for group in max_norm}
+    left_out = [n for n in J.names if all(n not in members for members in names.values())]
+    if left_out:
+        raise ValueError(
+            f"max_norm: no weights for {left_out[0]}"
+            + (f" and {len(left_out) - 1} more" if len(left_out) > 1 else "")
+            + "; the groups must cover every parameter"
+        )
     by_group = J.norms(by=names)
     assert isinstance(by_group, dict)
     weights = {

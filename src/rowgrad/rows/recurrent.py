@@ -65,7 +65,7 @@ def _grouping(site: Site) -> Grouping | None:
 def _column_owners(site: Site, output_nr: int) -> Tensor | None:
     """Owner of each column of the sequence or of a last state, -1 where it is not read; None where one has several."""
     shape = site.node.shape(output_nr)
-    owner = row_owners(site.layout(output_nr), shape, len(shape) - 1, site.n_examples)
+    owner = row_owners(site.layout(output_nr), shape, len(shape) - 1, site.n_examples, site.node.device(output_nr))
     if owner is None:
         return None
     owner = owner.reshape(-1, shape[-2])

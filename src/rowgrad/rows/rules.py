@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from rowgrad.rows.convolution import convolution_weight
-from rowgrad.rows.linear import batched, matrix_first, matrix_second
+from rowgrad.rows.linear import matrix_first, matrix_second
 from rowgrad.rows.lookup import bag, embedding, gathered, indexed, selected, taken
 from rowgrad.rows.normalization import (
     batch_scale,
@@ -20,7 +20,17 @@ from rowgrad.rows.normalization import (
     repeated,
     rms_scale,
 )
-from rowgrad.rows.products import bilinear, grouped, vector
+from rowgrad.rows.products import (
+    batched,
+    bilinear,
+    dot,
+    grouped,
+    matrix_of_vector,
+    outer,
+    summed_first,
+    summed_second,
+    vector,
+)
 from rowgrad.rows.recurrent import lstm_parameter
 from rowgrad.rows.site import Rule, elementwise, factor, summand
 
@@ -45,11 +55,24 @@ _TABLE: dict[tuple[str, int], Rule] = {
     ("SubBackward0", 1):      partial(summand, scale="alpha", sign=-1),
     ("ExpandBackward0", 0):   summand,                                  # class token, learned queries
     ("RepeatBackward0", 0):   repeated,                                 # instance norm, prompts
+    ("MvBackward0", 0):              matrix_of_vector,
     ("MvBackward0", 1):              vector,
     ("AddmvBackward0", 0):           partial(summand, scale="beta"),
+    ("AddmvBackward0", 1):           partial(matrix_of_vector, scale="alpha"),
     ("AddmvBackward0", 2):           partial(vector, saved="mat", scale="alpha"),
+    ("DotBackward0", 0):             partial(dot, saved="tensor"),
+    ("DotBackward0", 1):             partial(dot, saved="self"),
+    ("VdotBackward0", 0):            partial(dot, saved="other"),
+    ("VdotBackward0", 1):            partial(dot, saved="self"),
+    ("AddrBackward0", 0):            partial(summand, scale="beta"),
+    ("AddrBackward0", 1):            partial(outer, saved="vec2", dim=0),
+    ("AddrBackward0", 2):            partial(outer, saved="vec1", dim=1),
+    ("AddbmmBackward0", 0):          partial(summand, scale="beta"),
+    ("AddbmmBackward0", 1):          summed_first,
+    ("AddbmmBackward0", 2):          summed_second,
     ("TrilinearBackward0", 1):       bilinear,
-    ("GroupedMmBackward0", 1):       grouped,                           # experts
+    ("GroupedMmBackward0", 0):       partial(grouped, weight_first=True),
+    ("GroupedMmBackward0", 1):       partial(grouped, weight_first=False),  # experts
     ("MkldnnRnnLayerBackward0", 1):  partial(lstm_parameter, part="input"),
     ("MkldnnRnnLayerBackward0", 2):  partial(lstm_parameter, part="hidden"),
     ("MkldnnRnnLayerBackward0", 3):  partial(lstm_parameter, part="bias"),
@@ -84,4 +107,13 @@ _TABLE |= {
     for slot in range(n_slots)
     for i in range(2)
 }
-RULES: Mapping[tuple[str, int], Rule] = _TABLE
+
+
+class RuleTable(dict[tuple[str, int], Rule]):
+    """The rules by (node kind, slot); `RULES | {...}` adds some."""
+
+    def __repr__(self) -> str:
+        return f"RULES ({len(self)} rules)"
+
+
+RULES: Mapping[tuple[str, int], Rule] = RuleTable(_TABLE)
