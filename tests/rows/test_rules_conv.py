@@ -243,7 +243,7 @@ class Largest(TorchDispatchMode):
         super().__init__()
         self.bytes = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for t in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(t, Tensor):
@@ -254,7 +254,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ask", ["norms", "weighted_sum", "dot"])
 def test_neither_rows_nor_patches_are_held(ask: str, dtype: torch.dtype) -> None:
-    """One layer with large rows and few positions, one with many positions, where patches would be 9 times the input."""
+    """One layer with many positions, where patches would be 9 times the input, and one with few, but large rows."""
     net = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.AvgPool2d(8), nn.Conv2d(32, 256, 3, padding=1)).to(dtype)
     x = torch.randn(64, 32, 32, 32, dtype=dtype)
     J = rg.jacobian(energy(net(x)), net)
