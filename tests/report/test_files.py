@@ -65,6 +65,7 @@ def test_log(digits: AuditRun, tmp_path: Path) -> None:
     assert summary["n_flagged"] == int(digits.scores.flagged.sum())
     assert summary["planted"]["n_planted"] == int(digits.planted.sum())
     assert summary["settings"]["seed"] == 0
+    assert summary["settings"]["epochs"] == 6
     assert summary["settings"]["batch_size"] == digits.batch_size
     assert {"rowgrad", "torch", "python"} <= set(summary["versions"])
     assert summary["cost"]["rows_ratio"] == pytest.approx(digits.cost.rows_ratio)

@@ -241,6 +241,12 @@ def test_batch_size_by_the_size_of_the_data(n: int, size: int) -> None:
     assert Settings(batch_size=48).batch_size_for(n) == min(48, n)
 
 
+@pytest.mark.parametrize(("n", "epochs"), [(10, 40), (20_000, 40), (80_000, 20), (200_000, 13), (10**7, 8)])
+def test_epochs_by_the_size_of_the_data(n: int, epochs: int) -> None:
+    assert Settings().epochs_for(n) == epochs
+    assert Settings(epochs=3).epochs_for(n) == 3
+
+
 def test_no_hidden_layer_is_a_linear_model() -> None:
     run = audit_table(_small(), Settings(epochs=1, hidden=()))
     assert run.n_parameters == 4 * 3 + 3

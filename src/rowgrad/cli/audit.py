@@ -47,7 +47,7 @@ def audit(
     target: Annotated[str | None, typer.Option(help="Column (or NPZ array) to predict.")] = None,
     flip: Annotated[float, typer.Option(help="Share of targets to corrupt first, to measure what is found.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Directory of the results; default rowgrad-audit-NAME.")] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = Settings.epochs,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data; default 40, fewer for large data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step; default by the size of the data.")] = None,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = Settings.lr,
     hidden: Annotated[str, typer.Option(help="Widths of the hidden layers.")] = ",".join(map(str, Settings.hidden)),

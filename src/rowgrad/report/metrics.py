@@ -39,7 +39,7 @@ def metrics(run: AuditRun) -> list[dict[str, Any]]:
             "flip": run.flip,
             "planted": planted,
             "held_out_score": run.held_out,
-            "settings": dataclasses.asdict(run.settings) | {"batch_size": run.batch_size},
+            "settings": dataclasses.asdict(run.settings) | {"batch_size": run.batch_size, "epochs": len(run.epochs)},
             "n_parameters": run.n_parameters,
             "cost": dataclasses.asdict(run.cost)
             | {"rows_ratio": run.cost.rows_ratio, "audit_ratio": run.cost.audit_ratio},

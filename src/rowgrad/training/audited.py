@@ -198,9 +198,10 @@ def _train(
     progress: Callable[[int, int], None],
 ) -> _Record:
     n, done = len(problem.targets), 0
-    total = settings.epochs * -(-n // batch_size)
-    record = _Record(Audit(n, problem.n_classes), *torch.zeros(2, settings.epochs, n).unbind(), epochs=[])
-    for epoch in range(settings.epochs):
+    n_epochs = settings.epochs_for(n)
+    total = n_epochs * -(-n // batch_size)
+    record = _Record(Audit(n, problem.n_classes), *torch.zeros(2, n_epochs, n).unbind(), epochs=[])
+    for epoch in range(n_epochs):
         start, n_correct = time.perf_counter(), 0
         for index in torch.randperm(n, generator=generator).split(batch_size):
             targets = problem.targets[index]

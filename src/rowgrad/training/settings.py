@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from rowgrad.errors import InputError
 
+EPOCHS, MIN_EPOCHS, MANY = 40, 8, 20_000
 MIN_BATCH, MID_BATCH, MAX_BATCH = 16, 64, 1024
 
 
@@ -12,7 +13,8 @@ MIN_BATCH, MID_BATCH, MAX_BATCH = 16, 64, 1024
 class Settings:
     """Training of a multilayer perceptron by Adam.
 
-    epochs: passes over the audited examples.
+    epochs: passes over the audited examples; None takes 40, and beyond 20,000 examples fewer, by the square root of
+        their number (13 for 200,000), but at least 8.
     batch_size: examples per step; None takes a tenth of the examples (a power of two from 16 to 64), and beyond
         128,000 examples a two-thousandth (at most 1024).
     lr: learning rate of Adam; a first layer of more than 32 inputs takes 32/inputs of it.
@@ -21,7 +23,7 @@ class Settings:
     seed: of the split, the planted errors, the initialization and the order of the examples.
     """
 
-    epochs: int = 40
+    epochs: int | None = None
     batch_size: int | None = None
     lr: float = 3e-3
     hidden: tuple[int, ...] = (128, 128)
@@ -29,7 +31,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
+        if self.epochs is not None and self.epochs < 1:
             raise InputError(f"--epochs {self.epochs}: at least one epoch is needed")
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: at least one example per step is needed")
@@ -41,6 +43,12 @@ class Settings:
             raise InputError(f"--seed {self.seed}: the seed must be at least 0 and below 2**63")
         if any(width < 1 for width in self.hidden):
             raise InputError(f"--hidden {','.join(map(str, self.hidden))}: every layer needs a width of at least 1")
+
+    def epochs_for(self, n: int) -> int:
+        """The epochs for n examples."""
+        if self.epochs is not None:
+            return self.epochs
+        return max(MIN_EPOCHS, round(EPOCHS * min(1, math.sqrt(MANY / n))))
 
     def batch_size_for(self, n: int) -> int:
         """The batch size for n examples."""
