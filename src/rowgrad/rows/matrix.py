@@ -41,8 +41,11 @@ def _product(method: Callable[_P, _R]) -> Callable[_P, _R]:
     @wraps(method)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         device = args[0]._losses.device.type  # type: ignore[attr-defined]
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            return method(*args, **kwargs)
+        with torch.no_grad():
+            if not torch.is_autocast_enabled(device):
+                return method(*args, **kwargs)
+            with torch.autocast(device, enabled=False):
+                return method(*args, **kwargs)
 
     return wrapped
 
