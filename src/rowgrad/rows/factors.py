@@ -89,6 +89,11 @@ def _sum_to(t: Tensor, kept: Sequence[int]) -> Tensor:
     return t.sum(gone, keepdim=True) if gone else t
 
 
+def _by_row(t: Tensor) -> Tensor:
+    """(B, ...) to (B, n)."""
+    return t.reshape(t.shape[0], prod(t.shape[1:]))
+
+
 @dataclass
 class Dense:
     """Rows as they are: values (B, *shape)."""
@@ -486,14 +491,14 @@ class Multiples:
         return self.kept.numel() == 1
 
     def sq_norms(self) -> Tensor:
-        return (self.weights.square() * _sum_to(self.direction.square(), self.kept)).flatten(1).sum(1)
+        return _by_row(self.weights.square() * _sum_to(self.direction.square(), self.kept)).sum(1)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
-        return (c.to(self.weights.dtype) @ self.weights.flatten(1)).reshape(self.kept) * self.direction
+        return (c.to(self.weights.dtype) @ _by_row(self.weights)).reshape(self.kept) * self.direction
 
     def dot(self, direction: Tensor) -> Tensor:
         product = self.direction * direction.to(self.direction.dtype).reshape(self.shape)
-        return self.weights.flatten(1) @ _sum_to(product, self.kept).flatten()
+        return _by_row(self.weights) @ _sum_to(product, self.kept).flatten()
 
     def contract(self, direction: Tensor, kept: Sequence[int]) -> Tensor:
         both = [max(n, m) for n, m in zip(kept, self.kept, strict=True)]
@@ -530,8 +535,8 @@ def _contracted(f: Multiples, g: Form) -> Tensor:
     if f.is_uniform:
         return g.dot(f.direction.reshape(g.shape)).unsqueeze(1)
     if f.shape == g.shape:
-        return g.contract(f.direction, f.kept).flatten(1)
-    return Dense(g.dense().reshape(-1, *f.shape)).contract(f.direction, f.kept).flatten(1)
+        return _by_row(g.contract(f.direction, f.kept))
+    return _by_row(Dense(g.dense().reshape(-1, *f.shape)).contract(f.direction, f.kept))
 
 
 def inner(f: Form, g: Form) -> Tensor:
@@ -540,7 +545,7 @@ def inner(f: Form, g: Form) -> Tensor:
         return f.sq_norms()
     for one, other in ((f, g), (g, f)):
         if isinstance(one, Multiples):
-            return (one.weights.flatten(1) * _contracted(one, other)).sum(1)
+            return (_by_row(one.weights) * _contracted(one, other)).sum(1)
     f, g = f.plain(), g.plain()
     if _same_split(f, g):
         if (type(f), type(g)) in _INNER:
@@ -553,9 +558,9 @@ def inner(f: Form, g: Form) -> Tensor:
 def gram(f: Form, g: Form) -> Tensor:
     """<row j of f, row k of g> for every j and k, shape (B, B')."""
     if isinstance(f, Multiples):
-        return f.weights.flatten(1) @ _contracted(f, g).T
+        return _by_row(f.weights) @ _contracted(f, g).T
     if isinstance(g, Multiples):
-        return _contracted(g, f) @ g.weights.flatten(1).T
+        return _contracted(g, f) @ _by_row(g.weights).T
     f, g = f.plain(), g.plain()
     if _same_split(f, g):
         if (type(f), type(g)) in _GRAM:
