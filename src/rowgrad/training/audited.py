@@ -1,7 +1,8 @@
 """Train a model on a table and audit its examples in that same training."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -128,9 +129,10 @@ def _audit(
     trainee = Trainee(model, adam(model, settings.lr), problem.criterion)
     batch_size = settings.batch_size_for(len(chosen))
     record = _train(trainee, problem, settings, batch_size, generator, progress)
-    cost = measure_cost(
-        trainee, problem.inputs, problem.targets, problem.n_classes, batch_size=batch_size, generator=generator
-    )
+    with _divergence_told("after the last epoch", settings):
+        cost = measure_cost(
+            trainee, problem.inputs, problem.targets, problem.n_classes, batch_size=batch_size, generator=generator
+        )
     return AuditRun(
         table=table,
         settings=settings,
@@ -206,12 +208,8 @@ def _train(
         for index in torch.randperm(n, generator=generator).split(batch_size):
             targets = problem.targets[index]
             step = trainee.step_with_rows(problem.inputs[index], targets)
-            try:
+            with _divergence_told(f"in epoch {epoch + 1}", settings):
                 update(record.audit, index, step, targets)
-            except NonFiniteError as error:
-                raise InputError(
-                    f"training diverged in epoch {epoch + 1} at --lr {settings.lr:g} ({error}); use a smaller --lr"
-                ) from error
             record.losses[epoch, index], record.norms[epoch, index] = step.losses, step.norms
             n_correct += int((step.outputs.argmax(dim=1) == targets).sum())
             done += 1
@@ -219,6 +217,14 @@ def _train(
         accuracy = None if problem.n_classes is None else n_correct / n
         record.epochs.append(_summary(epoch, record, accuracy, time.perf_counter() - start))
     return record
+
+
+@contextlib.contextmanager
+def _divergence_told(when: str, settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except NonFiniteError as error:
+        raise InputError(f"training diverged {when} at --lr {settings.lr:g} ({error}); use a smaller --lr") from error
 
 
 def _summary(epoch: int, record: _Record, accuracy: float | None, seconds: float) -> Epoch:
