@@ -7,12 +7,11 @@ is cheapest. Letters: B examples, T positions, G groups, a and b the two sides o
     Convolved  an Outer whose right side is patches of images (rows/patches.py)              convolution
     Rows    row j = zeros with rows added at ids   ids (B, T), rows (B, T, d)                embedding
     Dense   row j itself                           (B, *shape)                               bias, scale, general path
-    Multiples  row j = weights_j times one tensor  weights (B, *kept), tensor of the shape   penalty, computed weights
+    Multiples  row j = weights_j times one tensor  weights (B,), tensor of the shape         penalty on the weights
 
 Every form answers the same questions, all in at least float32: `sq_norms`, `weighted_sum(c)`, `dot(direction)`,
 `dense()`, `select(index)`, and the functions `inner(f, g)` (row by row) and `gram(f, g)` (every row with every row)
-join any two. Law: each equals the same question asked of `dense()`. `contract(direction, kept)` is row j times the
-direction, summed over the dimensions that have size 1 in `kept`: (B, *kept).
+join any two. Law: each equals the same question asked of `dense()`.
 
 Note [gram or form]
     ||left^T right||^2 is either the inner product of two T x T Gram matrices, T^2 (a + b) multiply-adds, or the squared
@@ -22,7 +21,7 @@ Note [gram or form]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Protocol
@@ -65,7 +64,6 @@ class Form(Protocol):
     def sq_norms(self) -> Tensor: ...
     def weighted_sum(self, c: Tensor) -> Tensor: ...
     def dot(self, direction: Tensor) -> Tensor: ...
-    def contract(self, direction: Tensor, kept: Sequence[int]) -> Tensor: ...
     def dense(self) -> Tensor: ...
     def select(self, index: Tensor) -> Form: ...
     def scaled(self, weights: Tensor) -> Form: ...
@@ -80,18 +78,6 @@ class Form(Protocol):
 
 def _columns(weights: Tensor, like: Tensor) -> Tensor:
     return weights.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _sum_to(t: Tensor, kept: Sequence[int]) -> Tensor:
-    """Sum over the dimensions, behind any leading ones, that have size 1 in `kept`."""
-    ahead = t.ndim - len(kept)
-    gone = [d + ahead for d, size in enumerate(kept) if size == 1]
-    return t.sum(gone, keepdim=True) if gone else t
-
-
-def _by_row(t: Tensor) -> Tensor:
-    """(B, ...) to (B, n)."""
-    return t.reshape(t.shape[0], prod(t.shape[1:]))
 
 
 @dataclass
@@ -120,9 +106,6 @@ class Dense:
 
     def dot(self, direction: Tensor) -> Tensor:
         return self.flat @ direction.to(self.values.dtype).reshape(-1)
-
-    def contract(self, direction: Tensor, kept: Sequence[int]) -> Tensor:
-        return _sum_to(self.values * direction.to(self.values.dtype), kept)
 
     def dense(self) -> Tensor:
         return self.values
@@ -271,19 +254,6 @@ class Outer:
             return ((self.right @ matrix.transpose(-1, -2)) * self.left).sum((1, 2, 3))
         return ((self.left @ matrix) * self.right).sum((1, 2, 3))
 
-    def contract(self, direction: Tensor, kept: Sequence[int]) -> Tensor:
-        b, g, _, a, d = self.sizes
-        parts = refined(self.shape, (g, a, d))
-        is_kept = [side for of_dim, size in zip(parts or [], kept, strict=False) if size != 1 for side, _ in of_dim]
-        if parts is None or (1 in is_kept and 2 in is_kept):
-            return Dense(self.dense()).contract(direction, kept)
-        matrix = direction.to(self.left.dtype).reshape(g, a, d)
-        by_left = 2 not in is_kept
-        found = (self.right @ matrix.mT) * self.left if by_left else (self.left @ matrix) * self.right
-        summed = {2} if by_left else {1}
-        shape = [1 if side in summed else n for of_dim in parts for side, n in of_dim]
-        return _sum_to(found.sum(2).reshape(b, *shape), _spread(parts, kept)).reshape(b, *kept)
-
     def dense(self) -> Tensor:
         return self.form().reshape(self.n_examples, *self.shape)
 
@@ -386,14 +356,6 @@ class Rows:
     def dot(self, direction: Tensor) -> Tensor:
         return (direction.to(self.rows.dtype)[self.ids] * self.rows).sum((1, 2))
 
-    def contract(self, direction: Tensor, kept: Sequence[int]) -> Tensor:
-        rows = direction.to(self.rows.dtype)[self.ids] * self.rows
-        if kept[1] == 1:
-            rows = rows.sum(2, keepdim=True)
-        if kept[0] == 1:
-            return rows.sum(1, keepdim=True)
-        return replace(self, rows=rows, shape=torch.Size(kept)).dense()
-
     def dense(self) -> Tensor:
         found = self.rows.new_zeros(self.n_examples * self.shape[0], self.shape[1])
         found.index_add_(0, self._keys(), self.rows.reshape(-1, self.shape[1]))
@@ -440,88 +402,45 @@ class Rows:
         return replace(self, rows=found.reshape(self.rows.shape))
 
 
-def refined(shape: Sequence[int], sizes: Sequence[int]) -> list[list[tuple[int, int]]] | None:
-    """Each dimension of `shape` as pieces (which of `sizes`, length), both in row-major order; None where they cut."""
-    parts: list[list[tuple[int, int]]] = []
-    which, left = 0, sizes[0]
-    for size in shape:
-        parts.append([])
-        while size > 1:
-            while left == 1 and which + 1 < len(sizes):
-                which, left = which + 1, sizes[which + 1]
-            piece = min(size, left)
-            if size % piece or left % piece or piece < 2:
-                return None
-            parts[-1].append((which, piece))
-            size, left = size // piece, left // piece
-    return parts
-
-
-def _spread(parts: Sequence[Sequence[tuple[int, int]]], kept: Sequence[int]) -> list[int]:
-    """`kept`, given by dimension, by piece."""
-    return [1 if size == 1 else n for of_dim, size in zip(parts, kept, strict=True) for _, n in of_dim]
-
-
 @dataclass
 class Multiples:
-    """Row j of the Jacobian = weights_j times `direction`: one weight for all of it, or one along some dimensions."""
+    """Row j of the Jacobian = weights_j times `direction`."""
 
-    weights: Tensor  # (B, *kept), each of kept the direction's size or 1; or (B,)
+    weights: Tensor  # (B,)
     direction: Tensor  # of the parameter's shape
-
-    def __post_init__(self) -> None:
-        if self.weights.ndim == 1:
-            self.weights = self.weights.reshape(-1, *[1] * self.direction.ndim)
 
     @property
     def shape(self) -> torch.Size:
         return self.direction.shape
 
     @property
-    def kept(self) -> torch.Size:
-        return self.weights.shape[1:]
-
-    @property
     def n_examples(self) -> int:
         return len(self.weights)
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether each row is one multiple of the direction."""
-        return self.kept.numel() == 1
-
     def sq_norms(self) -> Tensor:
-        return _by_row(self.weights.square() * _sum_to(self.direction.square(), self.kept)).sum(1)
+        return self.weights.square() * self.direction.square().sum()
 
     def weighted_sum(self, c: Tensor) -> Tensor:
-        return (c.to(self.weights.dtype) @ _by_row(self.weights)).reshape(self.kept) * self.direction
+        return (c.to(self.weights.dtype) @ self.weights) * self.direction
 
     def dot(self, direction: Tensor) -> Tensor:
-        product = self.direction * direction.to(self.direction.dtype).reshape(self.shape)
-        return _by_row(self.weights) @ _sum_to(product, self.kept).flatten()
-
-    def contract(self, direction: Tensor, kept: Sequence[int]) -> Tensor:
-        both = [max(n, m) for n, m in zip(kept, self.kept, strict=True)]
-        product = _sum_to(self.direction * direction.to(self.direction.dtype), both)
-        return _sum_to(self.weights * product, kept)
+        return self.weights * (self.direction * direction.to(self.direction.dtype)).sum()
 
     def dense(self) -> Tensor:
-        return self.weights * self.direction
+        return self.weights.reshape(-1, *[1] * self.direction.ndim) * self.direction
 
     def select(self, index: Tensor) -> Multiples:
         return Multiples(self.weights[index], self.direction)
 
     def scaled(self, weights: Tensor) -> Multiples:
-        return Multiples(self.weights * _columns(weights, self.weights), self.direction)
+        return Multiples(self.weights * weights.to(self.weights.dtype), self.direction)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """The direction is the same for all examples; the weights are its cotangents."""
-        weights = self.weights.flatten() if self.is_uniform else self.weights
-        return self.direction, weights, torch.arange(self.n_examples, device=self.weights.device)
+        return self.direction, self.weights, torch.arange(self.n_examples, device=self.weights.device)
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Multiples:
-        _, given, _ = self.factors()
-        return Multiples(same_shape(given, transform(given)), self.direction)
+        return Multiples(same_shape(self.weights, transform(self.weights)), self.direction)
 
     def plain(self) -> Multiples:
         return self
@@ -530,22 +449,13 @@ class Multiples:
         return "multiples of one gradient"
 
 
-def _contracted(f: Multiples, g: Form) -> Tensor:
-    """(B', n): row k of g times f's direction, for each weight of a row of f."""
-    if f.is_uniform:
-        return g.dot(f.direction.reshape(g.shape)).unsqueeze(1)
-    if f.shape == g.shape:
-        return _by_row(g.contract(f.direction, f.kept))
-    return _by_row(Dense(g.dense().reshape(-1, *f.shape)).contract(f.direction, f.kept))
-
-
 def inner(f: Form, g: Form) -> Tensor:
     """<row j of f, row j of g> for every j, shape (B,)."""
     if f is g:
         return f.sq_norms()
     for one, other in ((f, g), (g, f)):
         if isinstance(one, Multiples):
-            return (_by_row(one.weights) * _contracted(one, other)).sum(1)
+            return one.weights * other.dot(one.direction.reshape(other.shape))
     f, g = f.plain(), g.plain()
     if _same_split(f, g):
         if (type(f), type(g)) in _INNER:
@@ -558,9 +468,9 @@ def inner(f: Form, g: Form) -> Tensor:
 def gram(f: Form, g: Form) -> Tensor:
     """<row j of f, row k of g> for every j and k, shape (B, B')."""
     if isinstance(f, Multiples):
-        return _by_row(f.weights) @ _contracted(f, g).T
+        return torch.outer(f.weights, g.dot(f.direction.reshape(g.shape)))
     if isinstance(g, Multiples):
-        return _contracted(g, f) @ _by_row(g.weights).T
+        return torch.outer(f.dot(g.direction.reshape(f.shape)), g.weights)
     f, g = f.plain(), g.plain()
     if _same_split(f, g):
         if (type(f), type(g)) in _GRAM:

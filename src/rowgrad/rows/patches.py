@@ -204,7 +204,7 @@ class Convolved:
         return self.x.device.type == "cpu" and self.x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
     def _rows(self, x: Tensor, y: Tensor) -> Tensor:
-        if self._folds:
+        if self._folds and len(x):
             return self._folded(x, y)
         found = x.new_empty(len(x), *self.shape)
         _, groups, t, _, b = self.sizes
@@ -255,21 +255,12 @@ class Convolved:
         direction = direction.to(self.x.dtype).reshape(self.shape)
         if self._formed is not None:
             return self._formed.flatten(1) @ direction.reshape(-1)
-        return (self._forward(direction) * self.x).flatten(1).sum(1)
-
-    def _forward(self, direction: Tensor) -> Tensor:
-        """y convolved with the direction, shape of x."""
         moves = (self.sliding.stride, self.sliding.padding, self.sliding.dilation)
         nothing = [0] * len(self.sliding.padding)
         y = self.y.flatten(0, 1)
         found = torch.ops.aten.convolution(y, direction, None, *moves, False, nothing, self.sliding.groups)
-        return found[(..., *(slice(n) for n in self._positions))].reshape(self.x.shape)
-
-    def contract(self, direction: Tensor, kept: Sequence[int]) -> Tensor:
-        if any(n != 1 for n in kept[1:]):
-            return Dense(self.dense()).contract(direction, kept)
-        by_channel = (self._forward(direction.to(self.x.dtype)) * self.x).movedim(2, 1).flatten(2).sum(2)
-        return (by_channel if kept[0] != 1 else by_channel.sum(1)).reshape(-1, *kept)
+        found = found[(..., *(slice(n) for n in self._positions))].reshape(self.x.shape)
+        return (found * self.x).flatten(1).sum(1)
 
     def dense(self) -> Tensor:
         return self.form()
