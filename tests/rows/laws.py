@@ -50,7 +50,7 @@ def assert_products(J: rg.Jacobian, rows: Params, rtol: float) -> None:
     assert_scaled_close(J.norms(), norms, norms, rtol)
     assert_scaled_close(J.gram(), A @ A.T, torch.outer(norms, norms), rtol)
     c = torch.linspace(-1, 2, len(A), dtype=torch.float64)
-    summed = torch.cat([t.double().flatten() for t in J.weighted_sum(c).values()])
+    summed = torch.cat([t.to_dense().double().flatten() for t in J.weighted_sum(c).values()])
     assert_scaled_close(summed, c @ A, norms.sum().expand_as(summed), rtol)
     v = {name: torch.randn(r.shape[1:], dtype=r.dtype) for name, r in rows.items()}
     u = torch.cat([t.double().flatten() for t in v.values()])

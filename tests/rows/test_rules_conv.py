@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from tests.reference import assert_scaled_close, flat, rows_by_grad
 from tests.rows.laws import assert_laws, energy, rows_in_double, trained
+from tests.rows.sizes import Largest
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rowgrad as rg
 from rowgrad.rows import patches
@@ -243,21 +243,6 @@ def test_positions_that_cancel_keep_their_digits(by: str) -> None:
     assert "Gram" in str(J.explain())
     found = J.norms() if by == "norms" else rg.grad_norms(losses, layer)
     assert_scaled_close(found, norms, norms, 1e-8)
-
-
-class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that an operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(t, Tensor):
-                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

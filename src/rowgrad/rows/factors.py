@@ -595,7 +595,7 @@ def _gram_by_ids(f: Rows, g: Rows, ids: Tensor) -> Tensor:
     """`ids`: those that both have, ascending."""
     found = f.rows.new_zeros(f.n_examples, g.n_examples)
     step = max(1, CHUNK_BYTES // max(1, (f.n_examples + g.n_examples) * f.shape[1] * f.rows.element_size()))
-    for piece in ids.split(step):
+    for piece in ids.split(step) if len(ids) else ():
         left = f.at(piece)
         found += left @ (left if g is f else g.at(piece)).T
     return found

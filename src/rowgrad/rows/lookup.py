@@ -125,15 +125,14 @@ def _added(site: Site, owner: Tensor) -> Recipe | None:
 
 def _largest(site: Site, owner: Tensor) -> Recipe | None:
     """Maxima: each feature of a bag comes from one row, so single entries of the table are looked up."""
-    chosen, (n_ids, d) = site.node.saved("result3"), site.target_shape  # (bags, d) ids, -1 for an empty bag
-    entries = chosen.clamp(min=0) * d + torch.arange(d, device=chosen.device)
-    places = _Places(owner.repeat_interleave(d), (chosen >= 0).reshape(-1), site.n_examples)
+    chosen, size = site.node.saved("result3"), site.node.saved("result2")  # (bags, d) ids; (bags,) without padding
+    n_ids, d = site.target_shape
+    entries = (chosen.clamp(min=0) * d + torch.arange(d, device=chosen.device)).reshape(-1)
+    places = _Places(owner.repeat_interleave(d), (size > 0).repeat_interleave(d), site.n_examples)
 
     def build(cotangents: Cotangents) -> Rows:
-        z = wide(_first(cotangents))
-        return Rows(
-            places(entries.reshape(-1)), places(z.reshape(-1, 1)), torch.Size((n_ids * d, 1)), False, places.real
-        )
+        rows = wide(_first(cotangents)).reshape(-1, 1)
+        return Rows(places(entries).long(), places(rows), torch.Size((n_ids * d, 1)), False, places.real)
 
     return Recipe(build, "lookup")
 
