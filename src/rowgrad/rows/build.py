@@ -22,6 +22,7 @@ from rowgrad.rows.ownership import Axis, Edge
 from rowgrad.rows.parameters import Parameters, Params, named
 from rowgrad.rows.placement import Place, settle
 from rowgrad.rows.plan import Plan, make_plan
+from rowgrad.rows.push import push
 from rowgrad.rows.rules import RULES
 from rowgrad.rows.site import Rule
 from rowgrad.tape import Tape
@@ -222,7 +223,7 @@ class _Reading:
             found = dict(zip(edges, cotangents, strict=True))
             forms = self._forms(found)
             by_leaf = self._direct(forms)
-            general = self._general(forms, found)
+            general = self._general(self._pushed(forms, by_leaf, general_bytes), found)
             general = general and self._without_scalars(general, by_leaf)
             if general is not None and general.bytes(self.parameters.by_name) <= general_bytes:
                 self._write_out(general, by_leaf)
@@ -249,10 +250,10 @@ class _Reading:
         held = [self.parameters.by_name[self.leaves[leaf]] for leaf in self.held()]
         return sum(self.n_examples * p.numel() * max(4, p.element_size()) for p in held) <= general_bytes
 
-    def pushed_down(self, seeds: Mapping[Use, Form]) -> dict[int, list[tuple[Form, Place]]]:
+    def pushed_down(self, forms: Mapping[Use, Form]) -> dict[int, list[tuple[Form, Place]]]:
         """Forms at uses of computed parameters, to the parameters they are computed from."""
         by_leaf: dict[int, list[tuple[Form, Place]]] = {}
-        general = self._general(seeds, {})
+        general = self._general(self._pushed(forms, by_leaf, GENERAL_BYTES), {})
         general = general and self._without_scalars(general, by_leaf)
         if general is not None:
             self._write_out(general, by_leaf)
@@ -291,13 +292,12 @@ class _Reading:
             return None
         return self.plan.recipes[use].build(cotangents)
 
-    def placed(self, use: Use, form: Form) -> tuple[Form, Place]:
+    def placed(self, form: Form, place: Place) -> tuple[Form, Place]:
         """Back in units of the losses, turned to the parameter's own order."""
-        assert self.plan is not None
         if self.loss_scale != 1:
             unit = torch.full((self.n_examples,), 1 / self.loss_scale, dtype=torch.float64, device=self.seed.device)
             form = form.scaled(unit)
-        return settle(form, self.plan.places[use])
+        return settle(form, place)
 
     def _forms(self, found: Mapping[Edge, Tensor | None]) -> dict[Use, Form]:
         assert self.plan is not None
@@ -313,13 +313,23 @@ class _Reading:
         by_leaf: dict[int, list[tuple[Form, Place]]] = {}
         for use, place in self.plan.places.items():
             if use in forms:
-                by_leaf.setdefault(place.leaf, []).append(self.placed(use, forms[use]))
+                by_leaf.setdefault(place.leaf, []).append(self.placed(forms[use], place))
         return by_leaf
 
-    def _general(self, forms: Mapping[Use, Form], found: Mapping[Edge, Tensor | None]) -> GeneralPath | None:
+    def _pushed(
+        self, forms: Mapping[Use, Form], by_leaf: dict[int, list[tuple[Form, Place]]], max_bytes: int
+    ) -> list[tuple[Edge, Form]]:
+        """Add the forms at computed parameters that reach parameters as forms, and return where the others got to."""
+        assert self.plan is not None
+        seeds = [(use.target, forms[use]) for use in self.plan.uses if use in forms and use not in self.plan.places]
+        placed, left = push(self.tape, seeds, self.plan.ownership.frontier.needed, max_bytes)
+        for place, form in placed:
+            by_leaf.setdefault(place.leaf, []).append(self.placed(form, place))
+        return left
+
+    def _general(self, seeds: list[tuple[Edge, Form]], found: Mapping[Edge, Tensor | None]) -> GeneralPath | None:
         """Everything else, or None where there is nothing else."""
         assert self.plan is not None
-        seeds = [(use, forms[use]) for use in self.plan.uses if use in forms and use not in self.plan.places]
         masked: dict[int, tuple[list[int], list[Tensor | None]]] = {}
         for use in self.plan.uses:
             cotangents = self._cotangents(use.node, found)
@@ -373,13 +383,13 @@ class _Reading:
         self, general: GeneralPath, by_leaf: dict[int, list[tuple[Form, Place]]]
     ) -> GeneralPath | None:
         """Uses that pass through one number (a penalty on the weights): every row is a multiple of one gradient."""
-        kept: list[tuple[Use, Form]] = []
-        for use, form in general.seeds:
+        kept: list[tuple[Edge, Form]] = []
+        for edge, form in general.seeds:
             if form.shape.numel() != 1:
-                kept.append((use, form))
+                kept.append((edge, form))
                 continue
             weights = form.dense().reshape(self.n_examples) / self.loss_scale
-            for leaf, gradient in general.pushed_once(use.target).items():
+            for leaf, gradient in general.pushed_once(edge).items():
                 by_leaf.setdefault(leaf, []).append((Multiples(weights, gradient), Place.whole(leaf, gradient.shape)))
         return replace(general, seeds=kept) if kept or general.masked else None
 
@@ -455,7 +465,7 @@ class _Arrivals:
             return
         leaf = self._reading.plan.places[use].leaf
         if form is not None:
-            self._parts.setdefault(leaf, []).append(self._reading.placed(use, form))
+            self._parts.setdefault(leaf, []).append(self._reading.placed(form, self._reading.plan.places[use]))
         self._open[leaf] -= 1
         if not self._open[leaf]:
             self._close(leaf)

@@ -5,6 +5,7 @@ is cheapest. Letters: B examples, T positions, G groups, a and b the two sides o
 
     Outer   row j = left_j^T right_j per group     left (B, G, T, a), right (B, G, T, b)     linear
     Convolved  an Outer whose right side is patches of images (rows/patches.py)              convolution
+    Projected  an Outer less its part along fixed directions (rows/projected.py)            weight norm
     Rows    row j = zeros with rows added at ids   ids (B, T), rows (B, T, d)                embedding
     Dense   row j itself                           (B, *shape)                               bias, scale, general path
     Multiples  row j = weights_j times one tensor  weights (B,), tensor of the shape         penalty on the weights

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from rowgrad.rows.factors import CHUNK_BYTES, Form
-from rowgrad.rows.frontier import Use
 from rowgrad.rows.ownership import Edge, Layout, mask
 from rowgrad.tape import Tape
 
@@ -30,7 +29,7 @@ BATCHED = frozenset(f"{name}Backward{i}" for name in _BATCHED_NAMES.split() for 
 class GeneralPath:
     """Rows of the parameters that lie below uses without a simple form.
 
-    `seeds`: uses whose gradient is known in factors; `masked`: nodes to be called with one example's cotangents.
+    `seeds`: where the gradient is known in factors; `masked`: nodes to be called with one example's cotangents.
     """
 
     tape: Tape
@@ -38,7 +37,7 @@ class GeneralPath:
     n_examples: int  # of the batch
     layouts: Mapping[Edge, Layout]
     needed: Sequence[bool]
-    seeds: list[tuple[Use, Form]]
+    seeds: list[tuple[Edge, Form]]
     masked: dict[int, tuple[list[int], list[Tensor | None]]]  # node -> (slots, cotangents)
     names: dict[int, str]  # leaf -> parameter name
     scale: float  # the loss scale, to be divided out
@@ -48,7 +47,7 @@ class GeneralPath:
 
     def reached(self) -> set[int]:
         """Leaves with a name that lie below these uses."""
-        below = {use.target[0] for use, _ in self.seeds}
+        below = {edge[0] for edge, _ in self.seeds}
         for node, (slots, _) in self.masked.items():
             below |= {t[0] for t in (self.tape.nodes[node].slots[s] for s in slots) if t is not None}
         for node in self.tape.nodes:
@@ -91,8 +90,8 @@ class GeneralPath:
 
         def push(*parts: Tensor) -> dict[str, Tensor]:
             inbox: dict[Edge, Tensor] = {}
-            for (use, _), part in zip(self.seeds, parts, strict=True):
-                self._post(inbox, use.target, part)
+            for (edge, _), part in zip(self.seeds, parts, strict=True):
+                self._post(inbox, edge, part)
             return dict(self._sweep(inbox))
 
         found = torch.func.vmap(push)(*gradients)
@@ -100,7 +99,7 @@ class GeneralPath:
 
     def _takes_batches(self) -> bool:
         """Whether the nodes below the uses are all known to work on a batch of cotangents."""
-        below = {use.target[0] for use, _ in self.seeds}
+        below = {edge[0] for edge, _ in self.seeds}
         for node in self.tape.nodes:
             if node.index in below and not node.is_leaf:
                 if node.kind not in BATCHED:
@@ -122,8 +121,8 @@ class GeneralPath:
         example = self.examples[position]
         inbox: dict[Edge, Tensor] = {}
         index = torch.tensor([example], device=self.tape.output.device)
-        for use, form in self.seeds:
-            self._post(inbox, use.target, form.select(index).dense()[0])
+        for edge, form in self.seeds:
+            self._post(inbox, edge, form.select(index).dense()[0])
         for node_index, (slots, cotangents) in self.masked.items():
             node = self.tape.nodes[node_index]
             own = [

@@ -1,0 +1,281 @@
+"""Forms pushed through the nodes between parameters and a weight computed from them.
+
+Where a weight is computed (a merged low-rank update, a scaled or normalized weight) a rule knows its rows at the
+weight. Every node below is linear in the cotangent and the same for all examples, and some turn factors into factors:
+a product multiplies one side of an outer product, a scale along the rows or columns one side of it. What a node does
+not take in factors is left for the general path, from that node on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rowgrad.rows.factors import Dense, Form, Outer, Rows, wide
+from rowgrad.rows.ownership import Edge
+from rowgrad.rows.placement import Place, place_of
+from rowgrad.rows.projected import Projected
+from rowgrad.tape import Node, Tape, signed
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A form at the output of one node, about to pass it."""
+
+    tape: Tape
+    node: Node
+    form: Form
+    max_bytes: int  # rows written out on the way take no more
+
+    def target_shape(self, slot: int) -> torch.Size:
+        target = self.node.slots[slot]
+        assert target is not None
+        return self.tape.nodes[target[0]].shape(target[1])
+
+
+Push = Callable[[Arrival, int], Form | None]  # (arrival, slot); None: not in factors
+
+
+def push(
+    tape: Tape, seeds: Iterable[tuple[Edge, Form]], needed: Sequence[bool], max_bytes: int
+) -> tuple[list[tuple[Place, Form]], list[tuple[Edge, Form]]]:
+    """The forms that reach a parameter or a strided part of one, and those that some node does not take in factors."""
+    inbox: dict[Edge, list[Form]] = {}
+    for edge, form in seeds:
+        inbox.setdefault(edge, []).append(form)
+    placed: list[tuple[Place, Form]] = []
+    left: list[tuple[Edge, Form]] = []
+    while inbox:
+        edge = min(inbox)
+        forms, place = inbox.pop(edge), place_of(tape, edge)
+        for form in forms:
+            if place is not None:
+                placed.append((place, form))
+                continue
+            pushed = _through(Arrival(tape, tape.nodes[edge[0]], form, max_bytes), needed)
+            if pushed is None:
+                left.append((edge, form))
+                continue
+            for target, part in pushed.items():
+                inbox.setdefault(target, []).append(part)
+    return placed, left
+
+
+def _through(arrival: Arrival, needed: Sequence[bool]) -> dict[Edge, Form] | None:
+    """Form by edge below the node; None where it cannot answer for every one of them."""
+    node = arrival.node
+    slots = [(slot, t) for slot, t in enumerate(node.slots) if t is not None and needed[t[0]]]
+    found: dict[Edge, Form] = {}
+    for slot, target in slots:
+        rule = PUSHES.get((node.kind, slot))
+        part = rule(arrival, slot) if rule is not None and target not in found else None
+        if part is None:
+            return None
+        found[target] = part
+    return found
+
+
+def _as_outer(form: Form) -> Form:
+    """An outer product rather than images, where that is the cheaper form anyway."""
+    return form.plain()
+
+
+def _transposed(arrival: Arrival, slot: int) -> Form | None:
+    """A matrix with its two dimensions exchanged."""
+    form = _as_outer(arrival.form)
+    if arrival.node.kind == "PermuteBackward0" and [signed(d) % 2 for d in arrival.node.attribute("dims")] != [1, 0]:
+        return None
+    if isinstance(form, Outer) and form.shape == (form.sizes[3], form.sizes[4]):
+        return form.transposed()
+    return None
+
+
+def _same_order(arrival: Arrival, slot: int) -> Form | None:
+    form, shape = _as_outer(arrival.form), arrival.target_shape(slot)
+    if isinstance(form, Outer) and form.shape.numel() == shape.numel():
+        return replace(form, shape=shape)
+    return form if form.shape == shape else None
+
+
+def _term(sign: int = 1, scale: str | None = None) -> Push:
+    """One side of a sum."""
+
+    def through(arrival: Arrival, slot: int) -> Form | None:
+        if arrival.target_shape(slot) != arrival.form.shape:
+            return None
+        alpha = float(arrival.node.attribute(scale)) if scale else 1.0
+        return _times(arrival.form, sign * alpha)
+
+    return through
+
+
+def _times(form: Form, number: float | Tensor) -> Form:
+    if isinstance(number, float) and number == 1:
+        return form
+    like = form.factors()[1]
+    return form.scaled(torch.as_tensor(number, dtype=like.dtype, device=like.device).expand(form.n_examples))
+
+
+def _factor(arrival: Arrival, slot: int) -> Form | None:
+    """One side of an elementwise product, of which the other is a number, or a scale of the rows or columns."""
+    node, shape = arrival.node, arrival.target_shape(slot)
+    other = wide(node.saved("self" if slot else "other"))
+    if shape.numel() == 1 and arrival.form.shape.numel() != 1:
+        return Dense(arrival.form.dot(other.expand(arrival.form.shape)).reshape(-1, *shape))
+    if shape != arrival.form.shape:
+        return _contracted(arrival.form, other, shape)
+    return _along(arrival.form, other)
+
+
+def _along(form: Form, other: Tensor) -> Form | None:
+    if other.numel() == 1:
+        return _times(form, other.reshape(()))
+    form = _as_outer(form)
+    if not isinstance(form, Outer) or form.sizes[1] != 1 or len(form.shape) != 2:
+        return None
+    other = other.reshape((1,) * (2 - other.ndim) + tuple(other.shape))
+    if other.shape[1] == 1:
+        return replace(form, left=form.left * other.T, _formed=None, _cancels=None)
+    if other.shape[0] == 1:
+        return replace(form, right=form.right * other, _formed=None, _cancels=None)
+    return None
+
+
+def _contracted(form: Form, other: Tensor, shape: torch.Size) -> Form | None:
+    """Gradient of a scale of the rows (a, 1) or of the columns (b,) or (1, b)."""
+    form = _as_outer(form)
+    if not isinstance(form, Outer) or form.sizes[1] != 1 or len(form.shape) != 2 or other.shape != form.shape:
+        return None
+    a, b = form.shape
+    matrix = other.to(form.left.dtype)
+    if tuple(shape) == (a, 1):
+        return Dense((form.left[:, 0] * (form.right[:, 0] @ matrix.T)).sum(1).reshape(-1, *shape))
+    if tuple(shape) in ((b,), (1, b)):
+        return Dense((form.right[:, 0] * (form.left[:, 0] @ matrix)).sum(1).reshape(-1, *shape))
+    return None
+
+
+def _numerator(arrival: Arrival, slot: int) -> Form | None:
+    other = wide(arrival.node.saved("other"))
+    if other.numel() != 1 or arrival.target_shape(slot) != arrival.form.shape:
+        return None
+    return _times(arrival.form, other.reshape(()).reciprocal())
+
+
+def _denominator(arrival: Arrival, slot: int) -> Form | None:
+    """Of a division by one number."""
+    shape = arrival.target_shape(slot)
+    if shape.numel() != 1:
+        return None
+    top, bottom = (wide(arrival.node.saved(name)) for name in ("self", "other"))
+    direction = -top / bottom.reshape(()).square()
+    return Dense(arrival.form.dot(direction.expand(arrival.form.shape)).reshape(-1, *shape))
+
+
+def _first_of_product(arrival: Arrival, slot: int) -> Form | None:
+    """W = X Y: the rows of X are those of W times Y^T."""
+    form, shape = _as_outer(arrival.form), arrival.target_shape(slot)
+    y = wide(arrival.node.saved("mat2"))
+    if isinstance(form, Outer) and _is_stack(form):
+        return replace(form, right=form.right @ y.mT, shape=shape, _formed=None, _cancels=None)
+    if isinstance(form, Rows):
+        return replace(form, rows=form.rows @ y.mT, shape=shape)
+    rows = _written_out(arrival)
+    return None if rows is None else Dense(rows @ y.mT)
+
+
+def _second_of_product(arrival: Arrival, slot: int) -> Form | None:
+    """W = X Y: the rows of Y are X^T times those of W."""
+    form, shape = _as_outer(arrival.form), arrival.target_shape(slot)
+    x = wide(arrival.node.saved("self"))
+    if isinstance(form, Outer) and _is_stack(form):
+        return replace(form, left=form.left @ x, shape=shape, _formed=None, _cancels=None)
+    if isinstance(form, Rows):
+        left, right = x[form.ids].unsqueeze(1), form.rows.unsqueeze(1)
+        return Outer(left, right, shape, cotangent_left=False, positions=form.positions)
+    rows = _written_out(arrival)
+    return None if rows is None else Dense(x.mT @ rows)
+
+
+def _is_stack(form: Outer) -> bool:
+    """Whether the groups are a leading dimension, or there is only one."""
+    _, g, _, a, b = form.sizes
+    return tuple(form.shape) in ((a, b), (g, a, b)) and (g == 1 or len(form.shape) == 3)
+
+
+def _direction(arrival: Arrival, slot: int) -> Form | None:
+    """W = g v / |v| along one dimension: the rows of v lose their part along v."""
+    unit, scale, form = _weight_norm(arrival)
+    if isinstance(form, Outer) and form.shape == (form.sizes[3], form.sizes[4]) == unit.shape:
+        scaled = replace(form, left=form.left * scale.T, _formed=None, _cancels=None)
+        return Projected(scaled, unit)
+    rows = _written_out(arrival)
+    if rows is None:
+        return None
+    dims = [d for d in range(1, rows.ndim) if scale.shape[d - 1] == 1]
+    return Dense(scale * (rows - (rows * unit).sum(dims, keepdim=True) * unit))
+
+
+def _length(arrival: Arrival, slot: int) -> Form | None:
+    """W = g v / |v|: the rows of g are those of W along v."""
+    unit, scale, form = _weight_norm(arrival)
+    if isinstance(form, Outer) and form.shape == (form.sizes[3], form.sizes[4]) == unit.shape:
+        return _contracted(form, unit, arrival.target_shape(slot))
+    rows = _written_out(arrival)
+    if rows is None:
+        return None
+    dims = [d for d in range(1, rows.ndim) if scale.shape[d - 1] == 1]
+    return Dense((rows * unit).sum(dims, keepdim=True))
+
+
+def _weight_norm(arrival: Arrival) -> tuple[Tensor, Tensor, Form | None]:
+    """v / |v|, g / |v|, and the form where the norm is taken along the rows of a matrix."""
+    v, g, norm = (wide(arrival.node.saved(name)) for name in ("v", "g", "result1"))
+    along_rows = v.ndim == 2 and arrival.node.dim("dim", 2) == 0
+    return v / norm.to(v.dtype), g / norm.to(v.dtype), _as_outer(arrival.form) if along_rows else None
+
+
+def _written_out(arrival: Arrival) -> Tensor | None:
+    form = arrival.form
+    if form.n_examples * form.shape.numel() * 8 > arrival.max_bytes:
+        return None
+    return form.dense()
+
+
+# fmt: off
+# (kind of node, input)            -> the form at the input
+PUSHES: Mapping[tuple[str, int], Push] = {
+    ("TBackward0", 0):                  _transposed,
+    ("TransposeBackward0", 0):          _transposed,
+    ("PermuteBackward0", 0):            _transposed,
+    ("NumpyTBackward0", 0):             _transposed,
+    ("ViewBackward0", 0):               _same_order,
+    ("UnsafeViewBackward0", 0):         _same_order,
+    ("ReshapeAliasBackward0", 0):       _same_order,
+    ("UnsqueezeBackward0", 0):          _same_order,
+    ("SqueezeBackward0", 0):            _same_order,
+    ("SqueezeBackward1", 0):            _same_order,
+    ("SqueezeBackward2", 0):            _same_order,
+    ("AliasBackward0", 0):              _same_order,
+    ("CloneBackward0", 0):              _same_order,
+    ("ToCopyBackward0", 0):             _same_order,
+    ("NegBackward0", 0):                _term(-1),
+    ("AddBackward0", 0):                _term(),
+    ("AddBackward0", 1):                _term(scale="alpha"),
+    ("SubBackward0", 0):                _term(),
+    ("SubBackward0", 1):                _term(-1, scale="alpha"),
+    ("MulBackward0", 0):                _factor,
+    ("MulBackward0", 1):                _factor,
+    ("DivBackward0", 0):                _numerator,
+    ("DivBackward0", 1):                _denominator,
+    ("MmBackward0", 0):                 _first_of_product,
+    ("MmBackward0", 1):                 _second_of_product,
+    ("BmmBackward0", 0):                _first_of_product,
+    ("BmmBackward0", 1):                _second_of_product,
+    ("WeightNormInterfaceBackward0", 0): _direction,
+    ("WeightNormInterfaceBackward0", 1): _length,
+}
+# fmt: on

@@ -1,0 +1,144 @@
+"""Weights computed from parameters: rows reach the parameters in factors, and agree with autograd loss by loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.rows.laws import assert_laws, energy
+from torch import Tensor
+from torch.nn.utils import parametrizations
+
+import rowgrad as rg
+from rowgrad.rows.general import GeneralPath
+
+P = dict[str, Tensor]
+SHAPES = {"W": (4, 3), "A": (4, 2), "B": (2, 3), "g": (4, 1), "k": (3,), "s": (), "U": (5, 3), "V": (5, 4)}
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    return torch._weight_norm(v, g, dim)
+
+
+# fmt: off
+# name -> weight (4, 3) of a layer from 3 to 4
+WEIGHTS: dict[str, Callable[[P], Tensor]] = {
+    "merged low-rank update":       lambda p: p["W"] + 0.5 * (p["A"] @ p["B"]),
+    "update subtracted":            lambda p: p["W"] - p["A"] @ p["B"],
+    "sub with alpha":               lambda p: torch.sub(p["W"], p["A"] @ p["B"], alpha=3),
+    "product of three":             lambda p: p["V"].T @ p["U"] @ (p["W"].T @ p["W"]),
+    "learned scale":                lambda p: p["s"] * p["W"],
+    "scale of the rows":            lambda p: p["g"] * p["W"],
+    "scale of the columns":         lambda p: p["W"] * p["k"],
+    "divided by a number":          lambda p: p["W"] / (2 + p["s"]),
+    "shared factor":                lambda p: p["W"] + p["W"] @ (p["A"] @ p["B"]).T @ p["W"],
+    "weight norm":                  lambda p: _weight_norm(p["W"], p["g"], 0),
+    "weight norm of an update":     lambda p: _weight_norm(p["W"] + p["A"] @ p["B"], p["g"], 0),
+    "norm of the columns":          lambda p: _weight_norm(p["W"], p["k"].reshape(1, 3), 1),
+    "negated, reshaped, copied":    lambda p: (-p["A"] @ p["B"]).clone().view(2, 2, 3).reshape(4, 3),
+}
+# fmt: on
+
+
+def _params(dtype: torch.dtype = torch.float64) -> P:
+    torch.manual_seed(0)
+    return {name: torch.randn(shape, dtype=dtype).requires_grad_() for name, shape in SHAPES.items()}
+
+
+def _reached(losses: Tensor, params: P) -> P:
+    grads = torch.autograd.grad(losses.sum(), list(params.values()), allow_unused=True, retain_graph=True)
+    return {name: p for (name, p), g in zip(params.items(), grads, strict=True) if g is not None}
+
+
+@pytest.fixture
+def no_general_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("rows were written out")
+
+    monkeypatch.setattr(GeneralPath, "written_out", refuse)
+    monkeypatch.setattr(GeneralPath, "row", refuse)
+
+
+@pytest.mark.parametrize("positions", [1, 2, 6])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_computed_weight(name: str, positions: int) -> None:
+    params = _params()
+    x = torch.randn(5, positions, 3, dtype=torch.float64)
+    losses = energy(F.linear(x, WEIGHTS[name](params)).tanh())
+    assert_laws(losses, _reached(losses, params))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_is_pushed_in_factors(name: str, no_general_path: None) -> None:
+    params = _params()
+    losses = energy(F.linear(torch.randn(5, 3, dtype=torch.float64), WEIGHTS[name](params)).tanh())
+    assert rg.jacobian(losses, params, retain_graph=True).norms().isfinite().all()
+    assert rg.grad_norms(losses, params).isfinite().all()
+
+
+def test_low_rank_factors_are_as_thin_as_the_update() -> None:
+    params = _params()
+    losses = energy(F.linear(torch.randn(5, 3, dtype=torch.float64), params["W"] + params["A"] @ params["B"]))
+    J = rg.jacobian(losses, {n: params[n] for n in "WAB"})
+    ((h, zbar, _),) = J.factors("A")
+    assert (h.shape, zbar.shape) == ((5, 2), (5, 4))
+    ((h, zbar, _),) = J.factors("B")
+    assert (h.shape, zbar.shape) == ((5, 3), (5, 2))
+
+
+def test_embedding_table_with_an_update() -> None:
+    params = _params()
+    ids = torch.tensor([[0, 1, 1], [3, 3, 3], [2, 0, 2]])
+    losses = energy(F.embedding(ids, params["W"] + params["A"] @ params["B"]))
+    assert_laws(losses, {n: params[n] for n in "WAB"})
+
+
+def test_stack_of_updates() -> None:
+    torch.manual_seed(0)
+    params = {
+        n: torch.randn(s, dtype=torch.float64).requires_grad_() for n, s in {"X": (2, 3, 1), "Y": (2, 1, 4)}.items()
+    }
+    x = torch.randn(2, 5, 3, dtype=torch.float64)  # experts, examples
+    losses = energy((x @ (params["X"] @ params["Y"])).tanh().transpose(0, 1))
+    assert_laws(losses, params)
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_convolution_with_weight_norm(dim: int, no_general_path: None) -> None:
+    torch.manual_seed(0)
+    model = parametrizations.weight_norm(torch.nn.Conv1d(2, 3, 2), dim=dim).double()
+    losses = energy(model(torch.randn(4, 2, 5, dtype=torch.float64)))
+    params = dict(model.named_parameters())
+    rows = {n: torch.stack(gs) for n, gs in _rows(losses, params).items()}
+    J = rg.jacobian(losses, params, retain_graph=True)
+    for name, row in J.dense(as_dict=True).items():
+        torch.testing.assert_close(row, rows[name], rtol=1e-10, atol=1e-12)
+
+
+def _rows(losses: Tensor, params: P) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {n: [] for n in params}
+    for loss in losses:
+        for n, g in zip(params, torch.autograd.grad(loss, list(params.values()), retain_graph=True), strict=True):
+            found[n].append(g)
+    return found
+
+
+@pytest.mark.parametrize("distance", [0, 1e-7])
+def test_rows_almost_along_the_weight(distance: float) -> None:
+    """What is left of them is small: it is not taken as the difference of two squares."""
+    v = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64).requires_grad_()
+    x = v.detach() + distance * torch.tensor([[1.0, 1, -1], [2.0, 1, -1]], dtype=torch.float64)
+    losses = energy(F.linear(x, torch._weight_norm(v, torch.ones(1, 1).double(), 0)))
+    rows = torch.stack(_rows(losses, {"v": v})["v"]).flatten(1).norm(dim=1)
+    torch.testing.assert_close(rg.grad_norms(losses, {"v": v}), rows, rtol=1e-6, atol=1e-14)
+
+
+def test_spectral_norm(no_general_path: None) -> None:
+    torch.manual_seed(0)
+    model = parametrizations.spectral_norm(torch.nn.Linear(4, 5)).double().eval()
+    losses = energy(model(torch.randn(3, 4, dtype=torch.float64)))
+    assert_rows = rg.jacobian(losses, model, retain_graph=True).dense(as_dict=True)
+    for name, rows in _rows(losses, dict(model.named_parameters())).items():
+        torch.testing.assert_close(assert_rows[name], torch.stack(rows), rtol=1e-10, atol=1e-12)
