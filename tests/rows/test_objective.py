@@ -42,6 +42,26 @@ def test_weights_keep_the_dtype_and_an_empty_batch_is_empty(dtype: torch.dtype) 
     assert rg.clip_weights(torch.empty(0, dtype=dtype), 1.0).shape == (0,)
 
 
+def test_norms_may_be_a_sequence_of_numbers() -> None:
+    assert rg.clip_weights([0.5, 2.0], 1.0).tolist() == [1.0, 0.5]
+    assert rg.clip_weights(torch.tensor([1, 4]), 2).tolist() == [1.0, 0.5]
+    assert rg.clip_weights([], 1.0).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("norms", "message"),
+    [
+        ({"0": torch.ones(2), "1": torch.ones(2)}, r"norms is a mapping of 2 groups.*max_norm=\{group: bound\}"),
+        (["a"], r"norms is a list, expected a tensor of shape \(B,\)"),
+        (None, "norms is a NoneType, expected a tensor"),
+    ],
+    ids=["by group", "words", "nothing"],
+)
+def test_norms_that_are_no_numbers_are_refused(norms: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        rg.clip_weights(norms, 1.0)  # type: ignore[arg-type]
+
+
 def test_an_infinite_bound_clips_nothing() -> None:
     assert rg.clip_weights(torch.tensor([1.0, 1e30]), INF).tolist() == [1.0, 1.0]
 

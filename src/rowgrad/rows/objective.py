@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from rowgrad.rows.parameters import Params
 logger = logging.getLogger("rowgrad")
 
 
-def clip_weights(norms: Tensor, max_norm: float | Tensor, *, mode: str = "clip") -> Tensor:
+def clip_weights(norms: Tensor | Sequence[float], max_norm: float | Tensor, *, mode: str = "clip") -> Tensor:
     """Weights that bound each example's gradient norm.
 
     | norm            | "clip"            | "normalize"       |
@@ -27,12 +27,13 @@ def clip_weights(norms: Tensor, max_norm: float | Tensor, *, mode: str = "clip")
     | nan             | 0                 | 0                 |
 
     Args:
-        norms: (B,), as `Jacobian.norms` gives them.
+        norms: (B,), as `Jacobian.norms` gives them; whole numbers and sequences are read in the default dtype.
         max_norm: positive number or a tensor that broadcasts to (B,); inf clips nothing in mode "clip".
         mode: "clip" or "normalize".
     Returns:
         (B,), detached, of the norms' dtype. The share clipped is logged at debug level.
     Raises:
+        TypeError: norms are not numbers, for instance those by group.
         ValueError: max_norm is not positive, or the mode is unknown.
 
     >>> import torch, rowgrad
@@ -41,7 +42,7 @@ def clip_weights(norms: Tensor, max_norm: float | Tensor, *, mode: str = "clip")
     """
     if mode not in ("clip", "normalize"):
         raise ValueError(f'mode={mode!r}: expected "clip" or "normalize"')
-    norms = norms.detach()
+    norms = _numbers(norms)
     bound = torch.as_tensor(max_norm, dtype=norms.dtype, device=norms.device)
     if not bool((bound > 0).all()) or (mode == "normalize" and not bool(bound.isfinite().all())):
         raise ValueError(f"max_norm={max_norm!r}: expected a positive number" + (", finite" if mode != "clip" else ""))
@@ -55,6 +56,19 @@ def clip_weights(norms: Tensor, max_norm: float | Tensor, *, mode: str = "clip")
     weights = torch.where(norms == 0, 1.0, ratio.clamp(max=1.0)) if mode == "clip" else ratio
     logger.debug("clipped %.3f of %d examples", share_clipped(norms, bound), norms.numel())
     return torch.where(finite, weights, 0.0).to(norms.dtype)
+
+
+def _numbers(norms: Tensor | Sequence[float]) -> Tensor:
+    if isinstance(norms, Mapping):
+        raise TypeError(
+            f"norms is a mapping of {len(norms)} groups, expected a tensor of shape (B,): weigh each group by itself, "
+            "or let clipped_loss do it, with max_norm={group: bound}"
+        )
+    try:
+        found = torch.as_tensor(norms).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"norms is a {type(norms).__name__}, expected a tensor of shape (B,) ({error})") from error
+    return found if found.is_floating_point() else found.to(torch.get_default_dtype())
 
 
 def share_clipped(norms: Tensor, max_norm: float | Tensor) -> float:
