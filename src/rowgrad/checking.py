@@ -141,7 +141,10 @@ def check_rows(
     True
     """
     if not callable(closure):
-        raise TypeError(f"closure is a {type(closure).__name__}, expected a function that returns the losses, (B,)")
+        raise TypeError(
+            f"closure is a {type(closure).__name__}, expected a function that runs the forward pass and returns the "
+            "losses, shape (B,), for instance `lambda: losses_of(batch)`"
+        )
     with torch.enable_grad():
         losses = closure()
     check_losses(losses)
