@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -388,6 +389,48 @@ def test_modules_and_tensors_as_keys() -> None:
     torch.testing.assert_close(by["all"], J.norms())
     torch.testing.assert_close(J[first].norms(), by["layer"])
     torch.testing.assert_close(J[first.weight].norms(), by["w"])
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (2, [2]),
+        (-1, [3]),
+        (torch.tensor(1), [1]),
+        (np.int64(1), [1]),
+        ([3, 0, 3], [3, 0, 3]),
+        (slice(None, None, -1), [3, 2, 1, 0]),
+        (range(1, 3), [1, 2]),
+        (slice(None, None, 2), [0, 2]),
+        (np.array([1, 2]), [1, 2]),
+        (torch.tensor([[1], [3]], dtype=torch.int32), [1, 3]),
+        (torch.tensor([True, False, False, True]), [0, 3]),
+        ([False, True, False, False], [1]),
+        ([], []),
+        (slice(4, None), []),
+    ],
+    ids=str,
+)
+def test_examples_as_keys(key: object, expected: list[int]) -> None:
+    setup = CASES["linear"].build()
+    J = rg.jacobian(setup.losses(), setup.model)
+    assert torch.equal(J[key].losses, J.losses[expected])
+    assert_rows_close(J[key].dense(), J.dense()[expected])
+
+
+def test_several_modules_as_a_key() -> None:
+    setup = CASES["linear"].build()
+    J = rg.jacobian(setup.losses(), setup.model)
+    assert J[[setup.model[2], setup.model[0].bias]].names == ("0.bias", "2.weight", "2.bias")
+
+
+def test_names_left_out_of_a_direction_count_as_zero() -> None:
+    setup = CASES["linear"].build()
+    J = rg.jacobian(setup.losses(), setup.model)
+    v = torch.randn_like(setup.model[2].weight)
+    whole = {name: torch.zeros_like(p) for name, p in setup.params.items()} | {"2.weight": v}
+    torch.testing.assert_close(J @ {"2.weight": v}, J @ whole)
+    assert not (J @ {}).any()
 
 
 def test_a_parameter_under_two_names_answers_to_both() -> None:

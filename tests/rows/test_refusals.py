@@ -320,6 +320,9 @@ def test_retained_factors_can_be_used_again(model: nn.Module, x: Tensor) -> None
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 
+V = torch.ones(4)
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
@@ -338,7 +341,28 @@ def test_retained_factors_can_be_used_again(model: nn.Module, x: Tensor) -> None
         (lambda J: J.gram(J["0"]), ValueError, "different parameters"),
         (lambda J: J.backward(1.0, nonfinite="ignore"), ValueError, "nonfinite='ignore'"),
         (lambda J: J.backward(1.0, transform=lambda name, Z: Z.sum(0)), ValueError, "transform"),
-        (lambda J: J[7], IndexError, "7"),
+        (lambda J: J.dot(torch.ones(22)), ValueError, r"one tensor of shape \(22,\), expected .*4 parameters"),
+        (lambda J: J.dot({"nose": torch.ones(2)}), KeyError, "nose' is not among the parameters"),
+        (lambda J: J.dot({"0.bias": 1.0}), ValueError, r"0\.bias is a float, expected a tensor of shape \(4,\)"),
+        (lambda J: J.dot(2.0), ValueError, "direction is a float"),
+        (lambda J: J.dot({"0.bias": V, J._parameters.by_name["0.bias"]: V}), ValueError, r"0\.bias is given twice"),
+        (lambda J: J[7], IndexError, r"J\[7\]: example 7 is not among the 5 examples"),
+        (lambda J: J[-6], IndexError, "example -6 is not among the 5"),
+        (lambda J: J[[0, 5]], IndexError, "example 5 is not among the 5"),
+        (lambda J: J[1.5], IndexError, r"J\[1\.5\]: 1\.5 is no index.*whole numbers.*slice.*mask.*name"),
+        (lambda J: J[torch.tensor(0.5)], IndexError, r"J\[tensor of torch\.float32, shape \(\)\]: .*whole numbers"),
+        (lambda J: J[torch.ones(5, dtype=torch.uint8)], IndexError, r"uint8.*\.bool\(\)"),
+        (lambda J: J[torch.ones(4, dtype=torch.bool)], IndexError, r"mask of shape \(4,\), expected \(5,\)"),
+        (lambda J: J[[True, False]], IndexError, r"mask of shape \(2,\), expected \(5,\)"),
+        (lambda J: J[True], IndexError, r"mask of shape \(\), expected \(5,\)"),
+        (lambda J: J[None], IndexError, "None is no index"),
+        (lambda J: J[2, "0.weight"], IndexError, r"one kind at a time, J\[\.\.\.\]\[\.\.\.\]"),
+        (lambda J: J["0.weight", 2], IndexError, "one kind at a time"),
+        (lambda J: J[0, 2], IndexError, r"J\[0, 2\]: a Jacobian has one index.*a list"),
+        (lambda J: J["nose":], IndexError, "slice indices must be integers"),
+        (lambda J: J[1.0:], IndexError, "slice"),
+        (lambda J: J["nothing"], KeyError, r"nothing' is not among the parameters; known names start with: 0\.weight"),
+        (lambda J: J.norms({"a": 3}), KeyError, "3 is not among the parameters"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

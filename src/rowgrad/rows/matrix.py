@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -18,6 +18,7 @@ from rowgrad.errors import (
 from rowgrad.rows.block import Block, sum_of
 from rowgrad.rows.explain import Explanation
 from rowgrad.rows.general import GeneralPath
+from rowgrad.rows.index import positions, shown
 from rowgrad.rows.loss import weighted_rows
 from rowgrad.rows.parameters import Parameters
 
@@ -238,10 +239,14 @@ class Jacobian:
 
     @_product
     def dot(self, direction: Any) -> Tensor:
-        """J v: the derivative of each loss along a direction in parameter space, shape (B,).
+        """J v: the derivative of each loss along a direction in parameter space, shape (B,); also written `J @ v`.
 
         Args:
-            direction: {name: tensor}, or a sequence of tensors in the order of `names`, each of its parameter's shape.
+            direction: {name: tensor}, where parameters left out count as zero, or a sequence of one tensor for each
+                parameter in the order of `names`; each of its parameter's shape.
+        Raises:
+            KeyError: a name that no parameter has.
+            ValueError: a tensor of another shape, another number of tensors, or one parameter given twice.
         """
         blocks = self._live()
         parts = self._direction(direction)
@@ -255,20 +260,33 @@ class Jacobian:
     __matmul__ = dot
 
     def _direction(self, direction: Any) -> dict[str, Tensor]:
-        if isinstance(direction, Mapping):
-            pairs = {self._one_name(key): value for key, value in direction.items()}
-        else:
-            values = list(direction)
-            if len(values) != len(self.names):
-                raise ValueError(f"direction has {len(values)} tensors, expected {len(self.names)}, one per parameter")
-            pairs = dict(zip(self.names, values, strict=True))
-        for name, v in pairs.items():
-            if v.shape != self._parameters.by_name[name].shape:
+        parts: dict[str, Tensor] = {}
+        for key, value in self._direction_pairs(direction):
+            name = self._one_name(key)
+            if name in parts:
+                raise ValueError(f"direction: {name} is given twice, the second time as {shown(key)}")
+            expected = tuple(self._parameters.by_name[name].shape)
+            if not isinstance(value, Tensor):
                 raise ValueError(
-                    f"direction: {name} has shape {tuple(v.shape)}, expected "
-                    f"{tuple(self._parameters.by_name[name].shape)}"
+                    f"direction: {name} is a {type(value).__name__}, expected a tensor of shape {expected}"
                 )
-        return pairs
+            if value.shape != expected:
+                raise ValueError(f"direction: {name} has shape {tuple(value.shape)}, expected {expected}")
+            parts[name] = value
+        return parts
+
+    def _direction_pairs(self, direction: Any) -> Iterable[tuple[Any, Any]]:
+        if isinstance(direction, Mapping):
+            return direction.items()
+        expected = f"expected {{name: tensor}} or a sequence of tensors for the {len(self.names)} parameters"
+        if isinstance(direction, Tensor):
+            raise ValueError(f"direction is one tensor of shape {tuple(direction.shape)}, {expected}")
+        if not isinstance(direction, Iterable):
+            raise ValueError(f"direction is a {type(direction).__name__}, {expected}")
+        values = list(direction)
+        if len(values) != len(self.names):
+            raise ValueError(f"direction has {len(values)} tensors, expected {len(self.names)}, one per parameter")
+        return zip(self.names, values, strict=True)
 
     def _one_name(self, key: Any) -> str:
         names = self._parameters.resolve(key)
@@ -333,12 +351,30 @@ class Jacobian:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: Any) -> Jacobian:
-        """A sub-Jacobian: by parameter or module name(s), or by example index, slice or mask. No row is formed."""
-        if isinstance(key, str) or (isinstance(key, (list, tuple)) and key and isinstance(key[0], str)):
+        """A sub-Jacobian: some parameters, or some examples. No row is formed.
+
+        Args:
+            key: for parameters a name, a module's name, a tensor, a module or a list of these; for examples a whole
+                number, several of them, a slice or a mask of shape (B,).
+        Raises:
+            KeyError: no such parameter.
+            IndexError: no such example, or `key` is none of these.
+        """
+        several = isinstance(key, (list, tuple))
+        named = [self._means_parameters(k) for k in (key if several else [key])]
+        if named and all(named):
             return self._with_names(list(dict.fromkeys(self._parameters.resolve(key))))
-        if isinstance(key, (nn.Parameter, nn.Module)):
-            return self._with_names(list(dict.fromkeys(self._parameters.resolve(key))))
+        if any(named):
+            raise IndexError(
+                f"J[{', '.join(map(shown, key))}] names parameters and examples at once; choose one kind at a time, "
+                "J[...][...]"
+            )
         return self._with_examples(key)
+
+    def _means_parameters(self, key: Any) -> bool:
+        if isinstance(key, Tensor):
+            return isinstance(key, nn.Parameter) or self._parameters.name_of(key) is not None
+        return isinstance(key, (str, nn.Module))
 
     def _with_names(self, names: list[str]) -> Jacobian:
         blocks = self._live()
@@ -356,7 +392,7 @@ class Jacobian:
         return part
 
     def _with_examples(self, key: Any) -> Jacobian:
-        index = torch.arange(len(self), device=self._losses.device)[key].reshape(-1)
+        index = positions(key, len(self), self._losses.device)
         blocks = self._live()
         general = None if blocks.general is None else blocks.general.select(index.tolist())
         chosen = {n: b.select(index) for n, b in blocks.by_name.items()}

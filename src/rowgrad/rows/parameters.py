@@ -47,8 +47,10 @@ class Parameters:
             found = [name for name in [self.name_of(key)] if name is not None]
         elif isinstance(key, nn.Module):
             found = [n for p in key.parameters() for n in [self.name_of(p)] if n is not None]
+        elif isinstance(key, Iterable):
+            return [name for item in key for name in self.resolve(item)]
         else:
-            return [name for item in key for name in self.resolve(item)]  # type: ignore[attr-defined]
+            found = []
         if not found:
             shown = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)[:80]
             raise KeyError(f"{shown} is not among the parameters; known names start with: {self._some_names()}")
