@@ -371,13 +371,45 @@ def test_parameters_given_in_every_form() -> None:
         dict(model.named_parameters()),
         optimizer.param_groups,
         torch.optim.SGD(model.named_parameters(), lr=0.1).param_groups,
-        nn.ModuleDict({"module": model}),
+        nn.DataParallel(model),
     ]
     for params in forms:
         assert_rows_close(rg.jacobian(setup.losses(), params).dense(), expected)
-    assert rg.jacobian(setup.losses(), nn.ModuleDict({"module": model})).names == tuple(setup.params)
     one = rg.jacobian(setup.losses(), model[0].weight)
     assert_rows_close(one.dense(), expected[:, : model[0].weight.numel()])
+
+
+def test_names_are_those_of_the_wrapped_model() -> None:
+    """Wrappers add no prefix, wherever they stand; a part of the model that is called "module" keeps its name."""
+    setup = CASES["linear"].build()
+    model, names = setup.model, tuple(setup.params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(model)  # not run, so nothing is compiled
+    forms = {
+        nn.DataParallel(model): names,
+        compiled: names,
+        nn.DataParallel(compiled): names,
+        nn.ModuleDict({"body": nn.DataParallel(compiled)}): tuple(f"body.{n}" for n in names),
+        nn.ModuleDict({"module": model}): tuple(f"module.{n}" for n in names),
+        nn.DataParallel(nn.ModuleDict({"module": model})): tuple(f"module.{n}" for n in names),
+        nn.ModuleDict({"module": nn.ModuleDict({"module": model})}): tuple(f"module.module.{n}" for n in names),
+    }
+    for params, expected in forms.items():
+        assert rg.jacobian(setup.losses(), params).names == expected
+    given = {f"module.{n}": p for n, p in setup.params.items()}
+    assert rg.jacobian(setup.losses(), given).names == tuple(given)
+
+
+def test_a_part_called_module_beside_one_of_the_same_names() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module, self.weight = nn.Linear(3, 3, bias=False), nn.Parameter(torch.randn(3))
+
+    model = Model()
+    losses = (model.module(torch.randn(4, 3)) * model.weight).square().sum(1)
+    assert rg.jacobian(losses, model).names == ("weight", "module.weight")
 
 
 def test_modules_and_tensors_as_keys() -> None:

@@ -137,6 +137,25 @@ def test_a_parameter_that_is_not_a_leaf(entry: Callable, model: nn.Module, x: Te
         entry(F.linear(x, weight).square().sum(1), {"head": weight})
 
 
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (lambda p, w: [p, w], r"^params\[1\] is not a leaf: it was computed by MulBackward"),
+        (lambda p, w: w, r"^params is not a leaf"),
+        (lambda p, w: {"1": w}, r"^params\['1'\] is not a leaf"),
+        (lambda p, w: [{"params": [p]}, {"params": [w]}], r"^group1\.0 is not a leaf"),
+        (lambda p, w: [p, 2.0], r"^params\[1\] is a float, expected a tensor"),
+        (lambda p, w: 3, r"^params is a int, expected a module, or an iterable or mapping of tensors"),
+        (lambda p, w: "0.weight", r"^params is a str, expected a module"),
+    ],
+    ids=["a list", "a tensor", "a mapping", "groups", "a number in a list", "a number", "a name"],
+)
+def test_unnamed_parameters_are_pointed_at(params: Callable, message: str, model: nn.Module, x: Tensor) -> None:
+    weight = 2 * model[0].weight
+    with pytest.raises(ParameterError, match=message):
+        rg.jacobian(F.linear(x, weight).square().sum(1), params(model[2].weight, weight))
+
+
 @each_entry
 def test_a_complex_parameter(entry: Callable, x: Tensor) -> None:
     w = torch.randn(3, dtype=torch.complex128, requires_grad=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from rowgrad.errors import HookedParameterError, ParameterError
 
 Params = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[Mapping]
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Parameters:
 def named(params: Params) -> Parameters:
     """Name the parameters of a module, of `optimizer.param_groups`, of an iterable or mapping of tensors.
 
-    Frozen tensors are left out. Names are dotted, without the prefixes that wrappers add.
+    Frozen tensors are left out. Names are dotted; a module's are without the prefixes of the wrappers around it and in
+    it (DistributedDataParallel, DataParallel, torch.compile), those that came with the tensors stay as they are.
 
     Raises:
         ParameterError: nothing to train, a tensor that is not a leaf, a complex tensor, an object of another kind.
@@ -74,12 +75,12 @@ def named(params: Params) -> Parameters:
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, p in _pairs(params):
-        name = _plain(name)
+        label = _label(params, name)
         if not isinstance(p, Tensor):
-            raise ParameterError(f"params: {name} is a {type(p).__name__}, expected a tensor")
+            raise ParameterError(f"{label} is a {type(p).__name__}, expected a tensor")
         if not p.requires_grad:
             continue
-        _check(name, p)
+        _check(label, p)
         if id(p) in first:
             aliases[name] = first[id(p)]
         elif name in by_name:
@@ -96,9 +97,14 @@ def named(params: Params) -> Parameters:
 
 def _pairs(params: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(params, nn.Module):
-        yield from params.named_parameters(remove_duplicate=False)
+        plain = _without_wrappers(params)
+        yield from ((plain(name), p) for name, p in params.named_parameters(remove_duplicate=False))
     elif isinstance(params, Tensor):
         yield "0", params
+    elif isinstance(params, str) or not isinstance(params, Iterable):
+        raise ParameterError(
+            f"params is a {type(params).__name__}, expected a module, or an iterable or mapping of tensors"
+        )
     elif isinstance(params, Mapping):
         yield from params.items()
     else:
@@ -114,14 +120,41 @@ def _pairs(params: Any) -> Iterable[tuple[str, Any]]:
                 position += 1
 
 
-def _plain(name: str) -> str:
-    while True:
-        for prefix in _WRAPPERS:
+def _label(params: Any, name: object) -> str:
+    """What an error calls a tensor: its name, or its place where it has none."""
+    if not isinstance(name, str):
+        raise ParameterError(f"params: {name!r} is a {type(name).__name__}, expected a string as name")
+    if isinstance(params, Tensor):
+        return "params"
+    if not name.isdigit():
+        return name
+    return f"params[{name!r}]" if isinstance(params, Mapping) else f"params[{name}]"
+
+
+def _without_wrappers(module: nn.Module) -> Callable[[str], str]:
+    """From the names of a module's parameters to those without the prefixes that wrappers add."""
+    prefixes = []
+    for path, inner in module.named_modules(remove_duplicate=False):
+        attribute = _wrapped_attribute(inner)
+        if attribute is not None:
+            outside = f"{path}." if path else ""
+            prefixes.append((f"{outside}{attribute}.", outside))
+    prefixes.reverse()  # from the inside out
+
+    def plain(name: str) -> str:
+        for prefix, outside in prefixes:
             if name.startswith(prefix):
-                name = name[len(prefix) :]
-                break
-        else:
-            return name.replace("._orig_mod.", ".")
+                name = outside + name[len(prefix) :]
+        return name
+
+    return plain
+
+
+def _wrapped_attribute(module: nn.Module) -> str | None:
+    """Where a wrapper keeps the model; None for other modules."""
+    if isinstance(module, (nn.DataParallel, DistributedDataParallel)):
+        return "module"
+    return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None
 
 
 def _check(name: str, p: Tensor) -> None:
