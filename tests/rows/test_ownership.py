@@ -18,7 +18,7 @@ from tests.reference import assert_rows_close, rows_by_grad
 from torch import Tensor, nn
 
 import rowgrad as rg
-from rowgrad.rows import plan
+from rowgrad.rows import plan, structure
 from rowgrad.rows.ownership import (
     MIXED,
     ZERO,
@@ -516,8 +516,35 @@ def passes_of(
 def test_a_settled_graph_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 1))
     counts = passes_of(lambda: model(torch.randn(B, D)).squeeze(1), model, monkeypatch)
-    assert counts[0] > 1
-    assert counts[1:] == [1, 1, 1]
+    assert counts == [4, 1, 1, 1]  # as it is, two halves silent, and the rows themselves
+
+
+def test_a_parameter_that_all_examples_share_needs_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cotangent of a looked-up position mixes all examples: the first look shows it."""
+    model = nn.ModuleList([nn.Embedding(4, D), nn.Linear(D, 1)])
+    counts = passes_of(
+        lambda: model[1](torch.randn(B, 4, D) + model[0](torch.arange(4))).tanh().sum((1, 2)), model, monkeypatch
+    )
+    assert counts == [4, 1, 1, 1]
+
+
+def test_a_structure_read_wrongly_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers contradict it: rows are exact and nothing of the structure is used, in later calls either."""
+    monkeypatch.setitem(structure.TRANSFERS, "RollBackward0", structure.TRANSFERS["AddBackward0"])
+    model, x = nn.Linear(D, 1, dtype=torch.float64), torch.randn(B, D, dtype=torch.float64)
+
+    def losses() -> Tensor:
+        h = model(x).squeeze(1).tanh()
+        return h + 0.5 * h.roll(1, 0)
+
+    for _ in range(3):
+        graph = losses()
+        expected = rows_by_grad(graph, dict(model.named_parameters()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rg.RowgradWarning)
+            found = rg.jacobian(graph, model).dense(as_dict=True)
+        assert_rows_close(found, expected)
+    assert not [kept.settled for kept in plan._kept.values() if kept.settled or kept.ownership]
 
 
 def test_always_means_always(monkeypatch: pytest.MonkeyPatch) -> None:

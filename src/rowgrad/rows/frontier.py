@@ -60,16 +60,29 @@ def needed_nodes(tape: Tape, leaves: Collection[int]) -> list[bool]:
     return needed
 
 
-def edges_to_prove(tape: Tape, static: Sequence[bool], needed: Sequence[bool]) -> list[Edge]:
-    """Outputs that something reads, of nodes that lead to a wanted parameter."""
+def edges_to_prove(
+    tape: Tape, static: Sequence[bool], needed: Sequence[bool], settled: Collection[Edge] = ()
+) -> list[Edge]:
+    """Outputs on which the border of the taint depends.
+
+    Those whose layout is not settled, and those of the nodes that send to one of them or to a parameter: the border
+    can lie nowhere else, for a node that sends to settled ones alone has no use.
+    """
     read = {tape.root_slot, *(t for node in tape.nodes for t in node.slots if t is not None)}
-    return [
+    edges = [
         (node.index, nr)
         for node in tape.nodes
         if needed[node.index] and not static[node.index]
         for nr in range(node.n_outputs)
         if (node.index, nr) in read and node.is_traced(nr)
     ]
+    open_nodes = {i for i, nr in edges if (i, nr) not in settled}
+    looked_at = open_nodes | {
+        node.index
+        for node in tape.nodes
+        if any(t is not None and needed[t[0]] and (static[t[0]] or t[0] in open_nodes) for t in node.slots)
+    }
+    return [e for e in edges if e[0] in looked_at]
 
 
 def find_uses(

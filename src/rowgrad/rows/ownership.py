@@ -39,6 +39,7 @@ _CODES = {
     torch.bfloat16: (3, 30),
     torch.float16: (2, 0),
 }
+_LARGEST_POWER = 12  # of two, for seeds that differ from example to example
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Codebook:
 
     words: Tensor  # (B, passes) digits
     passes: tuple[Code, ...]
+    halves: tuple[Code, Code]  # a random half of the examples seeded zero, then the other
     fresh: Code  # a different power of two for each example, beyond what was used for decoding
     n_digits: int
 
@@ -158,10 +160,18 @@ def codebook(
         exponents = [jitter[1]] if n_digits == 2 else [-separation + jitter[1], separation + jitter[2]]
         values = (0.0, *(2.0**e for e in exponents))
         passes.append(Code(_seed([values[d] for d in column.tolist()], losses), values))
-    spread = 2 if n_digits == 2 else 12
-    exponents = torch.randint(-spread, spread + 1, (n_examples,), generator=generator).tolist()
-    fresh = Code(_seed([2.0**e for e in exponents], losses), ())
-    return Codebook(words, tuple(passes), fresh, n_digits)
+    silent = torch.randperm(n_examples, generator=generator) < n_examples // 2
+    halves = [_powers(n_examples, n_digits, generator).masked_fill(mask, 0) for mask in (silent, ~silent)]
+    first, second, fresh = (
+        Code(_seed(values.tolist(), losses), ()) for values in (*halves, _powers(n_examples, n_digits, generator))
+    )
+    return Codebook(words, tuple(passes), (first, second), fresh, n_digits)
+
+
+def _powers(n: int, n_digits: int, generator: torch.Generator) -> Tensor:
+    """A random power of two for each example."""
+    spread = 2 if n_digits == 2 else _LARGEST_POWER
+    return torch.randint(-spread, spread + 1, (n,), generator=generator).double().exp2()
 
 
 def _seed(values: list[float], losses: Tensor) -> Tensor:
@@ -204,13 +214,30 @@ class Prover:
         self.allow_rounding = allow_rounding or torch.float16 in dtypes
         self.rounded: set[Edge] = set()
 
-    def layouts(self, edges: Sequence[Edge], expected: Mapping[Edge, Axis] | None = None) -> dict[Edge, Layout]:
-        """The layout of each edge; where several hold, the expected one. Below a mixed node everything is MIXED."""
+    def layouts(self, edges: Sequence[Edge]) -> dict[Edge, Layout]:
+        """The layout of each edge. Below a mixed node everything is MIXED."""
         if self.n_examples == 1:
             return {e: whole(self.tape.nodes[e[0]].shape(e[1])) for e in edges}
         found: dict[Edge, Layout] = {}
         for block in self._blocks(edges):
-            self._prove(block, expected or {}, found)
+            self._prove(block, found)
+        return found
+
+    def look(self, edges: Sequence[Edge], expected: Mapping[Edge, Axis]) -> dict[Edge, Layout]:
+        """What three passes show: whether the expected layouts hold, else ZERO or MIXED, and which others are MIXED.
+
+        Two examples are told apart by a zero in both passes with probability 1/2, and by powers of two else: enough to
+        notice a structure that was read wrongly, which mixes more than one pair. No proof for the other edges: absent.
+        """
+        found: dict[Edge, Layout] = {}
+        for block in self._blocks(edges):
+            base = zip(block, self._cotangents(block, self.seed), strict=True)
+            attempts = {e: _AxisTest(z, expected[e], self) if e in expected else _Attempt(z, self) for e, z in base}
+            for k, code in enumerate(self.codes.halves):
+                self._see(attempts, k, code)
+            found.update({e: layout for e, attempt in attempts.items() if (layout := attempt.result()) is not None})
+            found.update({e: MIXED for e in block if e in expected and e not in found})
+            self.rounded.update(e for e, attempt in attempts.items() if attempt.rounded)
         return found
 
     def _blocks(self, edges: Sequence[Edge]) -> Iterable[list[Edge]]:
@@ -227,10 +254,10 @@ class Prover:
         if block:
             yield block
 
-    def _prove(self, block: list[Edge], expected: Mapping[Edge, Axis], found: dict[Edge, Layout]) -> None:
+    def _prove(self, block: list[Edge], found: dict[Edge, Layout]) -> None:
         """In rounds of all passes: the likeliest dimension of each edge, then the next, then entry by entry."""
-        base = dict(zip(block, map(self._filled, block, self.tape.cotangents(block, self.seed)), strict=True))
-        candidates = {e: self._candidates(z.shape, expected.get(e)) for e, z in base.items()}
+        base = dict(zip(block, self._cotangents(block, self.seed), strict=True))
+        candidates = {e: axis_candidates(z.shape, self.n_examples) for e, z in base.items()}
         while remaining := [e for e in block if e not in found]:
             below = self._below_mixed(found)
             found.update({e: MIXED for e in remaining if e[0] in below})
@@ -247,6 +274,9 @@ class Prover:
                     if attempt.rounded:
                         self.rounded.add(edge)
 
+    def _cotangents(self, edges: Sequence[Edge], seed: Tensor) -> list[Tensor]:
+        return [self._filled(e, z) for e, z in zip(edges, self.tape.cotangents(edges, seed), strict=True)]
+
     def _filled(self, edge: Edge, cotangent: Tensor | None) -> Tensor:
         """An undefined cotangent is zero."""
         if cotangent is not None:
@@ -254,17 +284,18 @@ class Prover:
         node, nr = self.tape.nodes[edge[0]], edge[1]
         return torch.zeros(node.shape(nr), dtype=node.dtype(nr), device=node.device(nr))
 
-    def _candidates(self, shape: Sequence[int], wanted: Axis | None) -> list[Axis]:
-        return sorted(axis_candidates(shape, self.n_examples), key=lambda axis: axis != wanted)
-
-    def _round(self, attempts: Mapping[Edge, _AxisTest | _Decoding]) -> None:
+    def _round(self, attempts: Mapping[Edge, _Attempt]) -> None:
         for k, code in enumerate(self.codes.passes):
-            alive = [e for e, attempt in attempts.items() if attempt.alive]
-            for edge, z in zip(alive, self.tape.cotangents(alive, code.seed * self.seed), strict=True):
-                attempts[edge].see(k, code, self._filled(edge, z))
-        decoded = [e for e, attempt in attempts.items() if attempt.alive and isinstance(attempt, _Decoding)]
-        for edge, z in zip(decoded, self.tape.cotangents(decoded, self.codes.fresh.seed * self.seed), strict=True):
-            attempts[edge].see_fresh(self.codes.fresh, self._filled(edge, z))
+            self._see(attempts, k, code)
+        decoded = {e: attempt for e, attempt in attempts.items() if attempt.alive and isinstance(attempt, _Decoding)}
+        fresh = self._cotangents(list(decoded), self.codes.fresh.seed * self.seed)
+        for attempt, z in zip(decoded.values(), fresh, strict=True):
+            attempt.see_fresh(self.codes.fresh, z)
+
+    def _see(self, attempts: Mapping[Edge, _Attempt], k: int, code: Code) -> None:
+        alive = [e for e, attempt in attempts.items() if attempt.alive]
+        for edge, z in zip(alive, self._cotangents(alive, code.seed * self.seed), strict=True):
+            attempts[edge].see(k, code, z)
 
     def _below_mixed(self, found: Mapping[Edge, Layout]) -> set[int]:
         below = {i for (i, _), layout in found.items() if layout is MIXED}
@@ -275,7 +306,7 @@ class Prover:
 
 
 class _Attempt:
-    """Comparison of one edge's cotangent under the codes with its cotangent under ones."""
+    """Comparison of one edge's cotangent under the codes with its cotangent under ones; alive until it mixes."""
 
     def __init__(self, base: Tensor, prover: Prover) -> None:
         self.base = base
@@ -283,6 +314,17 @@ class _Attempt:
         self.alive = True
         self.rounded = False
         self.zero = not bool(base.any())
+
+    def see(self, k: int, code: Code, z: Tensor) -> None:
+        self.alive = not self.mixes(z)
+
+    def result(self) -> Layout | None:
+        """None: not known yet."""
+        return None if self.alive else MIXED
+
+    def mixes(self, z: Tensor) -> bool:
+        """Whether some entry surely has several owners: it came back neither as zero nor times a power of two."""
+        return not self.prover.allow_rounding and bool((~scaled_by_power_of_two(self.base, z)).any())
 
     def agrees(self, z: Tensor, v: Tensor) -> bool:
         """Whether z is v times the base, bit for bit, or within rounding where that is allowed."""
@@ -304,17 +346,18 @@ class _AxisTest(_Attempt):
     def __init__(self, base: Tensor, axis: Axis, prover: Prover) -> None:
         super().__init__(base, prover)
         self.axis = axis
+        self.mixed = False
         owner = owners_along(axis, base.shape, prover.n_examples, base.device)
         self.owner = owner.reshape([-1 if d == axis.dim else 1 for d in range(base.ndim)])
 
     def see(self, k: int, code: Code, z: Tensor) -> None:
         self.alive = self.agrees(z, code.seed.to(_real(self.base.dtype))[self.owner])
-
-    def see_fresh(self, code: Code, z: Tensor) -> None:
-        self.see(-1, code, z)
+        self.mixed = not self.alive and self.mixes(z)
 
     def result(self) -> Layout | None:
         """None: not along this dimension."""
+        if self.mixed:
+            return MIXED
         if not self.alive:
             return None
         return ZERO if self.zero else self.axis
@@ -355,6 +398,18 @@ class _Decoding(_Attempt):
         if not self.alive or self.owner is None:
             return MIXED
         return ZERO if self.zero else Entries(self.owner)
+
+
+def scaled_by_power_of_two(base: Tensor, z: Tensor) -> Tensor:
+    """Same sign and mantissa, or zero, or too small to be exact; entries of a non-finite example say nothing."""
+    dtype = _real(base.dtype)
+    says_nothing = ~base.isfinite() | ~z.isfinite()
+    if base.is_complex():
+        base, z = torch.view_as_real(base.resolve_conj()), torch.view_as_real(z.resolve_conj())
+        says_nothing = says_nothing.unsqueeze(-1)
+    separation = _CODES.get(dtype, _CODES[torch.float16])[1]
+    smallest = torch.finfo(dtype).tiny * 2.0 ** max(separation + 2, _LARGEST_POWER)
+    return (base.frexp()[0] == z.frexp()[0]) | (z.abs() <= smallest) | says_nothing
 
 
 def scaled_exactly(base: Tensor, z: Tensor, expected: Tensor, v: Tensor) -> Tensor:

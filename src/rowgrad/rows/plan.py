@@ -2,10 +2,10 @@
 
 Note [what may be kept]
     The layouts at the uses and the frontier are kept for graphs of equal signature (everything but the contents of
-    tensors) only if every layout above the uses follows from the structure alone (rows/structure.py) and agrees with
-    the proof by numbers, and no cotangent above the uses was zero throughout. Any other graph is proved at every call,
-    for the edges that the structure does not settle. What is kept is proved again at every 50th call. The kept part
-    holds no tensor.
+    tensors) only if every layout above the uses follows from the structure alone (rows/structure.py), and those at the
+    uses were confirmed by numbers, which a cotangent that is zero throughout cannot be. Any other graph is proved at
+    every call, for the edges that the structure does not settle. If numbers contradict the structure, nothing of it is
+    believed. What is kept is confirmed again at every 50th call. The kept part holds no tensor.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from rowgrad.rows.frontier import Frontier, Use, edges_to_prove, find_uses, needed_nodes, static_nodes
-from rowgrad.rows.ownership import Axis, Edge, Layout, Prover
+from rowgrad.rows.ownership import MIXED, Axis, Edge, Layout, Prover
 from rowgrad.rows.placement import Place, place_of
 from rowgrad.rows.site import Recipe, Rule, Site
 from rowgrad.rows.structure import infer
@@ -106,41 +107,57 @@ def make_plan(
 
 def _ownership(tape: Tape, seed: Tensor, leaves: Mapping[int, str], verify: str) -> Ownership:
     if verify == "always" or len(seed) == 1:
-        return _prove(tape, seed, leaves, {}, {})
+        return _Proof(tape, seed, leaves).ownership({})
     key = (tape.signature(), tuple(sorted(leaves)), seed.dtype, len(seed))
     kept = _kept.get(key)
     if kept is not None:
         _kept.move_to_end(key)
         kept.calls += 1
         if kept.calls % PROVE_EVERY:
-            return kept.ownership or _prove(tape, seed, leaves, kept.settled, kept.settled)
-    inferred = infer(tape, len(seed))
-    ownership = _prove(tape, seed, leaves, {}, inferred)
-    _kept[key] = _what_to_keep(tape, ownership, inferred)
+            return kept.ownership or _Proof(tape, seed, leaves).ownership(kept.settled)
+    proof = _Proof(tape, seed, leaves)
+    settled, mixed = proof.confirmed(infer(tape, len(seed)))
+    ownership = proof.ownership(settled, mixed)
+    _kept[key] = _Kept(_lasting(ownership, settled), settled)
     while len(_kept) > KEPT_SIGNATURES:
         _kept.popitem(last=False)
     return ownership
 
 
-def _prove(
-    tape: Tape, seed: Tensor, leaves: Mapping[int, str], settled: Mapping[Edge, Axis], expected: Mapping[Edge, Axis]
-) -> Ownership:
-    """Prove the layout of every edge that is not settled, and find the uses."""
-    static, needed = static_nodes(tape), needed_nodes(tape, leaves)
-    edges = edges_to_prove(tape, static, needed)
-    generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7)))
-    prover = Prover(tape, seed, generator, allow_rounding=seed.device.type != "cpu")
-    layouts: dict[Edge, Layout] = {e: settled[e] for e in edges if e in settled}
-    layouts |= prover.layouts([e for e in edges if e not in settled], expected)
-    return Ownership(
-        find_uses(tape, layouts, static, needed, len(seed)), layouts, "within rounding" if prover.rounded else "exact"
-    )
+class _Proof:
+    """The layouts of one graph's edges, for one call."""
+
+    def __init__(self, tape: Tape, seed: Tensor, leaves: Mapping[int, str]) -> None:
+        self.tape = tape
+        self.n_examples = len(seed)
+        self.static, self.needed = static_nodes(tape), needed_nodes(tape, leaves)
+        generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7)))
+        self.prover = Prover(tape, seed, generator, allow_rounding=seed.device.type != "cpu")
+
+    def _edges(self, settled: Mapping[Edge, Axis]) -> list[Edge]:
+        return edges_to_prove(self.tape, self.static, self.needed, settled)
+
+    def confirmed(self, inferred: Mapping[Edge, Axis]) -> tuple[dict[Edge, Axis], dict[Edge, Layout]]:
+        """What is settled by structure and confirmed by numbers, nothing if they contradict; and what surely mixes."""
+        edges = self._edges(inferred)
+        found = self.prover.look(edges, inferred)
+        mixed = {e: layout for e, layout in found.items() if layout is MIXED}
+        if any(e in inferred for e in mixed):
+            return {}, {}
+        return {e: axis for e, axis in inferred.items() if found.get(e, axis) == axis}, mixed
+
+    def ownership(self, settled: Mapping[Edge, Axis], known: Mapping[Edge, Layout] = MappingProxyType({})) -> Ownership:
+        """Prove the layout of every edge that matters and is neither settled nor known, and find the uses."""
+        edges = self._edges(settled)
+        layouts = {e: layout for e in edges if (layout := settled.get(e) or known.get(e)) is not None}
+        layouts |= self.prover.layouts([e for e in edges if e not in layouts])
+        uses = find_uses(self.tape, layouts, self.static, self.needed, self.n_examples)
+        return Ownership(uses, layouts, "within rounding" if self.prover.rounded else "exact")
 
 
-def _what_to_keep(tape: Tape, ownership: Ownership, inferred: Mapping[Edge, Axis]) -> _Kept:
-    """See Note [what may be kept]."""
+def _lasting(ownership: Ownership, settled: Mapping[Edge, Axis]) -> Ownership | None:
+    """The part that holds for every graph of the signature, None where there is more. See Note [what may be kept]."""
     above = {e: layout for e, layout in ownership.layouts.items() if not ownership.frontier.tainted[e[0]]}
-    settled = {e: a for e, a in inferred.items() if above.get(e) == a}
-    if len(settled) < len(above):
-        return _Kept(None, settled)
-    return _Kept(replace(ownership, layouts=dict(above), proof=f"{ownership.proof}, kept"), settled)
+    if any(e not in settled for e in above):
+        return None
+    return replace(ownership, layouts=above, proof=f"{ownership.proof}, kept")

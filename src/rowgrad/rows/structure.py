@@ -217,8 +217,10 @@ def _attention(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) 
 
 
 def _recurrent(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
-    """Sequences (T, B, .) and states (B, .)."""
-    return Axis(len(into) - 2, a.inner) if a.dim == len(out) - 2 and into[len(into) - 2] == out[a.dim] else None
+    """Sequences (T, B, .) and states (B, .); the slots between them are the weights."""
+    if slot not in (0, 5, 6) or a.dim != len(out) - 2 or into[-2] != out[-2]:
+        return None
+    return Axis(len(into) - 2, a.inner)
 
 
 def _unreduced(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
