@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows, gram, inner
-from rowgrad.rows.placement import Place
+from rowgrad.rows.placement import Place, row_major
 
 
 @dataclass
@@ -31,7 +31,8 @@ class Region:
 
     @property
     def is_contiguous(self) -> bool:
-        return torch.empty(self.shape, device="meta").as_strided(self.shape, self.stride).is_contiguous()
+        expected = row_major(self.shape)
+        return all(n == 1 or s == e for n, s, e in zip(self.shape, self.stride, expected, strict=True))
 
     def sq_norms(self) -> Tensor:
         found = sum_of(form.sq_norms() for form in self.forms)
@@ -83,23 +84,15 @@ class Block:
     @classmethod
     def of(cls, parameter: Tensor, uses: list[tuple[Form, Place]], n_examples: int) -> Block:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        block = cls(parameter.shape, [], n_examples, dtype, parameter.device)
         by_key: dict[tuple, list[tuple[Form, Place]]] = {}
         for form, place in uses:
             by_key.setdefault(place.key, []).append((form, place))
         regions = [_region(group) for group in by_key.values()]
+        block = cls(parameter.shape, regions, n_examples, dtype, parameter.device)
         if _overlap([group[0][1] for group in by_key.values()]):
-            regions = [block._written_out(regions)]
-        return replace(block, regions=regions)
-
-    def _written_out(self, regions: list[Region]) -> Region:
-        values = replace(self, regions=regions).dense()
-        return Region(
-            [Dense(values)],
-            self.shape,
-            torch.empty(self.shape, device="meta").stride(),
-            0,
-        )
+            written_out = Region([Dense(block.dense())], parameter.shape, row_major(parameter.shape), 0)
+            return replace(block, regions=[written_out])
+        return block
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.n_examples, dtype=self.dtype, device=self.device)
@@ -109,11 +102,11 @@ class Block:
         return not self.regions
 
     def sq_norms(self) -> Tensor:
-        return sum_of([self._zeros(), *(r.sq_norms() for r in self.regions)])
+        return sum_of(r.sq_norms().to(self.dtype) for r in self.regions) if self.regions else self._zeros()
 
     def dot(self, direction: Tensor) -> Tensor:
         direction = direction.contiguous()
-        return sum_of([self._zeros(), *(r.dot(direction) for r in self.regions)])
+        return sum_of(r.dot(direction).to(self.dtype) for r in self.regions) if self.regions else self._zeros()
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         """Shape of the parameter; sparse where all its uses are sparse embeddings."""
@@ -182,13 +175,7 @@ class Block:
 
 def _region(group: list[tuple[Form, Place]]) -> Region:
     place = group[0][1]
-    view = place.view
-    return Region(
-        _joined([form for form, _ in group]),
-        view.shape,
-        view.stride(),
-        int(view.storage_offset()),
-    )
+    return Region(_joined([form for form, _ in group]), torch.Size(place.shape), place.stride, place.offset)
 
 
 def _joined(forms: list[Form]) -> list[Form]:
@@ -259,11 +246,9 @@ def _overlap(places: list[Place]) -> bool:
 
 def _interleaved(p: Place, q: Place) -> bool:
     """Column blocks of one matrix: same outer stride, both within it, different columns."""
-    if p.view.ndim != 2 or q.view.ndim != 2 or p.view.stride() != q.view.stride():
+    if len(p.shape) != 2 or p.stride != q.stride or p.stride[1] != 1:
         return False
-    row = p.view.stride(0)
-    if p.view.stride(1) != 1:
-        return False
-    starts = [int(v.view.storage_offset()) % row for v in (p, q)]
-    ends = [s + v.view.shape[1] for s, v in zip(starts, (p, q), strict=True)]
+    row = p.stride[0]
+    starts = [place.offset % row for place in (p, q)]
+    ends = [start + place.shape[1] for start, place in zip(starts, (p, q), strict=True)]
     return max(ends) <= row and (ends[0] <= starts[1] or ends[1] <= starts[0])

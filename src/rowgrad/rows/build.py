@@ -270,9 +270,7 @@ class _Reading:
                 waiting.arrived,
                 retain_graph=retain_graph or self.plan.needs_graph,
             )
-        J = self._finished({}, None, self._explanation({}))
-        J.settle_norms(waiting.finished())
-        return J
+        return Jacobian.of_norms(self.losses, self.parameters, waiting.finished())
 
     def _finished(
         self, by_leaf: Mapping[int, list[tuple[Form, Place]]], general: GeneralPath | None, explanation: Explanation

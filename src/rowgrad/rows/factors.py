@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import gcd, prod
 from typing import Protocol
 
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # largest temporary made by one step of a chunked product
 KEEP_BYTES = 256 * 2**20  # a formed product is kept for the next question up to this size
+PIECE = 4096  # numbers that are added up plainly
 CANCELLATION = 1e-3  # Gram route trusted while its result is above this part of its bound
 
 
@@ -45,6 +46,21 @@ def count(n: int) -> str:
 def wide(t: Tensor) -> Tensor:
     """At least float32: products and sums of half-precision factors are taken in float32."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def energies(t: Tensor, n_kept: int = 1) -> Tensor:
+    """Sum of squares over all but the leading dimensions.
+
+    `vector_norm` reads once and keeps nothing, but adds up plainly: piece by piece, so that few are added at a time.
+    """
+    n = prod(t.shape[n_kept:])
+    flat = t.reshape(*t.shape[:n_kept], n)
+    if n > PIECE:
+        piece = gcd(n, PIECE)
+        if piece < 128:
+            return flat.square().sum(-1)
+        flat = torch.linalg.vector_norm(flat.unflatten(-1, (-1, piece)), dim=-1)
+    return torch.linalg.vector_norm(flat, dim=-1).square_()
 
 
 def same_shape(given: Tensor, found: Tensor) -> Tensor:
@@ -100,7 +116,7 @@ class Dense:
         return self.values.reshape(self.n_examples, prod(self.shape))
 
     def sq_norms(self) -> Tensor:
-        return self.flat.square().sum(1)
+        return energies(self.values)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         return (c.to(self.values.dtype) @ self.flat).reshape(self.shape)
@@ -199,7 +215,8 @@ class Outer:
         if t == 0 or self.n_examples == 0:
             return self.left.new_zeros(self.n_examples)
         if t == 1:
-            return (self.left.square().sum((2, 3)) * self.right.square().sum((2, 3))).sum(1)
+            found = energies(self.left, 2) * energies(self.right, 2)
+            return found.squeeze(1) if found.shape[1] == 1 else found.sum(1)
         if self._formed is None and self.prefers_gram:
             found = self._sq_norms_by_gram()
             if not self._cancels_in(found):
@@ -228,10 +245,10 @@ class Outer:
 
     def _sq_norms_by_forming(self) -> Tensor:
         if self._formed is not None or self.formed_bytes <= KEEP_BYTES:
-            return self.form().square().sum((1, 2, 3))
+            return energies(self.form())
         found = self.left.new_empty(self.n_examples)
         for s in self.chunks(self.formed_bytes // max(1, self.n_examples)):
-            found[s] = (self.left[s].transpose(-1, -2) @ self.right[s]).square().sum((1, 2, 3))
+            found[s] = energies(self.left[s].transpose(-1, -2) @ self.right[s])
         return found
 
     def weighted_sum(self, c: Tensor) -> Tensor:
@@ -336,8 +353,14 @@ class Rows:
         return keys // self.shape[0], keys % self.shape[0], merged
 
     def sq_norms(self) -> Tensor:
-        owner, _, rows = self.coalesced()
-        return rows.new_zeros(self.n_examples).index_add_(0, owner, rows.square().sum(1))
+        """Rows at different ids are orthogonal: only examples that repeat an id need theirs added up first."""
+        ids = self.ids.sort(1)[0]
+        repeats = (ids[:, 1:] == ids[:, :-1]).any(1).nonzero().squeeze(1)
+        found = energies(self.rows)
+        if len(repeats):
+            owner, _, rows = self.select(repeats).coalesced()
+            found[repeats] = rows.new_zeros(len(repeats)).index_add_(0, owner, energies(rows))
+        return found
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         rows = self.rows * c.to(self.rows.dtype).reshape(-1, 1, 1)

@@ -75,15 +75,23 @@ class Jacobian:
         self,
         losses: Tensor,
         parameters: Parameters,
-        blocks: Blocks,
+        blocks: Blocks | None,
         explanation: Explanation,
     ) -> None:
         self._losses = losses
         self._parameters = parameters
-        self._blocks: Blocks | None = blocks
+        self._blocks = blocks
         self._explanation = explanation
         self._versions = {name: p._version for name, p in parameters.by_name.items()}
         self._sq_norms: dict[str, Tensor] = {}
+
+    @classmethod
+    def of_norms(cls, losses: Tensor, parameters: Parameters, sq_norms: Mapping[str, Tensor]) -> Jacobian:
+        """From squared norms that were read while the cotangents streamed by; no other product is left."""
+        J = cls(losses, parameters, None, Explanation([]))
+        absent = torch.zeros(len(J), dtype=J._dtype, device=losses.device)
+        J._sq_norms = {name: sq_norms.get(name, absent) for name in J.names}
+        return J
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -180,12 +188,6 @@ class Jacobian:
     @property
     def _dtype(self) -> torch.dtype:
         return torch.promote_types(self._losses.dtype, torch.float32)
-
-    def settle_norms(self, sq_norms: Mapping[str, Tensor]) -> None:
-        """Take squared norms that were read while the cotangents streamed by; no other product is left."""
-        absent = torch.zeros(len(self), dtype=self._dtype, device=self._losses.device)
-        self._sq_norms = {name: sq_norms.get(name, absent) for name in self.names}
-        self._blocks = None
 
     # -- linear products ----------------------------------------------------------------------------------------------
 

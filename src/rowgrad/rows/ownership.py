@@ -499,5 +499,7 @@ class Grouping:
             picked = flat[self._index.clamp(min=0)]
             present = (self._index >= 0).reshape(*self._index.shape, *[1] * len(features))
             return torch.where(present, picked, torch.zeros_like(picked))
+        if dim == 0 and outer == 1:
+            return t.reshape(self.n_examples, inner * prod(t.shape[1:n_positions]), *features)
         t = t.reshape(*t.shape[:dim], outer, self.n_examples, inner, *t.shape[dim + 1 :])
         return t.movedim(dim + 1, 0).flatten(1, n_positions + 1)

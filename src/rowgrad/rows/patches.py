@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowgrad.rows.factors import CANCELLATION, CHUNK_BYTES, KEEP_BYTES, Dense, Outer, count
+from rowgrad.rows.factors import CANCELLATION, CHUNK_BYTES, KEEP_BYTES, Dense, Outer, count, energies
 
 CACHE_BYTES = 4 * 2**20  # temporaries of one step on a CPU, so that they stay near it
 # Measured on a CPU, in multiply-adds of a formed row: one of the Gram route, one added entry of a shifted Gram matrix,
@@ -146,10 +146,10 @@ class Convolved:
             if not bool((found < CANCELLATION * bound).any()):
                 return found
         if self._formed is not None or (not self._folds and self.formed_bytes <= KEEP_BYTES):
-            return self.form().flatten(1).square().sum(1)
+            return energies(self.form())
         found = self.x.new_empty(self.n_examples)
         for s in self._pieces(self.shape.numel() * self.x.element_size()):
-            found[s] = self._rows(self.x[s], self.y[s]).flatten(1).square().sum(1)
+            found[s] = energies(self._rows(self.x[s], self.y[s]))
         return found
 
     def _sq_norms_by_gram(self) -> tuple[Tensor, Tensor]:

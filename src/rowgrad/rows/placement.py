@@ -7,7 +7,7 @@ tensor without storage, whose shape, strides and offset then say which entries o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,21 +72,39 @@ class Place:
     """A strided region of a parameter, by its logical (row-major) order."""
 
     leaf: int
-    view: Tensor  # on the meta device
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
 
     @classmethod
     def whole(cls, leaf: int, shape: Sequence[int]) -> Place:
-        return cls(leaf, torch.empty(tuple(shape), device="meta"))
+        return cls(leaf, tuple(shape), row_major(shape))
 
     @property
     def key(self) -> tuple:
-        kept = [(n, s) for n, s in zip(self.view.shape, self.view.stride(), strict=True) if n != 1]
-        return (self.view.storage_offset(), tuple(kept))
+        kept = [(n, s) for n, s in zip(self.shape, self.stride, strict=True) if n != 1]
+        return (self.offset, *kept)
 
     def span(self) -> tuple[int, int]:
         """First and last position touched."""
-        start = int(self.view.storage_offset())
-        return start, start + sum((n - 1) * int(s) for n, s in zip(self.view.shape, self.view.stride(), strict=True))
+        return self.offset, self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+
+    def permuted(self, order: Sequence[int]) -> Place:
+        return replace(self, shape=tuple(self.shape[d] for d in order), stride=tuple(self.stride[d] for d in order))
+
+    @property
+    def by_stride(self) -> list[int]:
+        """Dimensions in the order of memory."""
+        return sorted(range(len(self.shape)), key=lambda d: -self.stride[d])
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    strides, behind = [], 1
+    for size in reversed(shape):
+        strides.append(behind)
+        behind *= max(1, size)
+    return tuple(reversed(strides))
 
 
 def place_of(tape: Tape, target: tuple[int, int]) -> Place | None:
@@ -101,51 +119,35 @@ def place_of(tape: Tape, target: tuple[int, int]) -> Place | None:
         target = live[0]
     variable = tape.nodes[target[0]].variable
     assert variable is not None
+    if not chain:
+        return Place.whole(target[0], variable.shape)
     view = torch.empty(variable.shape, device="meta")
     for node, nr in reversed(chain):
         try:
             view = VIEWS[node.kind](node, nr, view)
         except RuntimeError:
             return None  # a reshape that copies: no strided region
-    return Place(target[0], view)
+    return Place(target[0], tuple(view.shape), view.stride(), int(view.storage_offset()))
 
 
 def settle(form: Form, place: Place) -> tuple[Form, Place]:
     """The same rows with the form turned so that its memory order follows the parameter's, where it can be."""
-    if isinstance(form, Outer) and form.sizes[1] == 1:
-        matrix = _as_matrix(place.view, form.sizes[3], form.sizes[4])
-        if matrix is not None and matrix.shape[0] > 1 and matrix.stride(0) < matrix.stride(1):
-            turned = matrix.transpose(0, 1)
-            flat = Outer(
-                form.left,
-                form.right,
-                matrix.shape,
-                form.cotangent_left,
-                form.positions,
-                form._formed,
-            )
-            return flat.transposed(), Place(place.leaf, turned)
-    if isinstance(form, Outer) and form.sizes[1] > 1 and _is_turned_stack(place.view, form):
-        return form.transposed(), Place(place.leaf, place.view.transpose(1, 2))
-    if isinstance(form, Dense):
-        return _settle_dense(form, place)
+    if isinstance(form, Outer):
+        return _settle_outer(form, place)
+    if isinstance(form, Dense) and (order := place.by_stride) != list(range(len(order))):
+        return Dense(form.values.permute(0, *(d + 1 for d in order))), place.permuted(order)
     return form, place
 
 
-def _is_turned_stack(view: Tensor, form: Outer) -> bool:
+def _settle_outer(form: Outer, place: Place) -> tuple[Outer, Place]:
     _, groups, _, a, b = form.sizes
-    return view.shape == (groups, a, b) and view.stride(1) < view.stride(2)
-
-
-def _as_matrix(view: Tensor, a: int, b: int) -> Tensor | None:
-    kept = [d for d in range(view.ndim) if view.shape[d] != 1]
-    if len(kept) == 2 and [view.shape[d] for d in kept] == [a, b]:
-        return view.squeeze()
-    return None
-
-
-def _settle_dense(form: Dense, place: Place) -> tuple[Dense, Place]:
-    order = sorted(range(place.view.ndim), key=lambda d: -place.view.stride(d))
-    if order == list(range(place.view.ndim)):
+    kept = [d for d, n in enumerate(place.shape) if n != 1]
+    sizes = [place.shape[d] for d in kept]
+    if not kept or place.stride[kept[-2:][0]] >= place.stride[kept[-1]]:
         return form, place
-    return Dense(form.values.permute(0, *(d + 1 for d in order))), Place(place.leaf, place.view.permute(order))
+    if groups == 1 and sizes == [a, b]:
+        turned = place.permuted((kept[1], kept[0]))
+        return replace(form, shape=torch.Size(sizes)).transposed(), turned
+    if groups > 1 and place.shape == (groups, a, b):
+        return form.transposed(), place.permuted((0, 2, 1))
+    return form, place

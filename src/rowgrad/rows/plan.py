@@ -32,10 +32,11 @@ PROVE_EVERY = 50  # calls
 
 @dataclass
 class Ownership:
-    """Where the examples lie at the uses, and how that is known."""
+    """Where the examples lie at the uses, how that is known, and which part of a parameter each use sees."""
 
     frontier: Frontier
     layouts: dict[Edge, Layout]
+    places: dict[Use, Place]
     proof: str
 
 
@@ -92,17 +93,13 @@ def make_plan(
     """Find the uses, how the examples lie there, and a recipe for each where the rules have one."""
     ownership = _ownership(tape, seed, leaves, verify)
     recipes: dict[Use, Recipe] = {}
-    places: dict[Use, Place] = {}
     for use in ownership.frontier.uses:
         node = tape.nodes[use.node]
         rule = rules.get((node.kind, use.slot))
         recipe = rule(Site(tape, node, use.slot, ownership.layouts, len(seed))) if rule is not None else None
         if recipe is not None:
             recipes[use] = recipe
-            place = place_of(tape, use.target)
-            if place is not None:
-                places[use] = place
-    return Plan(ownership, recipes, places)
+    return Plan(ownership, recipes, {use: place for use, place in ownership.places.items() if use in recipes})
 
 
 def _ownership(tape: Tape, seed: Tensor, leaves: Mapping[int, str], verify: str) -> Ownership:
@@ -151,8 +148,9 @@ class _Proof:
         edges = self._edges(settled)
         layouts = {e: layout for e in edges if (layout := settled.get(e) or known.get(e)) is not None}
         layouts |= self.prover.layouts([e for e in edges if e not in layouts])
-        uses = find_uses(self.tape, layouts, self.static, self.needed, self.n_examples)
-        return Ownership(uses, layouts, "within rounding" if self.prover.rounded else "exact")
+        frontier = find_uses(self.tape, layouts, self.static, self.needed, self.n_examples)
+        places = {use: place for use in frontier.uses if (place := place_of(self.tape, use.target)) is not None}
+        return Ownership(frontier, layouts, places, "within rounding" if self.prover.rounded else "exact")
 
 
 def _lasting(ownership: Ownership, settled: Mapping[Edge, Axis]) -> Ownership | None:

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import CANCELLATION, Dense, Outer
+from rowgrad.rows.factors import CANCELLATION, Dense, Outer, energies
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Projected:
             return found
         found = torch.empty_like(found)
         for s in self.outer.chunks(2 * self.shape.numel() * self._unit.element_size()):
-            found[s] = self._written_out(s).flatten(1).square().sum(1)
+            found[s] = energies(self._written_out(s))
         return found
 
     def weighted_sum(self, c: Tensor) -> Tensor:

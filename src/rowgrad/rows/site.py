@@ -141,7 +141,8 @@ def reduce_broadcast(
 
         def reduce(t: Tensor) -> Tensor:
             t = t.sum(summed, keepdim=True) if summed else t
-            t = t.reshape(*t.shape[:dim], outer, n, inner, *t.shape[dim + 1 :]).sum((dim, dim + 2))
+            if outer * inner != 1:
+                t = t.reshape(*t.shape[:dim], outer, n, inner, *t.shape[dim + 1 :]).sum((dim, dim + 2))
             return t.movedim(dim, 0).reshape(n, *shape)
 
         return reduce
