@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "rows.explain":     {"errors"},
     "rows.parameters":  {"errors"},
     "rows.ownership":   {"errors", "tape"},
+    "rows.pairs":       {"errors", "rows.factors"},
     "rows.placement":   {"errors", "tape", "rows.factors"},
     "rows.structure":   {"errors", "tape", "rows.ownership"},
     "rows.frontier":    {"errors", "tape", "rows.ownership", "rows.placement"},

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rowgrad.rows import factors
-from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows, gram, inner
+from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows
+from rowgrad.rows.pairs import gram, inner
 
 B, G, P, D = 4, 1, 5, 3
 

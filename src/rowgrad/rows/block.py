@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows, gram, inner
+from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows
+from rowgrad.rows.pairs import gram, inner
 from rowgrad.rows.placement import Place, row_major
 
 
@@ -42,7 +43,14 @@ class Region:
         return found
 
     def gram(self, other: Region) -> Tensor:
-        return sum_of(gram(f, g) for f in self.forms for g in other.forms)
+        if other is not self:
+            return sum_of(gram(f, g) for f in self.forms for g in other.forms)
+        total = sum_of(gram(f, f) for f in self.forms)
+        for i, f in enumerate(self.forms):
+            for g in self.forms[i + 1 :]:
+                cross = gram(f, g)
+                total = total + cross + cross.T
+        return total
 
     def inner(self, other: Region) -> Tensor:
         return sum_of(inner(f, g) for f in self.forms for g in other.forms)
@@ -138,12 +146,7 @@ class Block:
         if self.is_absent or other.is_absent:
             return found
         if self._matches(other):
-            return sum_of(
-                [
-                    found,
-                    *(r.gram(s) for r, s in zip(self.regions, other.regions, strict=True)),
-                ]
-            )
+            return sum_of([found, *(r.gram(s) for r, s in zip(self.regions, other.regions, strict=True))])
         return Dense(self.dense()).flat @ Dense(other.dense()).flat.T
 
     def inner(self, other: Block) -> Tensor:
@@ -151,12 +154,7 @@ class Block:
         if self.is_absent or other.is_absent:
             return self._zeros()
         if self._matches(other):
-            return sum_of(
-                [
-                    self._zeros(),
-                    *(r.inner(s) for r, s in zip(self.regions, other.regions, strict=True)),
-                ]
-            )
+            return sum_of([self._zeros(), *(r.inner(s) for r, s in zip(self.regions, other.regions, strict=True))])
         return (Dense(self.dense()).flat * Dense(other.dense()).flat).sum(1)
 
     def _matches(self, other: Block) -> bool:

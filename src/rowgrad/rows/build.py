@@ -392,6 +392,16 @@ class _Reading:
         return replace(general, seeds=kept) if kept or general.masked else None
 
     def _explanation(self, forms: Mapping[Use, Form]) -> Explanation:
+        """Kept with the layouts, for what it says follows from what they are kept for."""
+        assert self.plan is not None
+        told = self.plan.ownership.told
+        routes = tuple((use, recipe.route, use in forms) for use, recipe in self.plan.recipes.items())
+        key = (tuple(self.leaves.items()), tuple(self.parameters.by_name), routes)
+        if key not in told:
+            told[key] = self._table(forms)
+        return told[key]
+
+    def _table(self, forms: Mapping[Use, Form]) -> Explanation:
         assert self.plan is not None
         reach = self._reach()
         entries = [

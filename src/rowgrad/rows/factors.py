@@ -11,8 +11,7 @@ is cheapest. Letters: B examples, T positions, G groups, a and b the two sides o
     Multiples  row j = weights_j times one tensor  weights (B,), tensor of the shape         penalty on the weights
 
 Every form answers the same questions, all in at least float32: `sq_norms`, `weighted_sum(c)`, `dot(direction)`,
-`dense()`, `select(index)`, and the functions `inner(f, g)` (row by row) and `gram(f, g)` (every row with every row)
-join any two. Law: each equals the same question asked of `dense()`.
+`dense()`, `select(index)`; rows/pairs.py joins any two. Law: each equals the same question asked of `dense()`.
 
 Note [gram or form]
     ||left^T right||^2 is either the inner product of two T x T Gram matrices, T^2 (a + b) multiply-adds, or the squared
@@ -256,12 +255,13 @@ class Outer:
         c = c.to(self.left.dtype)
         if self._formed is not None:
             return (c @ self._formed.reshape(b, -1)).reshape(self.shape)
-        smaller_left = a <= d
-        thin = (self.left if smaller_left else self.right) * c.reshape(-1, 1, 1, 1)
-        left, right = (thin, self.right) if smaller_left else (self.left, thin)
+        thin = (self.left if a <= d else self.right) * c.reshape(-1, 1, 1, 1)
+        left, right = (thin, self.right) if a <= d else (self.left, thin)
+        if g == 1:
+            return (left.reshape(b * t, a).T @ right.reshape(b * t, d)).reshape(self.shape)
         left = left.transpose(0, 1).reshape(g, b * t, a)
         right = right.transpose(0, 1).reshape(g, b * t, d)
-        return (left.transpose(-1, -2) @ right).reshape(self.shape)
+        return (left.mT @ right).reshape(self.shape)
 
     def dot(self, direction: Tensor) -> Tensor:
         _, g, _, a, b = self.sizes
@@ -269,8 +269,16 @@ class Outer:
         if self._formed is not None:
             return self._formed.reshape(self.n_examples, -1) @ matrix.reshape(-1)
         if a <= b:
-            return ((self.right @ matrix.transpose(-1, -2)) * self.left).sum((1, 2, 3))
-        return ((self.left @ matrix) * self.right).sum((1, 2, 3))
+            return (self._through(self.right, matrix.transpose(-1, -2)) * self.left).flatten(1).sum(1)
+        return (self._through(self.left, matrix) * self.right).flatten(1).sum(1)
+
+    @staticmethod
+    def _through(side: Tensor, matrix: Tensor) -> Tensor:
+        """side (B, G, T, a) times matrix (G, a, b), the matrix read once."""
+        b, g, t, a = side.shape
+        if g == 1:
+            return (side.reshape(b * t, a) @ matrix[0]).reshape(b, 1, t, -1)
+        return (side.transpose(0, 1).reshape(g, b * t, a) @ matrix).reshape(g, b, t, -1).transpose(0, 1)
 
     def dense(self) -> Tensor:
         return self.form().reshape(self.n_examples, *self.shape)
@@ -471,167 +479,3 @@ class Multiples:
 
     def route(self) -> str:
         return "multiples of one gradient"
-
-
-def inner(f: Form, g: Form) -> Tensor:
-    """<row j of f, row j of g> for every j, shape (B,)."""
-    if f is g:
-        return f.sq_norms()
-    for one, other in ((f, g), (g, f)):
-        if isinstance(one, Multiples):
-            return one.weights * other.dot(one.direction.reshape(other.shape))
-    f, g = f.plain(), g.plain()
-    if _same_split(f, g):
-        if (type(f), type(g)) in _INNER:
-            return _INNER[type(f), type(g)](f, g)
-        if (type(g), type(f)) in _INNER:
-            return _INNER[type(g), type(f)](g, f)
-    return (Dense(f.dense()).flat * Dense(g.dense()).flat).sum(1)
-
-
-def gram(f: Form, g: Form) -> Tensor:
-    """<row j of f, row k of g> for every j and k, shape (B, B')."""
-    if isinstance(f, Multiples):
-        return torch.outer(f.weights, g.dot(f.direction.reshape(g.shape)))
-    if isinstance(g, Multiples):
-        return torch.outer(f.dot(g.direction.reshape(f.shape)), g.weights)
-    f, g = f.plain(), g.plain()
-    if _same_split(f, g):
-        if (type(f), type(g)) in _GRAM:
-            return _GRAM[type(f), type(g)](f, g)
-        if (type(g), type(f)) in _GRAM:
-            return _GRAM[type(g), type(f)](g, f).T
-    return Dense(f.dense()).flat @ Dense(g.dense()).flat.T
-
-
-def _same_split(f: Form, g: Form) -> bool:
-    """Whether two forms see the block as the same stack of matrices."""
-    return _split(f) == _split(g)
-
-
-def _split(f: Form) -> tuple[int, ...]:
-    if isinstance(f, Outer):
-        _, groups, _, a, b = f.sizes
-        return (groups, a, b)
-    return (1, *f.shape)
-
-
-def _inner_outer_outer(f: Outer, g: Outer) -> Tensor:
-    _, _, t, a, b = f.sizes
-    s = g.sizes[2]
-    formed = f._formed is not None or g._formed is not None
-    if formed or t * s * (a + b) > (t + s) * a * b or f.cancels() or g.cancels():
-        return (f.form() * g.form()).sum((1, 2, 3))
-    return ((f.left @ g.left.transpose(-1, -2)) * (f.right @ g.right.transpose(-1, -2))).sum((1, 2, 3))
-
-
-def _inner_outer_rows(f: Outer, g: Rows) -> Tensor:
-    if f._formed is not None:
-        index = g.ids.unsqueeze(2).expand(-1, -1, g.rows.shape[2])
-        return (f._formed[:, 0].gather(1, index) * g.rows).sum((1, 2))
-    found = f.left.new_empty(f.n_examples)
-    for s in f.chunks(2 * f.sizes[2] * g.ids.shape[1] * f.left.element_size()):
-        left, right = f.left[s, 0], f.right[s, 0]
-        index = g.ids[s].unsqueeze(1).expand(-1, left.shape[1], -1)
-        found[s] = left.gather(2, index).mul_(right @ g.rows[s].transpose(1, 2)).sum((1, 2))
-    return found
-
-
-def _inner_rows_rows(f: Rows, g: Rows) -> Tensor:
-    joined = Rows(torch.cat([f.ids, g.ids], 1), torch.cat([f.rows, g.rows], 1), f.shape)
-    keys, inverse = torch.unique(joined._keys(), return_inverse=True)
-    split = f.ids.numel()
-    inverse = inverse.reshape(f.n_examples, -1)
-    sides = [f.rows.new_zeros(len(keys), f.shape[1]) for _ in range(2)]
-    width = f.ids.shape[1]
-    sides[0].index_add_(0, inverse[:, :width].reshape(-1), f.rows.reshape(split, -1))
-    sides[1].index_add_(0, inverse[:, width:].reshape(-1), g.rows.reshape(-1, f.shape[1]))
-    owner = keys // f.shape[0]
-    return f.rows.new_zeros(f.n_examples).index_add_(0, owner, (sides[0] * sides[1]).sum(1))
-
-
-def _gram_outer_outer(f: Outer, g: Outer) -> Tensor:
-    b, groups, t, a, d = f.sizes
-    other, _, s, _, _ = g.sizes
-    if t == 1 and s == 1:
-        lefts = torch.einsum("jgta,kgsa->gjk", f.left, g.left)
-        return (lefts * torch.einsum("jgtb,kgsb->gjk", f.right, g.right)).sum(0)
-    by_gram = b * t * other * s * (a + d)
-    by_form = (b * t + other * s + b * other) * a * d
-    if by_gram < by_form and f._formed is None and not (f.cancels() or g.cancels()):
-        return _gram_by_positions(f, g)
-    if f.formed_bytes + g.formed_bytes <= 2 * KEEP_BYTES:
-        return f.form().reshape(b, -1) @ g.form().reshape(other, -1).T
-    found = f.left.new_zeros(b, other)
-    step = max(1, CHUNK_BYTES // (max(b, other) * groups * d * f.left.element_size()))
-    for i in range(0, a, step):
-        part_f = f.left[..., i : i + step].transpose(-1, -2) @ f.right
-        part_g = g.left[..., i : i + step].transpose(-1, -2) @ g.right
-        found += part_f.reshape(b, -1) @ part_g.reshape(other, -1).T
-    return found
-
-
-def _gram_by_positions(f: Outer, g: Outer) -> Tensor:
-    b, groups, t, a, d = f.sizes
-    other, _, s, _, _ = g.sizes
-    found = f.left.new_zeros(b, other)
-    g_left = g.left.transpose(0, 1).reshape(groups, other * s, a)
-    g_right = g.right.transpose(0, 1).reshape(groups, other * s, d)
-    for piece in f.chunks(2 * groups * t * other * s * f.left.element_size()):
-        left = f.left[piece].transpose(0, 1).reshape(groups, -1, a)
-        right = f.right[piece].transpose(0, 1).reshape(groups, -1, d)
-        both = (left @ g_left.transpose(-1, -2)).mul_(right @ g_right.transpose(-1, -2)).sum(0)
-        found[piece] = both.reshape(len(f.left[piece]), t, other, s).sum((1, 3))
-    return found
-
-
-def _gram_outer_rows(f: Outer, g: Rows) -> Tensor:
-    b, _, t, _, _ = f.sizes
-    other, s = g.ids.shape
-    found = f.left.new_zeros(b, other)
-    right_rows = g.rows.reshape(other * s, -1).T
-    ids = g.ids.reshape(-1)
-    for piece in f.chunks(2 * t * other * s * f.left.element_size()):
-        both = f.left[piece, 0][..., ids] * (f.right[piece, 0] @ right_rows)
-        found[piece] = both.reshape(len(f.left[piece]), t, other, s).sum((1, 3))
-    return found
-
-
-def _gram_rows_rows(f: Rows, g: Rows) -> Tensor:
-    """Every pair of positions with equal ids, or id by id, whichever multiplies less."""
-    shared = torch.unique(f.ids)
-    shared = shared[torch.isin(shared, g.ids.reshape(-1))]
-    if len(shared) * f.n_examples * g.n_examples < f.ids.numel() * g.ids.numel():
-        return _gram_by_ids(f, g, shared)
-    found = f.rows.new_zeros(f.n_examples, g.n_examples)
-    s = g.ids.shape[1]
-    columns, ids = g.rows.reshape(-1, g.rows.shape[2]).T, g.ids.reshape(-1)
-    step = max(1, CHUNK_BYTES // max(1, 2 * f.ids.shape[1] * len(ids) * f.rows.element_size()))
-    for i in range(0, f.n_examples, step):
-        piece = slice(i, i + step)
-        same = f.ids[piece].unsqueeze(-1) == ids
-        both = (f.rows[piece] @ columns) * same
-        found[piece] = both.sum(1).reshape(-1, g.n_examples, s).sum(2)
-    return found
-
-
-def _gram_by_ids(f: Rows, g: Rows, ids: Tensor) -> Tensor:
-    """`ids`: those that both have, ascending."""
-    found = f.rows.new_zeros(f.n_examples, g.n_examples)
-    step = max(1, CHUNK_BYTES // max(1, (f.n_examples + g.n_examples) * f.shape[1] * f.rows.element_size()))
-    for piece in ids.split(step) if len(ids) else ():
-        left = f.at(piece)
-        found += left @ (left if g is f else g.at(piece)).T
-    return found
-
-
-_INNER: dict[tuple[type, type], Callable] = {
-    (Outer, Outer): _inner_outer_outer,
-    (Outer, Rows): _inner_outer_rows,
-    (Rows, Rows): _inner_rows_rows,
-}
-_GRAM: dict[tuple[type, type], Callable] = {
-    (Outer, Outer): _gram_outer_outer,
-    (Outer, Rows): _gram_outer_rows,
-    (Rows, Rows): _gram_rows_rows,
-}

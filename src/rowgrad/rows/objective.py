@@ -46,16 +46,11 @@ def clip_weights(norms: Tensor | Sequence[float], max_norm: float | Tensor, *, m
     bound = torch.as_tensor(max_norm, dtype=norms.dtype, device=norms.device)
     if not bool((bound > 0).all()) or (mode == "normalize" and not bool(bound.isfinite().all())):
         raise ValueError(f"max_norm={max_norm!r}: expected a positive number" + (", finite" if mode != "clip" else ""))
-    finite = norms.isfinite()
-    positive = norms > 0
-    ratio = torch.where(
-        finite & positive,
-        bound / torch.where(positive, norms, torch.ones_like(norms)),
-        0.0,
-    )
-    weights = torch.where(norms == 0, 1.0, ratio.clamp(max=1.0)) if mode == "clip" else ratio
-    logger.debug("clipped %.3f of %d examples", share_clipped(norms, bound), norms.numel())
-    return torch.where(finite, weights, 0.0).to(norms.dtype)
+    weights = bound / norms
+    weights = weights.clamp(max=1.0) if mode == "clip" else weights.masked_fill(norms == 0, 0.0)
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("clipped %.3f of %d examples", share_clipped(norms, bound), norms.numel())
+    return weights.masked_fill(~norms.isfinite(), 0.0)
 
 
 def _numbers(norms: Tensor | Sequence[float]) -> Tensor:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from rowgrad.rows.explain import Explanation
 from rowgrad.rows.frontier import Frontier, Use, edges_to_prove, find_uses, needed_nodes, static_nodes
 from rowgrad.rows.ownership import MIXED, Axis, Edge, Layout, Prover
 from rowgrad.rows.placement import Place, place_of
@@ -38,6 +39,7 @@ class Ownership:
     layouts: dict[Edge, Layout]
     places: dict[Use, Place]
     proof: str
+    told: dict[tuple, Explanation] = field(default_factory=dict)
 
 
 @dataclass
@@ -158,4 +160,4 @@ def _lasting(ownership: Ownership, settled: Mapping[Edge, Axis]) -> Ownership | 
     above = {e: layout for e, layout in ownership.layouts.items() if not ownership.frontier.tainted[e[0]]}
     if any(e not in settled for e in above):
         return None
-    return replace(ownership, layouts=above, proof=f"{ownership.proof}, kept")
+    return replace(ownership, layouts=above, proof=f"{ownership.proof}, kept", told={})

@@ -1,0 +1,242 @@
+"""Two forms at a time: rows of one with rows of the other.
+
+`inner(f, g)` pairs row j with row j, `gram(f, g)` every row with every row. Law: each equals the same question asked of
+`dense()`. `gram(f, f)` is symmetric, and where products dominate only its block triangle is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from rowgrad.rows.factors import CHUNK_BYTES, KEEP_BYTES, Dense, Form, Multiples, Outer, Rows
+
+PAIR_WEIGHT = 16  # measured on a CPU: a product of two looked-up rows, against one of a matrix product
+SMALLEST_BLOCK = 128  # rows of a symmetric product; products of fewer are slow enough to lose what they leave out
+
+
+def inner(f: Form, g: Form) -> Tensor:
+    """<row j of f, row j of g> for every j, shape (B,)."""
+    if f is g:
+        return f.sq_norms()
+    for one, other in ((f, g), (g, f)):
+        if isinstance(one, Multiples):
+            return one.weights * other.dot(one.direction.reshape(other.shape))
+    f, g = f.plain(), g.plain()
+    if _same_split(f, g):
+        if (type(f), type(g)) in _INNER:
+            return _INNER[type(f), type(g)](f, g)
+        if (type(g), type(f)) in _INNER:
+            return _INNER[type(g), type(f)](g, f)
+    return (Dense(f.dense()).flat * Dense(g.dense()).flat).sum(1)
+
+
+def gram(f: Form, g: Form) -> Tensor:
+    """<row j of f, row k of g> for every j and k, shape (B, B')."""
+    if isinstance(f, Multiples):
+        return torch.outer(f.weights, g.dot(f.direction.reshape(g.shape)))
+    if isinstance(g, Multiples):
+        return torch.outer(f.dot(g.direction.reshape(f.shape)), g.weights)
+    same, f = g is f, f.plain()
+    g = f if same else g.plain()
+    if _same_split(f, g):
+        if (type(f), type(g)) in _GRAM:
+            return _GRAM[type(f), type(g)](f, g)
+        if (type(g), type(f)) in _GRAM:
+            return _GRAM[type(g), type(f)](g, f).T
+    left = Dense(f.dense()).flat
+    return _product(left, left if g is f else Dense(g.dense()).flat)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left right^T, for left (n, p) and right (m, p)."""
+    if left is not right:
+        return left @ right.T
+    return _symmetric(len(left), lambda rows, columns: left[rows] @ left[columns].T, left)
+
+
+def _symmetric(n: int, product: Callable[[slice, slice], Tensor], like: Tensor) -> Tensor:
+    """(n, n) from its lower block triangle; `product(rows, columns)` is one block row of it."""
+    step = max(SMALLEST_BLOCK, -(-n // 2))
+    found = like.new_empty(n, n)
+    for start in range(0, n, step):
+        part = product(slice(start, start + step), slice(0, start + step))
+        found[start : start + step, : start + step] = part
+        found[:start, start : start + step] = part[:, :start].T
+    return found
+
+
+def _same_split(f: Form, g: Form) -> bool:
+    """Whether two forms see the block as the same stack of matrices."""
+    return _split(f) == _split(g)
+
+
+def _split(f: Form) -> tuple[int, ...]:
+    if isinstance(f, Outer):
+        _, groups, _, a, b = f.sizes
+        return (groups, a, b)
+    return (1, *f.shape)
+
+
+def _inner_outer_outer(f: Outer, g: Outer) -> Tensor:
+    _, _, t, a, b = f.sizes
+    s = g.sizes[2]
+    formed = f._formed is not None or g._formed is not None
+    if formed or t * s * (a + b) > (t + s) * a * b or f.cancels() or g.cancels():
+        return (f.form() * g.form()).sum((1, 2, 3))
+    return ((f.left @ g.left.transpose(-1, -2)) * (f.right @ g.right.transpose(-1, -2))).sum((1, 2, 3))
+
+
+def _inner_outer_rows(f: Outer, g: Rows) -> Tensor:
+    if f._formed is not None:
+        index = g.ids.unsqueeze(2).expand(-1, -1, g.rows.shape[2])
+        return (f._formed[:, 0].gather(1, index) * g.rows).sum((1, 2))
+    found = f.left.new_empty(f.n_examples)
+    for s in f.chunks(2 * f.sizes[2] * g.ids.shape[1] * f.left.element_size()):
+        left, right = f.left[s, 0], f.right[s, 0]
+        index = g.ids[s].unsqueeze(1).expand(-1, left.shape[1], -1)
+        found[s] = left.gather(2, index).mul_(right @ g.rows[s].transpose(1, 2)).sum((1, 2))
+    return found
+
+
+def _inner_rows_rows(f: Rows, g: Rows) -> Tensor:
+    joined = Rows(torch.cat([f.ids, g.ids], 1), torch.cat([f.rows, g.rows], 1), f.shape)
+    keys, inverse = torch.unique(joined._keys(), return_inverse=True)
+    split = f.ids.numel()
+    inverse = inverse.reshape(f.n_examples, -1)
+    sides = [f.rows.new_zeros(len(keys), f.shape[1]) for _ in range(2)]
+    width = f.ids.shape[1]
+    sides[0].index_add_(0, inverse[:, :width].reshape(-1), f.rows.reshape(split, -1))
+    sides[1].index_add_(0, inverse[:, width:].reshape(-1), g.rows.reshape(-1, f.shape[1]))
+    owner = keys // f.shape[0]
+    return f.rows.new_zeros(f.n_examples).index_add_(0, owner, (sides[0] * sides[1]).sum(1))
+
+
+def _gram_outer_outer(f: Outer, g: Outer) -> Tensor:
+    b, groups, t, a, d = f.sizes
+    other, _, s, _, _ = g.sizes
+    if t == 1 and s == 1 and groups == 1:
+        return _gram_of_vectors(f, g)
+    by_gram = b * t * other * s * (a + d)
+    by_form = (b * t + (other * s if g is not f else 0) + b * other) * a * d
+    if by_gram < by_form and f._formed is None and not (f.cancels() or g.cancels()):
+        return _gram_by_positions(f, g)
+    if f.formed_bytes + g.formed_bytes <= 2 * KEEP_BYTES:
+        left = f.form().reshape(b, -1)
+        return _product(left, left if g is f else g.form().reshape(other, -1))
+    found = f.left.new_zeros(b, other)
+    step = max(1, CHUNK_BYTES // (max(b, other) * groups * d * f.left.element_size()))
+    for i in range(0, a, step):
+        part = (f.left[..., i : i + step].transpose(-1, -2) @ f.right).reshape(b, -1)
+        if g is f:
+            found += _product(part, part)
+        else:
+            found += part @ (g.left[..., i : i + step].transpose(-1, -2) @ g.right).reshape(other, -1).T
+    return found
+
+
+def _gram_of_vectors(f: Outer, g: Outer) -> Tensor:
+    """One position each: <a b^T, c d^T> = <a, c> <b, d>."""
+    sides = [(x.flatten(1), x.flatten(1) if g is f else y.flatten(1)) for x, y in zip(_sides(f), _sides(g), strict=True)]
+    (a, c), (b, d) = sides
+    if g is f:
+        return _symmetric(len(a), lambda i, k: (a[i] @ a[k].T).mul_(b[i] @ b[k].T), a)
+    return (a @ c.T).mul_(b @ d.T)
+
+
+def _sides(f: Outer) -> tuple[Tensor, Tensor]:
+    return f.left, f.right
+
+
+def _gram_by_positions(f: Outer, g: Outer) -> Tensor:
+    """Chunks of rows of f; of g, where it is f, only the rows before."""
+    b, groups, t, _, _ = f.sizes
+    other, _, s, _, _ = g.sizes
+    found = f.left.new_zeros(b, other)
+    for piece in f.chunks(2 * groups * t * other * s * f.left.element_size()):
+        columns = slice(0, piece.stop) if g is f else slice(None)
+        products = [_rows_of(x[piece]) @ _rows_of(y[columns]).mT for x, y in zip(_sides(f), _sides(g), strict=True)]
+        both = products[0].mul_(products[1]).sum(0)
+        found[piece, columns] = both.reshape(len(f.left[piece]), t, -1, s).sum((1, 3))
+    if g is f:
+        return found.tril() + found.tril(-1).T
+    return found
+
+
+def _rows_of(side: Tensor) -> Tensor:
+    """(B, G, T, a) to (G, B T, a)."""
+    return side.transpose(0, 1).flatten(1, 2)
+
+
+def _gram_outer_rows(f: Outer, g: Rows) -> Tensor:
+    b, _, t, a, d = f.sizes
+    other, s = g.ids.shape
+    found = f.left.new_zeros(b, other)
+    columns, ids = g.rows.flatten(0, 1), g.ids.reshape(-1)
+    if f._formed is not None or (a * d * t < t * other * s * d and f.formed_bytes <= KEEP_BYTES):
+        for j, row in enumerate(f.form()[:, 0]):
+            found[j] = (row[ids] * columns).reshape(other, -1).sum(1)
+        return found
+    for piece in f.chunks(2 * t * other * s * f.left.element_size()):
+        both = f.left[piece, 0][..., ids] * (f.right[piece, 0] @ columns.T)
+        found[piece] = both.reshape(len(f.left[piece]), t, other, s).sum((1, 3))
+    return found
+
+
+def _gram_rows_rows(f: Rows, g: Rows) -> Tensor:
+    """Ids that many positions share, by matrix products over the examples; the others pair by pair."""
+    (ids, rows, owner), (other_ids, other_rows, other_owner) = f.factors(), g.factors()
+    order = other_ids.argsort()
+    other_ids = other_ids[order]
+    first = torch.searchsorted(other_ids, ids)
+    n_met = torch.searchsorted(other_ids, ids, right=True) - first
+    n_own = n_met if g is f else _occurrences(ids)
+    often = n_met * n_own * PAIR_WEIGHT > f.n_examples * g.n_examples
+    found = _gram_by_ids(f, g, torch.unique(ids[often]))
+    flat = found.view(-1)
+    rare = (~often & (n_met > 0)).nonzero().squeeze(1)
+    for piece in _by_size(rare, n_met[rare], CHUNK_BYTES // (2 * f.shape[1] * rows.element_size())):
+        n = n_met[piece]
+        left = piece.repeat_interleave(n)
+        within = torch.arange(len(left), device=ids.device) - (n.cumsum(0) - n).repeat_interleave(n)
+        right = order[first[left] + within]
+        products = torch.linalg.vecdot(rows[left], other_rows[right])
+        flat.index_add_(0, owner[left] * g.n_examples + other_owner[right], products)
+    return found
+
+
+def _occurrences(ids: Tensor) -> Tensor:
+    """How often each id occurs, entry by entry."""
+    _, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+    return counts[inverse]
+
+
+def _by_size(index: Tensor, sizes: Tensor, largest: int) -> Iterator[Tensor]:
+    """Consecutive parts of `index` with at most about `largest` in all."""
+    if len(index):
+        part = (sizes.cumsum(0) - 1) // max(1, largest)
+        yield from index.split(torch.unique_consecutive(part, return_counts=True)[1].tolist())
+
+
+def _gram_by_ids(f: Rows, g: Rows, ids: Tensor) -> Tensor:
+    """`ids`: those that both have, ascending."""
+    found = f.rows.new_zeros(f.n_examples, g.n_examples)
+    step = max(1, CHUNK_BYTES // max(1, (f.n_examples + g.n_examples) * f.shape[1] * f.rows.element_size()))
+    for piece in ids.split(step) if len(ids) else ():
+        left = f.at(piece)
+        found += left @ (left if g is f else g.at(piece)).T
+    return found
+
+
+_INNER: dict[tuple[type, type], Callable] = {
+    (Outer, Outer): _inner_outer_outer,
+    (Outer, Rows): _inner_outer_rows,
+    (Rows, Rows): _inner_rows_rows,
+}
+_GRAM: dict[tuple[type, type], Callable] = {
+    (Outer, Outer): _gram_outer_outer,
+    (Outer, Rows): _gram_outer_rows,
+    (Rows, Rows): _gram_rows_rows,
+}
