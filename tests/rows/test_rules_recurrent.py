@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import rowgrad as rg
 from rowgrad.rows import recurrent
+from rowgrad.rows.ownership import Axis, Grouping
+from rowgrad.tape import Tape
 
 FUSED = 3e-5  # of the row's norm: the fused node computes in float32
 HALF = 6e-2  # bfloat16 keeps 8 bits in every hidden state
@@ -254,3 +256,40 @@ def test_the_gates_are_scanned_once_for_all_parameters(monkeypatch: pytest.Monke
     layer = nn.LSTM(3, 4, bidirectional=True)
     rg.grad_norms(sequence(layer, batch(3)), layer)
     assert len(scans) == len(set(scans)) == 2
+
+
+def fused_layers(*sizes: int, **options: bool) -> list[recurrent._LstmLayer]:
+    """Those of one LSTM in both directions, read from its graph."""
+    n_steps, b, d, width = sizes
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.LSTM(d, width, bidirectional=True, **options)
+    losses = layer(torch.randn(n_steps, b, d, generator=generator))[0].square().mean((0, 2))
+    tape = Tape(losses)
+    whole = Grouping.of(Axis(1), (n_steps, b), 2, b)
+    assert whole is not None
+    return [recurrent._LstmLayer(node, whole) for node in tape.nodes if node.kind == "MkldnnRnnLayerBackward0"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(5, 3, 4, 6), (7, 4, 8, 16), (4, 2, 3, 64), (3, 2, 5, 256), (1, 3, 2, 5)])
+def test_the_workspace_keeps_the_gates(sizes: tuple[int, ...], bias: bool) -> None:
+    for layer in fused_layers(*sizes, bias=bias):
+        found = layer._kept_gates()
+        assert found is not None
+        torch.testing.assert_close(found, layer._activated(slice(None)))
+
+
+def test_a_workspace_of_another_layout_is_not_believed() -> None:
+    for layer in fused_layers(5, 3, 4, 6):
+        layer.workspace = layer.workspace.roll(4)
+        assert layer._kept_gates() is None
+        layer.workspace = layer.workspace[:64]
+        assert layer._kept_gates() is None
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gates_from_products(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrent._LstmLayer, "_kept_gates", lambda self: None)
+    layer, x = nn.LSTM(3, 4, **OPTIONS[options]), batch(3)
+    rows = rows_in_double(layer, lambda m: sequence_and_states(m, x))
+    assert_laws(sequence_and_states(layer, x), trained(layer), rows=rows, rtol=FUSED)

@@ -30,9 +30,15 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # largest temporary made by one step of a chunked product
+CACHE_BYTES = 8 * 2**20  # the same where it is read at once: a CPU has it near, and need not ask for new memory
 KEEP_BYTES = 256 * 2**20  # a formed product is kept for the next question up to this size
 PIECE = 4096  # numbers that are added up plainly
 CANCELLATION = 1e-3  # Gram route trusted while its result is above this part of its bound
+
+
+def step_bytes(device: torch.device) -> int:
+    """Size of a temporary that is used up by the next operation."""
+    return min(CACHE_BYTES, CHUNK_BYTES) if device.type == "cpu" else CHUNK_BYTES
 
 
 def count(n: int) -> str:
@@ -94,6 +100,11 @@ class Form(Protocol):
 
 def _columns(weights: Tensor, like: Tensor) -> Tensor:
     return weights.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _time_first(side: Tensor) -> bool:
+    """Whether (B, G, T, a) lies in memory with the positions before the examples."""
+    return side.shape[2] > 1 and side.stride(0) < side.stride(2)
 
 
 @dataclass
@@ -161,6 +172,7 @@ class Outer:
     shape: torch.Size
     cotangent_left: bool
     positions: Tensor | None = None  # (B, T) True where a position is real, None: all are
+    cotangent_gram: Callable[[], Tensor] | None = None  # (B, G, T, T) of zbar, where several forms share it
     _formed: Tensor | None = field(default=None, repr=False)
     _cancels: bool | None = field(default=None, repr=False)
 
@@ -187,13 +199,8 @@ class Outer:
         """The same rows with the two sides exchanged; only for a plain matrix or a stack of them."""
         shape = torch.Size((*self.shape[:-2], self.shape[-1], self.shape[-2]))
         formed = None if self._formed is None else self._formed.transpose(-1, -2)
-        return Outer(
-            self.right,
-            self.left,
-            shape,
-            not self.cotangent_left,
-            self.positions,
-            formed,
+        return replace(
+            self, left=self.right, right=self.left, shape=shape, cotangent_left=not self.cotangent_left, _formed=formed
         )
 
     def chunks(self, bytes_per_example: int) -> Iterator[slice]:
@@ -236,7 +243,11 @@ class Outer:
     def _sq_norms_by_gram(self) -> Tensor:
         b, g, t, _, _ = self.sizes
         found = self.left.new_empty(b)
-        for s in self.chunks(2 * g * t * t * self.left.element_size()):
+        per_example = 2 * g * t * t * self.left.element_size()
+        if self.cotangent_gram is not None and b * per_example <= CHUNK_BYTES:
+            side = self.right if self.cotangent_left else self.left
+            return (side @ side.mT).mul_(self.cotangent_gram()).sum((1, 2, 3))
+        for s in self.chunks(per_example):
             gram_left = self.left[s] @ self.left[s].transpose(-1, -2)
             gram_right = self.right[s] @ self.right[s].transpose(-1, -2)
             found[s] = gram_left.mul_(gram_right).sum((1, 2, 3))
@@ -258,6 +269,8 @@ class Outer:
         thin = (self.left if a <= d else self.right) * c.reshape(-1, 1, 1, 1)
         left, right = (thin, self.right) if a <= d else (self.left, thin)
         if g == 1:
+            if _time_first(left):
+                left, right = left.transpose(0, 2), right.transpose(0, 2)
             return (left.reshape(b * t, a).T @ right.reshape(b * t, d)).reshape(self.shape)
         left = left.transpose(0, 1).reshape(g, b * t, a)
         right = right.transpose(0, 1).reshape(g, b * t, d)
@@ -276,6 +289,8 @@ class Outer:
     def _through(side: Tensor, matrix: Tensor) -> Tensor:
         """side (B, G, T, a) times matrix (G, a, b), the matrix read once."""
         b, g, t, a = side.shape
+        if g == 1 and _time_first(side):
+            return (side.transpose(0, 2).reshape(t * b, a) @ matrix[0]).reshape(t, 1, b, -1).transpose(0, 2)
         if g == 1:
             return (side.reshape(b * t, a) @ matrix[0]).reshape(b, 1, t, -1)
         return (side.transpose(0, 1).reshape(g, b * t, a) @ matrix).reshape(g, b, t, -1).transpose(0, 1)
@@ -289,13 +304,17 @@ class Outer:
             left=self.left[index],
             right=self.right[index],
             positions=None if self.positions is None else self.positions[index],
+            cotangent_gram=None,
             _formed=None if self._formed is None else self._formed[index],
         )
 
     def scaled(self, weights: Tensor) -> Outer:
+        left, right = self.left, self.right
         if self.cotangent_left:
-            return replace(self, left=self.left * _columns(weights, self.left), _formed=None)
-        return replace(self, right=self.right * _columns(weights, self.right), _formed=None)
+            left = left * _columns(weights, left)
+        else:
+            right = right * _columns(weights, right)
+        return replace(self, left=left, right=right, cotangent_gram=None, _formed=None)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         h, zbar = (self.right, self.left) if self.cotangent_left else (self.left, self.right)
@@ -332,7 +351,7 @@ class Outer:
             found = whole
         new = found.reshape(b, t, g, p).transpose(1, 2)
         left, right = (new, self.right) if self.cotangent_left else (self.left, new)
-        return replace(self, left=left, right=right, _formed=None, _cancels=None)
+        return replace(self, left=left, right=right, cotangent_gram=None, _formed=None, _cancels=None)
 
 
 @dataclass

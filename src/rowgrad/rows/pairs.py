@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import CHUNK_BYTES, KEEP_BYTES, Dense, Form, Multiples, Outer, Rows
+from rowgrad.rows.factors import CHUNK_BYTES, KEEP_BYTES, Dense, Form, Multiples, Outer, Rows, step_bytes
 
 PAIR_WEIGHT = 16  # measured on a CPU: a product of two looked-up rows, against one of a matrix product
 SMALLEST_BLOCK = 128  # rows of a symmetric product; products of fewer are slow enough to lose what they leave out
@@ -123,23 +123,22 @@ def _gram_outer_outer(f: Outer, g: Outer) -> Tensor:
     by_form = (b * t + (other * s if g is not f else 0) + b * other) * a * d
     if by_gram < by_form and f._formed is None and not (f.cancels() or g.cancels()):
         return _gram_by_positions(f, g)
-    if f.formed_bytes + g.formed_bytes <= 2 * KEEP_BYTES:
+    if f._formed is not None:
         left = f.form().reshape(b, -1)
         return _product(left, left if g is f else g.form().reshape(other, -1))
     found = f.left.new_zeros(b, other)
-    step = max(1, CHUNK_BYTES // (max(b, other) * groups * d * f.left.element_size()))
+    step = max(1, step_bytes(f.left.device) // (max(b, other) * groups * d * f.left.element_size()))
     for i in range(0, a, step):
-        part = (f.left[..., i : i + step].transpose(-1, -2) @ f.right).reshape(b, -1)
-        if g is f:
-            found += _product(part, part)
-        else:
-            found += part @ (g.left[..., i : i + step].transpose(-1, -2) @ g.right).reshape(other, -1).T
+        part = (f.left[..., i : i + step].mT @ f.right).reshape(b, -1)
+        found += _product(part, part if g is f else (g.left[..., i : i + step].mT @ g.right).reshape(other, -1))
     return found
 
 
 def _gram_of_vectors(f: Outer, g: Outer) -> Tensor:
     """One position each: <a b^T, c d^T> = <a, c> <b, d>."""
-    sides = [(x.flatten(1), x.flatten(1) if g is f else y.flatten(1)) for x, y in zip(_sides(f), _sides(g), strict=True)]
+    sides = [
+        (x.flatten(1), x.flatten(1) if g is f else y.flatten(1)) for x, y in zip(_sides(f), _sides(g), strict=True)
+    ]
     (a, c), (b, d) = sides
     if g is f:
         return _symmetric(len(a), lambda i, k: (a[i] @ a[k].T).mul_(b[i] @ b[k].T), a)
