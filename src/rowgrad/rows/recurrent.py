@@ -1,7 +1,8 @@
 """Rules for fused recurrent layers, whose gates no node shows.
 
 One layer in one direction over T steps is z_t = x_t W_ih^T + h_{t-1} W_hh^T + b followed by the gates. The node keeps x
-and every h, so that the gates of all steps come from one product, and their cotangents from one scan backwards in time. The four parameters then are a linear layer on x, one on the shifted h, and two biases.
+and every h, so that the gates of all steps come from one product, and their cotangents from one scan backwards in
+time. The four parameters then are a linear layer on x, one on the shifted h, and two biases.
 
 Note [workspace]
     On the CPU in float32 the forward pass leaves the gates in its workspace, line by line in the order in which the
