@@ -170,7 +170,6 @@ def _indices(examples: Sequence[int] | None, n: int) -> list[int]:
 
 def _check_finite(losses: Tensor, J: Jacobian) -> None:
     norms = J.norms()
-    assert isinstance(norms, Tensor)
     bad = (~(losses.isfinite() & norms.isfinite())).nonzero().squeeze(1).tolist()
     if bad:
         raise NonFiniteError(
@@ -195,7 +194,6 @@ def _compare_rows(
     for j in examples:
         expected = _backward(losses, parameters, _only(j, losses))
         found = J[[j]].dense(as_dict=True)
-        assert isinstance(found, dict)
         norm = hypot(*map(_norm, expected.values()))
         for name, row in expected.items():
             error = _over(_error(found[name][0], row), norm)
@@ -251,7 +249,6 @@ def _compare_passes(
     u = torch.randn(len(J), generator=generator, dtype=torch.float64).to(J.losses)
     real = _backward(tape.output, parameters, u)
     norms = J.norms()
-    assert isinstance(norms, Tensor)
     size = max(_norm(u * norms), hypot(*map(_norm, real.values())))
     note = _note_on_hooks(tape, parameters, real, u, size, tolerance)
     if note is not None:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -76,6 +76,30 @@ def jacobian(
         return reading.jacobian(retain_graph, GENERAL_BYTES if max_bytes is None else max_bytes)
 
 
+@overload
+def grad_norms(
+    losses: Tensor,
+    params: Params,
+    *,
+    by: None = None,
+    verify: str = "cached",
+    rules: Mapping[tuple[str, int], Rule] = RULES,
+    loss_scale: float = 1.0,
+    retain_graph: bool = False,
+    max_bytes: int | None = None,
+) -> Tensor: ...
+@overload
+def grad_norms(
+    losses: Tensor,
+    params: Params,
+    *,
+    by: str | Mapping[str, Any],
+    verify: str = "cached",
+    rules: Mapping[tuple[str, int], Rule] = RULES,
+    loss_scale: float = 1.0,
+    retain_graph: bool = False,
+    max_bytes: int | None = None,
+) -> dict[str, Tensor]: ...
 def grad_norms(
     losses: Tensor,
     params: Params,

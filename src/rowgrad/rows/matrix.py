@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -128,9 +128,16 @@ class Jacobian:
 
     # -- norms --------------------------------------------------------------------------------------------------------
 
+    @overload
+    def sq_norms(self, by: None = None) -> Tensor: ...
+    @overload
+    def sq_norms(self, by: str | Mapping[str, Any]) -> dict[str, Tensor]: ...
     @_product
     def sq_norms(self, by: str | Mapping[str, Any] | None = None) -> Tensor | dict[str, Tensor]:
         """Squared L2 norm of each row, shape (B,), or of its parts.
+
+        Squares are taken in the dtype of the rows, float32 at least, as `torch.linalg.vector_norm` takes them: a norm
+        below 1e-19 in float32 (1e-154 in float64) comes out as 0 or inexact, one above 1e19 (1e154) as inf.
 
         Args:
             by: None, "parameter", "module", or {group: names, tensors or modules}.
@@ -140,6 +147,10 @@ class Jacobian:
         found = {group: self._total(per_parameter[n] for n in names) for group, names in groups.items()}
         return found[""] if by is None else found
 
+    @overload
+    def norms(self, by: None = None) -> Tensor: ...
+    @overload
+    def norms(self, by: str | Mapping[str, Any]) -> dict[str, Tensor]: ...
     @_product
     def norms(self, by: str | Mapping[str, Any] | None = None) -> Tensor | dict[str, Tensor]:
         """L2 norm of each row, shape (B,), or of its parts; see `sq_norms`.
@@ -320,8 +331,6 @@ class Jacobian:
         """Cosine of the angle between every row and every row of `other`, shape (B, B'); nan for a zero row."""
         other_norms = self.norms() if other is None else other.norms()
         norms = self.norms()
-        assert isinstance(norms, Tensor)
-        assert isinstance(other_norms, Tensor)
         return (self.gram(other) / (norms.unsqueeze(1) * other_norms)).clamp(-1, 1)
 
     @_product
@@ -423,6 +432,10 @@ class Jacobian:
         block = self._live().by_name[self._one_name(name)]
         return [form.factors() for region in block.regions for form in region.forms]
 
+    @overload
+    def dense(self, as_dict: Literal[False] = False) -> Tensor: ...
+    @overload
+    def dense(self, as_dict: Literal[True]) -> dict[str, Tensor]: ...
     @_product
     def dense(self, as_dict: bool = False) -> Tensor | dict[str, Tensor]:
         """All rows written out, shape (B, P) in the order of `names`, or {name: (B, *shape)}."""
@@ -524,7 +537,6 @@ class Jacobian:
         source = self
         if nonfinite != "propagate":
             sq = self.sq_norms()
-            assert isinstance(sq, Tensor)
             bad = (~sq.isfinite()).nonzero().squeeze(1).tolist()
             if bad and nonfinite == "raise":
                 raise NonFiniteError(

@@ -109,7 +109,6 @@ def clipped_loss(
     size = max(1, len(J)) if reduction == "mean" else 1
     if not isinstance(max_norm, Mapping):
         norms = J.norms()
-        assert isinstance(norms, Tensor)
         loss = J.loss(clip_weights(norms, max_norm, mode=mode) / size, nonfinite="zero")
         loss.share_clipped = share_clipped(norms, max_norm)  # type: ignore[attr-defined]
         return loss
@@ -122,7 +121,6 @@ def clipped_loss(
             + "; the groups must cover every parameter"
         )
     by_group = J.norms(by=names)
-    assert isinstance(by_group, dict)
     weights = {
         name: clip_weights(by_group[group], bound, mode=mode) / size
         for group, bound in max_norm.items()
