@@ -27,6 +27,7 @@ from math import gcd, prod
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # largest temporary made by one step of a chunked product
@@ -405,7 +406,7 @@ class Rows:
         return rows.new_zeros(tuple(self.shape)).index_add_(0, flat_ids, flat_rows)
 
     def dot(self, direction: Tensor) -> Tensor:
-        return (direction.to(self.rows.dtype)[self.ids] * self.rows).sum((1, 2))
+        return (F.embedding(self.ids, direction.to(self.rows.dtype)) * self.rows).sum((1, 2))
 
     def dense(self) -> Tensor:
         found = self.rows.new_zeros(self.n_examples * self.shape[0], self.shape[1])

@@ -176,7 +176,7 @@ def _gram_outer_rows(f: Outer, g: Rows) -> Tensor:
     columns, ids = g.rows.flatten(0, 1), g.ids.reshape(-1)
     if f._formed is not None or (a * d * t < t * other * s * d and f.formed_bytes <= KEEP_BYTES):
         for j, row in enumerate(f.form()[:, 0]):
-            found[j] = (row[ids] * columns).reshape(other, -1).sum(1)
+            found[j] = (row.index_select(0, ids) * columns).reshape(other, -1).sum(1)
         return found
     for piece in f.chunks(2 * t * other * s * f.left.element_size()):
         both = f.left[piece, 0][..., ids] * (f.right[piece, 0] @ columns.T)
@@ -201,7 +201,7 @@ def _gram_rows_rows(f: Rows, g: Rows) -> Tensor:
         left = piece.repeat_interleave(n)
         within = torch.arange(len(left), device=ids.device) - (n.cumsum(0) - n).repeat_interleave(n)
         right = order[first[left] + within]
-        products = torch.linalg.vecdot(rows[left], other_rows[right])
+        products = torch.linalg.vecdot(rows.index_select(0, left), other_rows.index_select(0, right))
         flat.index_add_(0, owner[left] * g.n_examples + other_owner[right], products)
     return found
 
