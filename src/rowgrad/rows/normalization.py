@@ -71,7 +71,7 @@ def _channels(node: Node) -> tuple[int, ...]:
 def group_scale(site: Site) -> Recipe | None:
     """Scale of a group normalization."""
     x, mean, rstd = (site.node.saved(name) for name in ("input", "result1", "result2"))
-    n, channels = x.shape[:2]
+    n = len(x)
     groups = site.node.attribute("group")
     layout = site.layout()
     if isinstance(layout, Axis) and layout.dim <= 1:

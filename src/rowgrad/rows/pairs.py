@@ -39,18 +39,20 @@ def gram(f: Form, g: Form) -> Tensor:
         return torch.outer(f.weights, g.dot(f.direction.reshape(g.shape)))
     if isinstance(g, Multiples):
         return torch.outer(f.dot(g.direction.reshape(f.shape)), g.weights)
+    if (type(f), type(g)) in GRAM and _same_split(f, g):
+        return GRAM[type(f), type(g)](f, g)
     same, f = g is f, f.plain()
     g = f if same else g.plain()
     if _same_split(f, g):
-        if (type(f), type(g)) in _GRAM:
-            return _GRAM[type(f), type(g)](f, g)
-        if (type(g), type(f)) in _GRAM:
-            return _GRAM[type(g), type(f)](g, f).T
+        if (type(f), type(g)) in GRAM:
+            return GRAM[type(f), type(g)](f, g)
+        if (type(g), type(f)) in GRAM:
+            return GRAM[type(g), type(f)](g, f).T
     left = Dense(f.dense()).flat
-    return _product(left, left if g is f else Dense(g.dense()).flat)
+    return product(left, left if g is f else Dense(g.dense()).flat)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor) -> Tensor:
     """left right^T, for left (n, p) and right (m, p)."""
     if left is not right:
         return left @ right.T
@@ -125,12 +127,12 @@ def _gram_outer_outer(f: Outer, g: Outer) -> Tensor:
         return _gram_by_positions(f, g)
     if f._formed is not None:
         left = f.form().reshape(b, -1)
-        return _product(left, left if g is f else g.form().reshape(other, -1))
+        return product(left, left if g is f else g.form().reshape(other, -1))
     found = f.left.new_zeros(b, other)
     step = max(1, step_bytes(f.left.device) // (max(b, other) * groups * d * f.left.element_size()))
     for i in range(0, a, step):
         part = (f.left[..., i : i + step].mT @ f.right).reshape(b, -1)
-        found += _product(part, part if g is f else (g.left[..., i : i + step].mT @ g.right).reshape(other, -1))
+        found += product(part, part if g is f else (g.left[..., i : i + step].mT @ g.right).reshape(other, -1))
     return found
 
 
@@ -234,7 +236,8 @@ _INNER: dict[tuple[type, type], Callable] = {
     (Outer, Rows): _inner_outer_rows,
     (Rows, Rows): _inner_rows_rows,
 }
-_GRAM: dict[tuple[type, type], Callable] = {
+# Forms of other files add their own.
+GRAM: dict[tuple[type, type], Callable] = {
     (Outer, Outer): _gram_outer_outer,
     (Outer, Rows): _gram_outer_rows,
     (Rows, Rows): _gram_rows_rows,

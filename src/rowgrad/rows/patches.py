@@ -19,16 +19,17 @@ Note [images without patches]
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowgrad.rows.factors import CANCELLATION, CHUNK_BYTES, KEEP_BYTES, Dense, Outer, count, energies
+from rowgrad.rows.factors import CANCELLATION, CHUNK_BYTES, KEEP_BYTES, Dense, Outer, count, energies, step_bytes
+from rowgrad.rows.pairs import GRAM, gram, product
 
 CACHE_BYTES = 4 * 2**20  # temporaries of one step on a CPU, so that they stay near it
 # Measured on a CPU, in multiply-adds of a formed row: one of the Gram route, one added entry of a shifted Gram matrix,
@@ -36,6 +37,7 @@ CACHE_BYTES = 4 * 2**20  # temporaries of one step on a CPU, so that they stay n
 GRAM_WEIGHT = 3
 SHIFT_WEIGHT = 48
 ENTRY_WEIGHT = 50
+CHANNELS = 32  # formed together; convolution kernels are slow at numbers that fill no vectors
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Sliding:
     def phases(self) -> dict[tuple[int, ...], list[tuple[int, ...]]]:
         """Phase of the stride -> the shifts, in strides, at which places of the kernel meet it."""
         found: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        for place in product(*map(range, self.kernel)):
+        for place in itertools.product(*map(range, self.kernel)):
             reach = [k * d for k, d in zip(place, self.dilation, strict=True)]
             phase = tuple(r % s for r, s in zip(reach, self.stride, strict=True))
             shift = tuple(r // s for r, s in zip(reach, self.stride, strict=True))
@@ -149,7 +151,7 @@ class Convolved:
             return energies(self.form())
         found = self.x.new_empty(self.n_examples)
         for s in self._pieces(self.shape.numel() * self.x.element_size()):
-            found[s] = energies(self._rows(self.x[s], self.y[s]))
+            found[s] = energies(self._folded(self.x[s], self.y[s]) if self._folds else self._rows(self.x[s], self.y[s]))
         return found
 
     def _sq_norms_by_gram(self) -> tuple[Tensor, Tensor]:
@@ -204,9 +206,11 @@ class Convolved:
         return self.x.device.type == "cpu" and self.x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
     def _rows(self, x: Tensor, y: Tensor) -> Tensor:
-        if self._folds and len(x):
-            return self._folded(x, y)
         found = x.new_empty(len(x), *self.shape)
+        if self._folds:
+            for s in self._pieces(self.shape.numel() * x.element_size()):
+                found[s] = self._folded(x[s], y[s])
+            return found
         _, groups, t, _, b = self.sizes
         for s in self._pieces(groups * t * b * x.element_size()):
             left = self._split(x[s]).flatten(3)
@@ -216,6 +220,8 @@ class Convolved:
     def _folded(self, x: Tensor, y: Tensor) -> Tensor:
         """One backward of a weight whose groups are those of all examples."""
         n = len(x)
+        if not n:
+            return x.new_empty(0, *self.shape)
         x, y = (t.transpose(0, 1).flatten(1, 2) for t in (x, y))
         return self._backward(x, y, n).reshape(n, *self.shape)
 
@@ -265,6 +271,11 @@ class Convolved:
     def dense(self) -> Tensor:
         return self.form()
 
+    def channels(self, part: slice) -> Convolved:
+        """The rows of some output channels; only without groups."""
+        x = self.x[:, :, part]
+        return replace(self, x=x, shape=torch.Size((x.shape[2], *self.shape[1:])), _formed=None)
+
     def select(self, index: Tensor) -> Convolved:
         return replace(
             self,
@@ -312,3 +323,24 @@ class Convolved:
         if self.prefers_gram:
             return f"T={t} by Gram of pixels, {count(n * self._gram_count())} multiply-adds"
         return f"T={t} formed, {count(n * t * self.shape.numel())} multiply-adds"
+
+
+def _gram(f: Convolved, g: Convolved) -> Tensor:
+    """From rows formed for a few channels of x at a time, unless the positions are so few that they are cheaper."""
+    b, groups, t, a, d = f.sizes
+    other, _, s, _, _ = g.sizes
+    by_positions = b * t * other * s * (a + d)
+    by_rows = (b * t + (0 if g is f else other * s) + b * other) * a * d
+    if groups > 1 or f.shape != g.shape or f._formed is not None or by_positions < by_rows:
+        left = f.plain()
+        return gram(left, left if g is f else g.plain())
+    found = f.x.new_zeros(b, other)
+    step = step_bytes(f.x.device) // (max(b, other) * d * f.x.element_size())
+    step = max(1, step // CHANNELS) * CHANNELS
+    for i in range(0, a, step):
+        left = f.channels(slice(i, i + step)).form().flatten(1)
+        found += product(left, left if g is f else g.channels(slice(i, i + step)).form().flatten(1))
+    return found
+
+
+GRAM[Convolved, Convolved] = _gram
