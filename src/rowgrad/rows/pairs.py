@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rowgrad.rows.factors import CHUNK_BYTES, KEEP_BYTES, Dense, Form, Multiples, Outer, Rows, step_bytes
+from rowgrad.rows.factors import CHUNK_BYTES, KEEP_BYTES, Dense, Form, Multiples, Outer, Rows, energies, step_bytes
 
 PAIR_WEIGHT = 16  # measured on a CPU: a product of two looked-up rows, against one of a matrix product
 SMALLEST_BLOCK = 128  # rows of a symmetric product; products of fewer are slow enough to lose what they leave out
@@ -187,8 +188,31 @@ def _gram_outer_rows(f: Outer, g: Rows) -> Tensor:
 
 
 def _gram_rows_rows(f: Rows, g: Rows) -> Tensor:
+    if g is not f:
+        return _gram_of_entries(f, f.factors(), g, g.factors())
+    ids, rows, owner = f.factors()
+    shared = _shared_entries(ids)
+    alone = energies(rows).index_fill(0, shared, 0.0)
+    entries = ids[shared], rows.index_select(0, shared), owner[shared]
+    found = _gram_of_entries(f, entries, f, entries)
+    found.diagonal().index_add_(0, owner, alone)
+    return found
+
+
+def _shared_entries(ids: Tensor) -> Tensor:
+    """Positions of the ids that occur more than once."""
+    order = ids.argsort()
+    ids = ids[order]
+    as_before = F.pad(ids[1:] == ids[:-1], (1, 0))[: len(ids)]
+    return order[as_before | F.pad(as_before[1:], (0, 1))[: len(ids)]]
+
+
+Entries = tuple[Tensor, Tensor, Tensor]  # ids (n,), rows (n, d), owners (n,)
+
+
+def _gram_of_entries(f: Rows, own: Entries, g: Rows, other: Entries) -> Tensor:
     """Ids that many positions share, by matrix products over the examples; the others pair by pair."""
-    (ids, rows, owner), (other_ids, other_rows, other_owner) = f.factors(), g.factors()
+    (ids, rows, owner), (other_ids, other_rows, other_owner) = own, other
     order = other_ids.argsort()
     other_ids = other_ids[order]
     first = torch.searchsorted(other_ids, ids)
