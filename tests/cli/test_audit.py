@@ -198,12 +198,16 @@ def test_the_block_of_a_staged_directory_may_fail(tmp_path: Path) -> None:
         pass
 
 
-def test_interrupted(tmp_path: Path) -> None:
-    """Ctrl-C in the middle of training ends with exit code 130 and leaves nothing."""
-    code = "import sys; from rowgrad.cli import main; sys.exit(main())"
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "told to end")],
+)
+def test_stopped_from_outside(tmp_path: Path, sent: signal.Signals, code: int, said: str) -> None:
+    """Ctrl-C and `kill` in the middle of training leave nothing."""
+    program = "import sys; from rowgrad.cli import main; sys.exit(main())"
     arguments = ["audit", "digits", "--epochs", "100000", "--out", "x"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -214,11 +218,11 @@ def test_interrupted(tmp_path: Path) -> None:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert err == "rowgrad: interrupted; nothing was written\n"
+    assert process.returncode == code
+    assert err == f"rowgrad: {said}; nothing was written\n"
     assert _everything(tmp_path) == set()
 
 
@@ -227,3 +231,22 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setitem(sys.modules, "typer", None)
     assert main(["audit", "iris"]) == 2
     assert capsys.readouterr().err == "rowgrad: the command needs typer; install rowgrad[app]\n"
+
+
+def test_where_to_write_is_asked_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rowgrad.cli.audit.read_table", lambda *a, **k: pytest.fail("the data were read"))
+    (tmp_path / "taken").touch()
+    assert main(["audit", "digits", "--out", str(tmp_path / "taken")]) == 2
+    assert "this is a file" in capsys.readouterr().err
+
+
+def test_a_label_is_suggested_where_one_is_flagged(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["audit", "iris", "--epochs", "3", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    scores = pl.read_parquet(tmp_path / "out" / "scores.parquet").sort("rank").head(10)
+    for row in scores.iter_rows(named=True):
+        line = next(line for line in printed.splitlines() if line.split()[:2] == [str(row["rank"]), str(row["index"])])
+        shown = line.split()[3] == row["suggested"]
+        assert shown == row["flagged"]

@@ -1,7 +1,9 @@
 """The command's sub-commands, and how its errors are shown."""
 
 import io
+import signal
 import sys
+import threading
 from typing import Annotated, cast
 
 import typer
@@ -45,6 +47,8 @@ def run(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # names of classes may not fit the terminal's encoding
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
     try:
         code = app(args=arguments, prog_name="rowgrad", standalone_mode=False, obj=arguments)
     except InputError as error:
@@ -53,11 +57,21 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
     except KeyboardInterrupt:
         code = 130
+    except _Ended:
+        return _fail("told to end; nothing was written", 143)
     except UsageError as error:
         return _fail(error.format_message(), 2)
     if code == 130:
         return _fail("interrupted; nothing was written", 130)
     return code if isinstance(code, int) else 0
+
+
+class _Ended(BaseException):
+    """SIGTERM, so that temporary folders are removed on the way out."""
+
+
+def _end(number: int, frame: object) -> None:
+    raise _Ended
 
 
 def _fail(message: str, code: int) -> int:

@@ -70,12 +70,12 @@ def audit(
         raise InputError(f"--flip {flip:g}: the share of corrupted targets must be at least 0 and at most 0.5")
     if not 0 < rows <= 1:
         raise InputError(f"--rows {rows:g}: the share of rows to audit must be above 0 and at most 1")
-    table = read_table(data, target=target, drop=drop or (), categorical=categorical or (), task=task, nan=nan)
     console = Console()
-    for note in table.notes:
-        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
     directory = out or Path(f"rowgrad-audit-{Path(data).stem}")
     with staged(directory) as stage:
+        table = read_table(data, target=target, drop=drop or (), categorical=categorical or (), task=task, nan=nan)
+        for note in table.notes:
+            console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
         with _progress() as progress:
             run = audit_table(table, settings, flip=flip, rows=rows, progress=progress)
         write_scores(run, stage / "scores.parquet")
@@ -144,8 +144,11 @@ def _suspects(run: AuditRun) -> TextTable:
     if scores.suggested is not None and scores.suggested_probability is not None:
         text.add_column("suggested", style="bold")
         text.add_column("probability", justify="right")
-        columns.append([readable(label) for label in targets_text(run, scores.suggested[shown])])
-        columns.append([f"{share:.2f}" for share in scores.suggested_probability[shown].tolist()])
+        assert scores.flagged is not None
+        flagged = scores.flagged[shown].tolist()
+        labels, shares = targets_text(run, scores.suggested[shown]), scores.suggested_probability[shown].tolist()
+        columns.append([readable(label) if flag else "" for label, flag in zip(labels, flagged, strict=True)])
+        columns.append([f"{share:.2f}" if flag else "" for share, flag in zip(shares, flagged, strict=True)])
     text.add_column("mean loss", justify="right")
     text.add_column("mean norm", justify="right")
     columns.append([number(value) for value in scores.mean_loss[shown].tolist()])
