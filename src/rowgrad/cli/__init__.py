@@ -4,7 +4,7 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C, 143 when it was told to end.
+    """Run the command line; returns the exit code: 0, 2 for unusable input, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
         arguments: what follows the command's name; by default those of the process.
