@@ -1,0 +1,39 @@
+"""This library's methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rowgrad as rg
+from benchmarks.task import OURS, OUTPUTS, Goal, Method, Step, Task
+from rowgrad.rows.plan import forget
+
+
+def _make(task: Task, output: str, goal: Goal) -> Step:
+    model, direction = task.model, goal.direction(task.params())
+
+    def clipped() -> Any:
+        rg.clipped_loss(task.losses(), model, goal.max_norm, reduction="sum").backward()
+        return task.gradients()
+
+    return {
+        "norms": lambda: rg.grad_norms(task.losses(), model),
+        "clipped": clipped,
+        "gram": lambda: rg.jacobian(task.losses(), model).gram(),
+        "dot": lambda: rg.jacobian(task.losses(), model).dot(direction),
+        "rows": lambda: rg.jacobian(task.losses(), model).dense(as_dict=True),
+    }[output]
+
+
+def _make_first(task: Task, output: str, goal: Goal) -> Step:
+    """A call on a graph that was not seen before, which proves where the examples lie."""
+    step = _make(task, output, goal)
+
+    def first() -> Any:
+        forget()
+        return step()
+
+    return first
+
+
+METHODS = [Method(OURS, tuple(OUTPUTS), _make), Method(f"{OURS}, first call", ("norms",), _make_first)]
