@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ class Reference:
     sampled: tuple[int, ...]
     rows: list[Gradients]
     gram: Tensor  # (B, sampled)
+
+    def save(self, path: Path) -> None:
+        torch.save(vars(self) | {"goal": vars(self.goal)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Reference:
+        found = torch.load(path, mmap=True)
+        return cls(**found | {"goal": Goal(**found["goal"])})
 
     def error(self, output: str, result: Any) -> float:
         """Largest error relative to the norms of the rows concerned; nan counts as wrong."""

@@ -1,0 +1,91 @@
+"""A function in a process of its own, so that its memory is its own and its end is not ours."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import resource
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+PRELOADED = [
+    "benchmarks.methods", "opacus.grad_sample", "opacus.layers", "backpack.extensions", "torchjd.autogram",
+    "captum.influence",
+]  # fmt: skip
+SHARE_OF_MEMORY = 0.8  # of what is available; a method that needs more has failed
+M_MMAP_THRESHOLD = -3  # glibc's name for the size from which a block is returned to the system when freed
+KIB = 1024
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOADED)  # imported once; what is missing is found missing where it is needed
+
+
+class ProcessError(Exception):
+    """The process gave no result; the text says why."""
+
+
+def run(function: Callable[..., Any], *arguments: Any, time_limit: float) -> Any:
+    """`function(*arguments)` in a fresh process; the function and all that it takes and returns are pickled."""
+    receiver, sender = _context.Pipe(duplex=False)
+    process = _context.Process(target=_serve, args=(sender, function, arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(time_limit):
+            raise ProcessError(f"no result after {time_limit:.0f} s")
+        succeeded, result = receiver.recv()
+    except EOFError:
+        process.join()
+        raise ProcessError(f"the process ended with code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    if not succeeded:
+        raise ProcessError(result)
+    return result
+
+
+def _serve(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    limit = _kilobytes("/proc/self/status", "VmSize") + SHARE_OF_MEMORY * _kilobytes("/proc/meminfo", "MemAvailable")
+    resource.setrlimit(resource.RLIMIT_AS, (int(limit * KIB), int(limit * KIB)))
+    try:
+        sender.send((True, function(*arguments)))
+    except Exception as error:  # noqa: BLE001 (whatever a rival raises is its result)
+        sender.send((False, describe(error)))
+
+
+def describe(error: Exception) -> str:
+    """The first line of an error, with its kind."""
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "out of memory"
+    if isinstance(error, ModuleNotFoundError):
+        return f"not installed: {error.name}"
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def return_freed_blocks() -> None:
+    """From now on large blocks go back to the system at once, so that the resident memory is what is in use."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)
+
+
+def peak_bytes(function: Callable[[], Any]) -> tuple[int, Any]:
+    """How far the resident memory rises above what it was, and the result."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the highest mark back
+    before = _kilobytes("/proc/self/status", "VmRSS")
+    result = function()
+    return (_kilobytes("/proc/self/status", "VmHWM") - before) * KIB, result
+
+
+def _kilobytes(path: str, field: str) -> int:
+    for line in Path(path).read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0])
+    raise KeyError(field)

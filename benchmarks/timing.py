@@ -1,0 +1,109 @@
+"""Seconds of several methods side by side: in each round one step of each, in changing order."""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from collections.abc import Mapping
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+import rowgrad as rg
+from benchmarks import processes
+from benchmarks.probe import Setting, build
+from benchmarks.task import PLAIN, Goal, Step
+from benchmarks.workloads import WORKLOADS
+
+MOST_ROUNDS, FEWEST_ROUNDS = 15, 3
+HOST_CALLS = 50
+
+Seconds = dict[str, list[float | None]]  # by method, one entry a round; None where it sat out
+
+
+def time_methods(
+    workload: str, output: str, estimates: Mapping[str, float], goal: Goal, setting: Setting, budget: float
+) -> Seconds:
+    """Seconds of each method and of the plain step. `estimates` of a step's seconds decide who sits rounds out."""
+    limit = 60 + 10 * budget + 10 * sum(estimates.values())
+    return processes.run(_time_methods, workload, output, dict(estimates), goal, setting, budget, time_limit=limit)
+
+
+def rounds_for(seconds: float, n_methods: int, budget: float) -> int:
+    """As many as fit in a method's share of the time."""
+    return max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(budget / n_methods / max(seconds, 1e-9))))
+
+
+def _time_methods(
+    workload: str, output: str, estimates: dict[str, float], goal: Goal, setting: Setting, budget: float
+) -> Seconds:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(setting.threads)
+    built = {method: build(workload, method, output, goal, setting.tiny) for method in [PLAIN, *estimates]}
+    left = {method: rounds_for(seconds, len(built), budget) for method, seconds in estimates.items()}
+    n_rounds = max(left.values(), default=MOST_ROUNDS)
+    for model, step in built.values():
+        _seconds(model, step)
+    found: Seconds = {method: [] for method in built}
+    order = random.Random(0)
+    for _ in range(n_rounds):
+        for method in order.sample(list(built), len(built)):
+            sits_out = method != PLAIN and not left[method]
+            found[method].append(None if sits_out else _seconds(*built[method]))
+            if method != PLAIN and not sits_out:
+                left[method] -= 1
+    return found
+
+
+def _seconds(model: torch.nn.Module, step: Step) -> float:
+    model.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    result = step()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def spread(values: list[float]) -> list[float]:
+    """Median and quartiles."""
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return [median(values), low, high]
+
+
+def summary(seconds: Seconds, method: str) -> dict[str, Any]:
+    """A method's seconds and its ratios to the plain step of the same round."""
+    pairs = [(s, p) for s, p in zip(seconds[method], seconds[PLAIN], strict=True) if s is not None and p is not None]
+    return {
+        "rounds": len(pairs),
+        "seconds": spread([s for s, _ in pairs]),
+        "ratio": spread([s / p for s, p in pairs]),
+    }
+
+
+def host_seconds(workload: str) -> dict[str, float]:
+    """Seconds of a call of ours, and of a backward pass, on the same structure with hardly any numbers.
+
+    What a call takes there is what it takes in Python and in starting kernels, whatever the size of the model. Forward
+    passes are left out. One thread.
+    """
+    return processes.run(_host_seconds, workload, time_limit=120)
+
+
+def _host_seconds(workload: str) -> dict[str, float]:
+    torch.set_num_threads(1)
+    task = WORKLOADS[workload].task(tiny=True)
+    calls: list[float] = []
+    backwards: list[float] = []
+    for _ in range(HOST_CALLS):
+        for kind in (calls, backwards):
+            losses = task.losses()
+            task.model.zero_grad(set_to_none=True)
+            start = time.perf_counter()
+            if kind is calls:
+                rg.grad_norms(losses, task.model)
+            else:
+                losses.sum().backward()
+            kind.append(time.perf_counter() - start)
+    return {"call": median(calls), "backward": median(backwards)}
