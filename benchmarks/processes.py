@@ -13,7 +13,7 @@ from typing import Any
 
 PRELOADED = [
     "benchmarks.methods", "opacus.grad_sample", "opacus.layers", "backpack.extensions", "torchjd.autogram",
-    "captum.influence",
+    "captum.influence", "torch._dynamo",
 ]  # fmt: skip
 SHARE_OF_MEMORY = 0.8  # of what is available; a method that needs more has failed
 M_MMAP_THRESHOLD = -3  # glibc's name for the size from which a block is returned to the system when freed
@@ -52,6 +52,7 @@ def run(function: Callable[..., Any], *arguments: Any, time_limit: float) -> Any
 def _serve(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     limit = _kilobytes("/proc/self/status", "VmSize") + SHARE_OF_MEMORY * _kilobytes("/proc/meminfo", "MemAvailable")
     resource.setrlimit(resource.RLIMIT_AS, (int(limit * KIB), int(limit * KIB)))
+    gc.freeze()  # what was imported is no garbage
     try:
         sender.send((True, function(*arguments)))
     except Exception as error:  # noqa: BLE001 (whatever a rival raises is its result)
@@ -73,14 +74,18 @@ def return_freed_blocks() -> None:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)
 
 
-def peak_bytes(function: Callable[[], Any]) -> tuple[int, Any]:
-    """How far the resident memory rises above what it was, and the result."""
+def resident_bytes() -> int:
+    """What this process holds, when everything that can be given back has been."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+    return _kilobytes("/proc/self/status", "VmRSS") * KIB
+
+
+def peak_bytes(function: Callable[[], Any]) -> tuple[int, Any]:
+    """The most that the process held while the function ran, and its result."""
     Path("/proc/self/clear_refs").write_text("5")  # sets the highest mark back
-    before = _kilobytes("/proc/self/status", "VmRSS")
     result = function()
-    return (_kilobytes("/proc/self/status", "VmHWM") - before) * KIB, result
+    return _kilobytes("/proc/self/status", "VmHWM") * KIB, result
 
 
 def _kilobytes(path: str, field: str) -> int:

@@ -30,6 +30,11 @@ class Task:
     batch: tuple[Tensor, Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
 
+    def to(self, dtype: torch.dtype) -> Task:
+        """This task with its numbers in another type; the model is changed in place."""
+        inputs, targets = (t.to(dtype) if t.is_floating_point() else t for t in self.batch)
+        return Task(self.model.to(dtype), (inputs, targets), self.loss)
+
     def losses(self) -> Tensor:
         inputs, targets = self.batch
         return self.loss(self.model(inputs), targets)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch import nn
 
 import rowgrad as rg
 from benchmarks import processes
 from benchmarks.probe import Setting, build
-from benchmarks.task import PLAIN, Goal, Step
+from benchmarks.task import OURS, PLAIN, Goal, Step
 from benchmarks.workloads import WORKLOADS
 
-MOST_ROUNDS, FEWEST_ROUNDS = 15, 3
+MOST_ROUNDS, FEWEST_ROUNDS = 15, 2
+SLOW = 1.0  # seconds; a step that takes more is not warmed up
 HOST_CALLS = 50
 
 Seconds = dict[str, list[float | None]]  # by method, one entry a round; None where it sat out
@@ -31,9 +33,9 @@ def time_methods(
     return processes.run(_time_methods, workload, output, dict(estimates), goal, setting, budget, time_limit=limit)
 
 
-def rounds_for(seconds: float, n_methods: int, budget: float) -> int:
-    """As many as fit in a method's share of the time."""
-    return max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(budget / n_methods / max(seconds, 1e-9))))
+def rounds_for(seconds: float, share: float) -> int:
+    """As many steps as fit in a method's share of the time, within bounds."""
+    return max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(share / max(seconds, 1e-9))))
 
 
 def _time_methods(
@@ -42,17 +44,28 @@ def _time_methods(
     warnings.simplefilter("ignore")
     torch.set_num_threads(setting.threads)
     built = {method: build(workload, method, output, goal, setting.tiny) for method in [PLAIN, *estimates]}
-    left = {method: rounds_for(seconds, len(built), budget) for method, seconds in estimates.items()}
-    n_rounds = max(left.values(), default=MOST_ROUNDS)
-    for model, step in built.values():
-        _seconds(model, step)
-    found: Seconds = {method: [] for method in built}
+    share = budget / len(built)
+    rounds = {name: rounds_for(seconds, 4 * share if name == OURS else share) for name, seconds in estimates.items()}
+    return side_by_side(built, rounds, [name for name, seconds in estimates.items() if seconds > SLOW])
+
+
+def side_by_side(
+    built: Mapping[str, tuple[nn.Module, Step]], rounds: Mapping[str, int], cold: Sequence[str] = ()
+) -> Seconds:
+    """One step of each in every round, after one that is not counted, except for those in `cold`.
+
+    A method without a number of rounds is in every round.
+    """
+    for name, (model, step) in built.items():
+        if name not in cold:
+            _seconds(model, step)
+    left, found = dict(rounds), {method: [] for method in built}
     order = random.Random(0)
-    for _ in range(n_rounds):
+    for _ in range(max(left.values(), default=MOST_ROUNDS)):
         for method in order.sample(list(built), len(built)):
-            sits_out = method != PLAIN and not left[method]
-            found[method].append(None if sits_out else _seconds(*built[method]))
-            if method != PLAIN and not sits_out:
+            takes_part = left.get(method, 1) > 0
+            found[method].append(_seconds(*built[method]) if takes_part else None)
+            if method in left:
                 left[method] -= 1
     return found
 
