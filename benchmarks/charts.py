@@ -80,9 +80,7 @@ def lines(series: Sequence[Series], *, x_label: str, y_label: str, title: str, w
         parts.append(f'<polyline class="{s.family}" points="{path}"><title>{escape(s.name)}</title></polyline>')
         for (x, y), (at, value) in zip(placed, s.points, strict=True):
             text = escape(f"{s.name}, {number(at)}: {number(value)}")
-            parts.append(
-                f'<circle class="{s.family}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{text}</title></circle>'
-            )
+            parts.append(f'<circle class="{s.family}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{text}</title></circle>')
     return _svg(width, height, parts, title)
 
 

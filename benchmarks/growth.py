@@ -16,7 +16,7 @@ from benchmarks import processes, results
 from benchmarks.methods import METHODS
 from benchmarks.task import OURS, PLAIN, Goal, Step, Task
 from benchmarks.timing import rounds_for, side_by_side
-from benchmarks.workloads import SEED, language
+from benchmarks.workloads import SEED, language, seen_by_hooks
 
 BASE = {"b": 8, "t": 64, "width": 128, "depth": 2}
 AXES = {
@@ -26,7 +26,13 @@ AXES = {
     "depth": (1, 2, 4, 8, 16),
 }
 TITLES = {"b": "examples B", "t": "positions T", "width": "width", "depth": "blocks"}
-SHOWN = [(OURS, "norms"), (OURS, "clipped"), ("vmap(grad)", "norms"), ("Opacus hooks", "norms"), ("plain loop", "norms")]
+SHOWN = [
+    (OURS, "norms"),
+    (OURS, "clipped"),
+    ("vmap(grad)", "norms"),
+    ("Opacus hooks", "norms"),
+    ("plain loop", "norms"),
+]
 VOCABULARY = 500
 SECONDS = 1.0  # to spend on a method at a point
 TIME_LIMIT = 120  # for a point
@@ -45,9 +51,7 @@ def measure(sizes: dict[str, int], threads: int) -> dict[str, float]:
     built: dict[str, tuple[nn.Module, Step]] = {PLAIN: (plain.model, plain.plain)}
     for name, output in SHOWN:
         method = next(m for m in METHODS if m.name == name)
-        task = _task(sizes)
-        if method.for_hooks:
-            task.model.expand_positions = True
+        task = seen_by_hooks(_task(sizes)) if method.for_hooks else _task(sizes)
         try:
             built[label(name, output)] = task.model, method.make(task, output, goal)
         except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""The results as one HTML page that needs nothing else: python -m benchmarks.page [--out benchmarks/results/page.html]"""
+"""The results as one HTML page that needs nothing else: python -m benchmarks.page"""
 
 from __future__ import annotations
 
@@ -201,8 +201,8 @@ def verdicts(found: Mapping[str, Any]) -> list[dict[str, str]]:
         },
         {
             "claim": "The proposed method adds only O(mnp) operations.",
-            "found": f"Multiply-adds in products, norms and gradient over the plain step's: {_range(products)}. Entries "
-            f"that norms touch besides: {_range(added)} times m n p.",
+            "found": f"Multiply-adds in products, norms and gradient over the plain step's: {_range(products)}. "
+            f"Entries that norms touch besides: {_range(added)} times m n p.",
         },
         {
             "claim": "In practice the difference is much greater.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class Reference:
     dot: Tensor
     clipped: Gradients
     sampled: tuple[int, ...]
-    rows: list[Gradients]
+    rows: Sequence[Gradients]
     gram: Tensor  # (B, sampled)
 
     def save(self, path: Path) -> None:

@@ -1,8 +1,8 @@
 """Measure every workload, output and method: python -m benchmarks.runner [--only cnn lstm] [--fresh]
 
-Each method is first tried alone in a process (right? how much memory?), then those that are right are timed together in
-another. A method that fails or is wrong keeps its line, with the reason. What is finished is in the results' file and is
-skipped by the next run.
+Each method is first tried alone in a process (right? how much memory?), then those that are right are timed together
+in another. A method that fails or is wrong keeps its line, with the reason. What is finished is in the results' file
+and is skipped by the next run.
 """
 
 from __future__ import annotations

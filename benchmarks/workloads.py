@@ -20,7 +20,7 @@ SEED = 0
 class Workload:
     """A task that can be built any number of times, always the same; `tiny` has the same structure for tests.
 
-    `for_hooks` asks for the form that rivals with hooks on layers need, with the same parameters and losses.
+    `for_hooks` asks for what rivals with hooks on layers need, with the same parameters and losses.
     """
 
     title: str
@@ -30,9 +30,14 @@ class Workload:
     def task(self, *, for_hooks: bool = False, tiny: bool = False) -> Task:
         torch.manual_seed(SEED)
         task = (self.tiny if tiny else self.make)()
-        if for_hooks and isinstance(task.model, GPT):
-            task.model.expand_positions = True
-        return task
+        return seen_by_hooks(task) if for_hooks else task
+
+
+def seen_by_hooks(task: Task) -> Task:
+    """The form of the model in which the input of each layer with parameters has the examples first."""
+    if isinstance(task.model, GPT):
+        task.model.expand_positions = True
+    return task
 
 
 def perceptron(b: int, widths: tuple[int, ...] = (512, 1024, 1024, 1024, 10)) -> Task:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 
-from benchmarks.rivals.autograd import unfused
+from benchmarks.rivals.torch_autograd import unfused
 from benchmarks.task import Goal, Method, Step, Task, from_rows
 
 CHUNK = 8  # examples
