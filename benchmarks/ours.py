@@ -8,6 +8,8 @@ import rowgrad as rg
 from benchmarks.task import OURS, OUTPUTS, Goal, Method, Step, Task
 from rowgrad.rows.plan import forget
 
+FIRST = f"{OURS}, first call"
+
 
 def _make(task: Task, output: str, goal: Goal) -> Step:
     model, direction = task.model, goal.direction(task.params())
@@ -36,4 +38,4 @@ def _make_first(task: Task, output: str, goal: Goal) -> Step:
     return first
 
 
-METHODS = [Method(OURS, tuple(OUTPUTS), _make), Method(f"{OURS}, first call", ("norms",), _make_first)]
+METHODS = [Method(OURS, tuple(OUTPUTS), _make), Method(FIRST, ("norms",), _make_first)]

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from benchmarks import growth, results, sweep
 from benchmarks.charts import Dot, Series, dots_by_row, lines
+from benchmarks.ours import FIRST
 from benchmarks.task import OURS, OUTPUTS, PLAIN
 from rowgrad.report.charts import number
 
@@ -238,7 +239,7 @@ def render(cpu: Mapping[str, Any], grown: Mapping[str, Any], swept: Mapping[str,
         workloads=workloads,
         outputs=OUTPUTS,
         ours=OURS,
-        first=f"{OURS}, first call",
+        first=FIRST,
         plain=PLAIN,
         legend=LEGEND,
         standings=standings(workloads),

@@ -1,0 +1,183 @@
+"""The benchmark's machinery at tiny sizes; nothing here depends on how long anything takes."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import counting, page, readme, results, sweep
+from benchmarks.methods import METHODS
+from benchmarks.ours import FIRST
+from benchmarks.reference import TINY_TOLERANCE, TOLERANCE, Reference, make_reference
+from benchmarks.task import OURS, OUTPUTS, PLAIN, Goal
+from benchmarks.timing import rounds_for, side_by_side, summary
+from benchmarks.workloads import WORKLOADS
+from tests.reference import flat, rows_by_loop
+
+pytestmark = [  # PyTorch's, from what the rivals use
+    pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching"),
+]
+
+STRUCTURES = ["mlp-32", "cnn", "resnet", "gpt-64", "lstm", "embedding"]  # the others differ from these in sizes only
+NEED_NO_RIVAL = [OURS, FIRST, "plain loop", "vmap(grad)", "vmap(grad), chunks of 8", "jvp", "double backward"]
+
+
+@pytest.fixture(scope="module", params=STRUCTURES)
+def case(request: pytest.FixtureRequest) -> tuple[str, Reference]:
+    return request.param, make_reference(WORKLOADS[request.param].task(tiny=True))
+
+
+@pytest.mark.parametrize("name", NEED_NO_RIVAL)
+def test_methods_give_the_reference(case: tuple[str, Reference], name: str) -> None:
+    key, reference = case
+    method = next(m for m in METHODS if m.name == name)
+    for output in method.outputs:
+        task = WORKLOADS[key].task(tiny=True, for_hooks=method.for_hooks)
+        step = method.make(task, output, reference.goal)
+        step()
+        task.model.zero_grad(set_to_none=True)
+        assert reference.error(output, step()) < TINY_TOLERANCE, output
+
+
+def test_the_reference_is_that_of_the_tests(case: tuple[str, Reference]) -> None:
+    key, reference = case
+    task = WORKLOADS[key].task(tiny=True).to(torch.float64)
+    rows = rows_by_loop(task.model, task.batch, lambda model, x, y: task.loss(model(x), y))
+    every = flat(rows)
+    torch.testing.assert_close(reference.norms, every.norm(dim=1))
+    direction = reference.goal.direction(task.params())
+    torch.testing.assert_close(reference.dot, every @ torch.cat([direction[name].flatten() for name in rows]))
+    torch.testing.assert_close(reference.gram, every @ every[list(reference.sampled)].T)
+    clipped = reference.goal.weights(every.square().sum(1)) @ every
+    torch.testing.assert_close(torch.cat([reference.clipped[name].flatten() for name in rows]), clipped)
+
+
+def test_hooks_see_the_same_losses() -> None:
+    for workload in WORKLOADS.values():
+        plain, seen = workload.task(tiny=True), workload.task(tiny=True, for_hooks=True)
+        torch.testing.assert_close(plain.losses(), seen.losses())
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_wrong_result_is_noticed(output: str) -> None:
+    task = WORKLOADS["mlp-32"].task(tiny=True)
+    reference = make_reference(task)
+    step = next(m for m in METHODS if m.name == "plain loop").make(task, output, reference.goal)
+    result = step()
+    wrong = {name: 1.01 * r for name, r in result.items()} if isinstance(result, dict) else 1.01 * result
+    assert reference.error(output, wrong) > TOLERANCE
+    if isinstance(result, dict):
+        del result["0.weight"]
+        with pytest.raises(ValueError, match="1 of 6 parameters are missing"):
+            reference.error(output, result)
+
+
+def test_a_reference_survives_its_file(tmp_path: Path) -> None:
+    reference = make_reference(WORKLOADS["lstm"].task(tiny=True))
+    reference.save(tmp_path / "reference.pt")
+    loaded = Reference.load(tmp_path / "reference.pt")
+    assert loaded.goal == reference.goal
+    assert loaded.error("norms", reference.norms) == 0
+    assert loaded.error("clipped", reference.clipped) == 0
+
+
+def test_slow_methods_sit_rounds_out() -> None:
+    model = torch.nn.Linear(1, 1)
+    steps = {name: (model, lambda: None) for name in (PLAIN, "fast", "slow")}
+    seconds = side_by_side(steps, {"fast": 5, "slow": 2})
+    assert [s is not None for s in seconds["slow"]] == [True, True, False, False, False]
+    assert all(s is not None for name in (PLAIN, "fast") for s in seconds[name])
+    assert summary(seconds, "slow")["rounds"] == 2
+    assert rounds_for(1e9, share=1.0) < rounds_for(1e-9, share=1.0)
+
+
+def test_the_ratio_is_taken_within_a_round() -> None:
+    seconds: dict[str, list[float | None]] = {PLAIN: [1.0, 10.0, 100.0], "slow": [2.0, None, 200.0]}
+    assert summary(seconds, "slow") == {"rounds": 2, "seconds": [101.0, 51.5, 150.5], "ratio": [2.0, 2.0, 2.0]}
+
+
+def test_products_are_counted() -> None:
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    assert counting.count(lambda: a @ b) == (60, 0)
+    assert counting.count(lambda: (a + a).T) == (0, 12)
+
+
+def test_section_5_at_one_small_point() -> None:
+    points = [sweep.measure(p, m, threads=1) for p in (4, 8) for m in (2, 3)]
+    largest = points[-1]
+    n = 3 * sweep.N_LAYERS * 3 * 8 * 8 - 3 * 8 * 8  # three products a layer, but no gradient of the input
+    assert largest["products"]["plain"] == n
+    assert largest["products"]["naive"] == 2 * n
+    assert sweep.slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert sweep.fit(points).keys() >= {"plain, seconds", "entries added by norms"}
+
+
+def made_up() -> dict:
+    """Results of two workloads; one method is wrong, and one says something that HTML would take for a tag."""
+    right = {"status": "ok", "reason": "", "error": 1e-7, "peak_bytes": 2_000_000, "rounds": 3}
+    cell = {
+        OURS: right | {"seconds": [0.01, 0.009, 0.012], "ratio": [0.8, 0.7, 0.9]},
+        FIRST: right | {"seconds": [0.05, 0.04, 0.06], "ratio": [3.5, 3.0, 4.0]},
+        "Opacus hooks": right | {"seconds": [0.02, 0.02, 0.02], "ratio": [1.6, 1.5, 1.7]},
+        "TorchJD": right | {"seconds": None, "status": "wrong", "reason": "not within rounding"},
+        "jvp": {"status": "failed", "reason": "no <tag>", "error": None, "peak_bytes": None, "seconds": None},
+    }
+    workload = {
+        "title": "made up",
+        "n_examples": 4,
+        "n_parameters": 100,
+        "plain": {"peak_bytes": 1_000_000, "seconds": {"norms": [0.0125, 0.012, 0.013]}},
+        "host": {"call": 0.002, "backward": 0.001},
+        "commit": "abc",
+        "outputs": {"norms": cell},
+    }
+    return {"about": results.about(2), "workloads": {"a": workload, "b": workload | {"title": "made up too"}}}
+
+
+def test_the_page_shows_everything() -> None:
+    point = {"p": 8, "m": 4, "seconds": {}, "products": {}, "entries": {}}
+    points = []
+    for p in (8, 16, 32):
+        values = {name: float(p) for name in sweep.METHODS}
+        points.append(point | {"p": p, "seconds": values, "products": values, "entries": values})
+    swept = {"points": points, "slopes": sweep.fit(points), "n_layers": 3, "naive_examples": 8}
+    seconds = {PLAIN: 0.1, f"{OURS}: norms": 0.2}
+    axis = [{"value": v, "seconds": seconds if v < 4 else {}, "reason": "" if v < 4 else "too slow"} for v in (1, 2, 4)]
+    grown = {"axes": {"b": axis}, "base": {"b": 1, "t": 2, "width": 3, "depth": 4, "vocabulary": 5}}
+    text = page.render(made_up(), grown, swept)
+    for shown in ("made up too", "Opacus hooks", "not within rounding", "no &lt;tag&gt;", "too slow", "0.8", "2×"):
+        assert shown in text, shown
+    charts = [part.split("</svg>")[0] for part in text.split("<svg")[1:]]
+    assert len(charts) == 5 + 2 + 1 + 4
+    for chart in charts:
+        ET.fromstring(f"<svg{chart}</svg>")
+    assert "http://" not in text
+    assert page.render({}, {}, {})
+
+
+def test_the_readme_has_the_figures_of_the_results() -> None:
+    assert readme.page() == readme.README.read_text(encoding="utf-8")
+
+
+def test_a_line_of_the_readme() -> None:
+    assert readme.block(made_up()).splitlines()[-1] == "| made up too | 0.8 (1.6) |  |  |  |  | 3.5 |"
+
+
+def test_results_are_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "cpu.json"
+    assert results.read(path) == {}
+    results.write(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        results.write(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == results.read(path) == {"a": 1}
+
+
+def test_weights_of_clipping() -> None:
+    weights = replace(Goal(1.0), max_norm=2.0).weights(torch.tensor([1.0, 16.0, 0.0]))
+    assert weights.tolist() == [1.0, 0.5, 1.0]
