@@ -21,6 +21,7 @@ from tests.reference import flat, rows_by_loop
 
 pytestmark = [  # PyTorch's, from what the rivals use
     pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching"),
 ]
 

@@ -32,9 +32,10 @@ def _rows(task: Task, output: str, goal: Goal, *, functorch: bool) -> Step:
     inputs, targets = task.batch
 
     def step() -> Any:
-        wrapped.zero_grad(set_to_none=True)  # drops the rows of the step before
         task.loss(wrapped(inputs), targets).sum().backward()
         rows: dict[str, Tensor] = {name: p.grad_sample for name, p in params.items()}  # type: ignore[attr-defined]
+        for p in params.values():
+            p.grad_sample = None  # type: ignore[attr-defined]
         return from_rows(rows, output, params, goal)
 
     return step
