@@ -6,6 +6,7 @@ import ctypes
 import gc
 import multiprocessing
 import resource
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +18,7 @@ PRELOADED = [
 ]  # fmt: skip
 SHARE_OF_MEMORY = 0.8  # of what is available; a method that needs more has failed
 M_MMAP_THRESHOLD = -3  # glibc's name for the size from which a block is returned to the system when freed
+PR_SET_PDEATHSIG = 1  # Linux's name for the signal that comes when the parent ends, so that nothing is left behind
 KIB = 1024
 
 _context = multiprocessing.get_context("forkserver")
@@ -52,6 +54,7 @@ def run(function: Callable[..., Any], *arguments: Any, time_limit: float) -> Any
 def _serve(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     limit = _kilobytes("/proc/self/status", "VmSize") + SHARE_OF_MEMORY * _kilobytes("/proc/meminfo", "MemAvailable")
     resource.setrlimit(resource.RLIMIT_AS, (int(limit * KIB), int(limit * KIB)))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     gc.freeze()  # what was imported is no garbage
     try:
         sender.send((True, function(*arguments)))

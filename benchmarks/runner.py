@@ -22,11 +22,12 @@ from benchmarks.methods import methods_for
 from benchmarks.probe import Probe, Setting, probe
 from benchmarks.processes import ProcessError
 from benchmarks.reference import Reference, make_reference
-from benchmarks.task import OUTPUTS, PLAIN
+from benchmarks.task import OURS, OUTPUTS, PLAIN
 from benchmarks.timing import host_seconds, spread, summary, time_methods
 from benchmarks.workloads import WORKLOADS
 
 Cell = dict[str, dict[str, Any]]  # by method
+HOPELESS = 1.0, 30.0  # seconds and plain steps, together, after which a rival is not timed again
 
 
 def measure_workload(
@@ -53,7 +54,8 @@ def measure_workload(
         }
         for output in missing:
             start = time.perf_counter()
-            cell, plain_seconds = measure_output(key, output, reference, path, setting, budget)
+            hopeless = HOPELESS[0] + HOPELESS[1] * (plain.seconds or 0)
+            cell, plain_seconds = measure_output(key, output, reference, path, setting, budget, hopeless)
             found.setdefault("outputs", {})[output] = cell
             found["plain"].setdefault("seconds", {})[output] = plain_seconds
             save()
@@ -61,15 +63,19 @@ def measure_workload(
 
 
 def measure_output(
-    key: str, output: str, reference: Reference, path: Path, setting: Setting, budget: float
+    key: str, output: str, reference: Reference, path: Path, setting: Setting, budget: float, hopeless: float
 ) -> tuple[Cell, list[float]]:
-    """One cell: every method tried alone, the right ones timed together. Also the seconds of the plain step."""
+    """One cell: every method tried alone, the right ones timed together. Also the seconds of the plain step.
+
+    A rival that takes more than `hopeless` seconds alone is not timed again.
+    """
     probes: dict[str, Probe] = {}
     for method in methods_for(output):
         print(f"\r  {OUTPUTS[output]}: {method.name:40}", end="", flush=True)
         probes[method.name] = probe(key, method.name, output, path, setting, limit=60 + budget)
     print(f"\r  {OUTPUTS[output]}: {'side by side':40}", end="\n", flush=True)
-    estimates = {name: p.seconds for name, p in probes.items() if p.status == "ok" and p.seconds is not None}
+    right = {name: p.seconds for name, p in probes.items() if p.status == "ok" and p.seconds is not None}
+    estimates = {name: seconds for name, seconds in right.items() if seconds < hopeless or name == OURS}
     cell: Cell = {name: vars(p) | {"seconds": None} for name, p in probes.items()}
     try:
         seconds = time_methods(key, output, estimates, reference.goal, setting, budget)
@@ -77,9 +83,14 @@ def measure_output(
         for name in estimates:
             cell[name] |= {"status": "failed", "reason": f"timed with the others: {error}"}
         return cell, []
-    for name in estimates:
-        cell[name] |= summary(seconds, name)
-    return cell, spread([s for s in seconds[PLAIN] if s is not None])
+    plain = spread([s for s in seconds[PLAIN] if s is not None])
+    for name, alone in right.items():
+        if name in estimates:
+            cell[name] |= summary(seconds, name)
+        else:
+            once = {"rounds": 1, "seconds": [alone] * 3, "ratio": [alone / plain[0]] * 3}
+            cell[name] |= once | {"reason": "timed once, alone"}
+    return cell, plain
 
 
 def table(key: str, output: str, found: dict[str, Any]) -> str:
@@ -101,7 +112,7 @@ def table(key: str, output: str, found: dict[str, Any]) -> str:
             speed = " | | "
         memory = " | " if m["peak_bytes"] is None else f"{m['peak_bytes'] / 1e6:.0f} | {_times(m, plain)}"
         error = "" if m["error"] is None else f"{m['error']:.0e}"
-        remark = "" if m["status"] == "ok" else f"{m['status']}: {m['reason']}"
+        remark = m["reason"] if m["status"] == "ok" else f"{m['status']}: {m['reason']}"
         lines.append(f"| {method} | {speed} | {memory} | {error} | {remark} |")
     return "\n".join(lines)
 
@@ -115,7 +126,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="workloads")
     parser.add_argument("--outputs", nargs="+", choices=OUTPUTS, default=list(OUTPUTS))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--seconds", type=float, default=12, help="to spend on timing each workload and output, about")
+    parser.add_argument("--seconds", type=float, default=8, help="to spend on timing each workload and output, about")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the machinery")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
     parser.add_argument("--file", type=Path, default=results.FOLDER / "cpu.json")
