@@ -235,7 +235,7 @@ def render(cpu: Mapping[str, Any], grown: Mapping[str, Any], swept: Mapping[str,
     return environment.get_template("page.html.j2").render(
         style=Markup(style),
         about=cpu.get("about", {}),
-        commits=sorted({w["commit"] for w in workloads.values()}),
+        commits=sorted({commit for w in workloads.values() for commit in w["commits"].values()}),
         workloads=workloads,
         outputs=OUTPUTS,
         ours=OURS,

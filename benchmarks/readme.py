@@ -24,9 +24,10 @@ BEGIN, END = "<!-- begin of the figures from benchmarks/readme.py -->\n", "<!-- 
 def block(found: Mapping[str, Any]) -> str:
     """The sentence on how it was measured, and a line for each workload."""
     about, workloads = found["about"], found["workloads"]
+    torch = about["versions"]["torch"]
     lines = [
         "Medians of the ratio to the plain step (forward and backward of the summed losses), in brackets the fastest",
-        f"exact rival's; float32, torch {about['versions']['torch']}, {about['threads']} threads of {about['machine']}:",
+        f"exact rival's; float32, torch {torch}, {about['threads']} threads of {about['machine']}:",
         "",
         f"| workload | {' | '.join(OUTPUTS.values())} | first call |",
         "|---" * (len(OUTPUTS) + 2) + "|",

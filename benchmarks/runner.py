@@ -48,16 +48,16 @@ def measure_workload(
             "title": WORKLOADS[key].title,
             "n_examples": len(task),
             "n_parameters": sum(p.numel() for p in task.model.parameters()),
-            "plain": {"peak_bytes": plain.peak_bytes},
+            "plain": {"seconds": {}} | found.get("plain", {}) | {"peak_bytes": plain.peak_bytes},
             "host": host_seconds(key),
-            "commit": results.commit(),
         }
         for output in missing:
             start = time.perf_counter()
             hopeless = HOPELESS[0] + HOPELESS[1] * (plain.seconds or 0)
             cell, plain_seconds = measure_output(key, output, reference, path, setting, budget, hopeless)
             found.setdefault("outputs", {})[output] = cell
-            found["plain"].setdefault("seconds", {})[output] = plain_seconds
+            found["plain"]["seconds"][output] = plain_seconds
+            found.setdefault("commits", {})[output] = results.commit()
             save()
             print(table(key, output, found), f"({time.perf_counter() - start:.0f} s)", flush=True)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-
 from benchmarks import counting, page, readme, results, sweep
 from benchmarks.methods import METHODS
 from benchmarks.ours import FIRST
@@ -17,6 +18,7 @@ from benchmarks.reference import TINY_TOLERANCE, TOLERANCE, Reference, make_refe
 from benchmarks.task import OURS, OUTPUTS, PLAIN, Goal
 from benchmarks.timing import rounds_for, side_by_side, summary
 from benchmarks.workloads import WORKLOADS
+
 from tests.reference import flat, rows_by_loop
 
 pytestmark = [  # PyTorch's, from what the rivals use
@@ -25,6 +27,7 @@ pytestmark = [  # PyTorch's, from what the rivals use
     pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching"),
 ]
 
+ROOT = Path(__file__).parents[1]
 STRUCTURES = ["mlp-32", "cnn", "resnet", "gpt-64", "lstm", "embedding"]  # the others differ from these in sizes only
 NEED_NO_RIVAL = [OURS, FIRST, "plain loop", "vmap(grad)", "vmap(grad), chunks of 8", "jvp", "double backward"]
 
@@ -135,7 +138,7 @@ def made_up() -> dict:
         "n_parameters": 100,
         "plain": {"peak_bytes": 1_000_000, "seconds": {"norms": [0.0125, 0.012, 0.013]}},
         "host": {"call": 0.002, "backward": 0.001},
-        "commit": "abc",
+        "commits": {"norms": "abc"},
         "outputs": {"norms": cell},
     }
     return {"about": results.about(2), "workloads": {"a": workload, "b": workload | {"title": "made up too"}}}
@@ -152,7 +155,7 @@ def test_the_page_shows_everything() -> None:
     axis = [{"value": v, "seconds": seconds if v < 4 else {}, "reason": "" if v < 4 else "too slow"} for v in (1, 2, 4)]
     grown = {"axes": {"b": axis}, "base": {"b": 1, "t": 2, "width": 3, "depth": 4, "vocabulary": 5}}
     text = page.render(made_up(), grown, swept)
-    for shown in ("made up too", "Opacus hooks", "not within rounding", "no &lt;tag&gt;", "too slow", "0.8", "2×"):
+    for shown in ("made up too", "Opacus hooks", "not within rounding", "no &lt;tag&gt;", "too slow", "0.8", "1.6 (2"):
         assert shown in text, shown
     charts = [part.split("</svg>")[0] for part in text.split("<svg")[1:]]
     assert len(charts) == 5 + 2 + 1 + 4
@@ -177,6 +180,24 @@ def test_results_are_replaced_whole(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         results.write(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == results.read(path) == {"a": 1}
+
+
+@pytest.mark.long
+def test_a_run_keeps_its_lines_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+    command = [sys.executable, "-m", "benchmarks.runner", "--tiny", "--threads", "1", "--seconds", "0.1"]
+    command += ["--only", "lstm", "--file", str(path), "--outputs"]
+    subprocess.run([*command, "dot"], cwd=ROOT, check=True)
+    dot = results.read(path)["workloads"]["lstm"]["outputs"]["dot"]
+    assert set(dot) == {m.name for m in METHODS if "dot" in m.outputs}
+    assert dot[OURS]["status"] == dot["jvp"]["status"] == "ok"
+    assert all(m["status"] == "ok" or m["reason"] for m in dot.values())
+    done = subprocess.run([*command, "dot", "norms"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert OUTPUTS["norms"] in done.stdout
+    assert OUTPUTS["dot"] not in done.stdout
+    workload = results.read(path)["workloads"]["lstm"]
+    assert workload["outputs"]["dot"] == dot
+    assert set(workload["plain"]["seconds"]) == {"dot", "norms"}
 
 
 def test_weights_of_clipping() -> None:
