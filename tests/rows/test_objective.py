@@ -194,3 +194,20 @@ def test_rows_of_token_losses_are_those_of_the_sentences() -> None:
     rows = rows_by_grad(losses, trainable(model))
     expected = torch.cat([r.flatten(1) for r in rows.values()], 1).norm(dim=1)
     torch.testing.assert_close(rg.grad_norms(losses, model), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_are_handed_over_and_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    places: dict[str, int] = {}
+    original = rg.Jacobian._gradients
+
+    def watched(self: rg.Jacobian, *args: object, **options: object) -> dict[str, Tensor]:
+        found = original(self, *args, **options)
+        places.update({name: g.data_ptr() for name, g in found.items()})
+        return found
+
+    monkeypatch.setattr(rg.Jacobian, "_gradients", watched)
+    model = nn.Linear(3, 4)
+    for backward in (lambda J: J.backward(0.5), lambda J: J.loss(0.5).backward()):
+        model.zero_grad(set_to_none=True)
+        backward(rg.jacobian(model(torch.randn(5, 3)).square().sum(1), model))
+        assert places == {name: p.grad.data_ptr() for name, p in model.named_parameters() if p.grad is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, overload
@@ -24,7 +24,7 @@ from rowgrad.rows.placement import Place, settle
 from rowgrad.rows.plan import Plan, make_plan
 from rowgrad.rows.push import push
 from rowgrad.rows.rules import RULES
-from rowgrad.rows.site import Rule
+from rowgrad.rows.site import Cotangents, Rule
 from rowgrad.tape import Tape
 
 _warned: set[tuple] = set()  # one warning per graph, not per step
@@ -240,14 +240,16 @@ class _Reading:
     def jacobian(self, retain_graph: bool, general_bytes: int) -> Jacobian:
         if self.plan is None:
             return self._finished({}, None, Explanation([]))
-        edges = self.plan.edges(self.tape)
-        keep = retain_graph or self.plan.needs_graph
+        forms: dict[Use, Form] = {}
+
+        def take(use: Use, form: Form | None) -> None:
+            if form is not None:
+                forms[use] = form
+
         with _grad_untouched(self.parameters):
-            cotangents = self.tape.cotangents(edges, self.seed, retain_graph=keep)
-            found = dict(zip(edges, cotangents, strict=True))
-            forms = self._forms(found)
+            left = self.read(retain_graph, take)
             by_leaf = self._direct(forms)
-            general = self._general(self._pushed(forms, by_leaf, general_bytes), found)
+            general = self._general(self._pushed(forms, by_leaf, general_bytes), left)
             general = general and self._without_scalars(general, by_leaf)
             if general is not None and general.bytes(self.parameters.by_name) <= general_bytes:
                 self._write_out(general, by_leaf)
@@ -255,6 +257,30 @@ class _Reading:
         explanation = self._explanation(forms)
         self._warn_if_slow(explanation)
         return self._finished(by_leaf, general, explanation)
+
+    def read(self, retain_graph: bool, take: Callable[[Use, Form | None], None]) -> dict[int, Cotangents]:
+        """The pass. Hands over the form at each use with a recipe as soon as its cotangents arrive.
+
+        Returns the cotangents of the nodes where other uses are.
+        """
+        assert self.plan is not None
+        recipes, uses = self.plan.recipes, self.plan.by_node
+        waiting: dict[int, Cotangents] = {}
+
+        def arrived(node: int, cotangents: Cotangents) -> None:
+            for use in uses[node]:
+                if use not in recipes or recipes[use].needs_graph:
+                    waiting[node] = cotangents  # a node called during the pass answers only what the pass asks
+                else:
+                    take(use, self._form(use, cotangents))
+
+        keep = retain_graph or self.plan.needs_graph
+        self.tape.stream(self.plan.edges(self.tape), self.seed, arrived, retain_graph=keep)
+        for node, cotangents in waiting.items():
+            for use in uses[node]:
+                if use in recipes and recipes[use].needs_graph:
+                    take(use, self._form(use, cotangents))
+        return {node: z for node, z in waiting.items() if any(use not in recipes for use in uses[node])}
 
     @staticmethod
     def _write_out(general: GeneralPath, by_leaf: dict[int, list[tuple[Form, Place]]]) -> None:
@@ -285,15 +311,9 @@ class _Reading:
 
     def streamed_norms(self, retain_graph: bool) -> Jacobian:
         """Norms alone, each use read as its cotangent arrives; only where every use has a recipe."""
-        assert self.plan is not None
         waiting = _Arrivals(self)
         with _grad_untouched(self.parameters):
-            self.tape.stream(
-                self.plan.edges(self.tape),
-                self.seed,
-                waiting.arrived,
-                retain_graph=retain_graph or self.plan.needs_graph,
-            )
+            self.read(retain_graph, waiting.take)
         return Jacobian.of_norms(self.losses, self.parameters, waiting.finished())
 
     def _finished(
@@ -307,12 +327,12 @@ class _Reading:
         streamed = {self.leaves[leaf] for leaf in general.reached()} if general is not None else set()
         return Jacobian(self.losses, self.parameters, Blocks(blocks, general, streamed), explanation)
 
-    def form(self, use: Use, cotangents: Sequence[Tensor | None]) -> Form | None:
+    def _form(self, use: Use, cotangents: Cotangents) -> Form | None:
         """The rows at one use, still in units of the scaled losses; None where nothing arrived."""
         assert self.plan is not None
-        if all(z is None for z in cotangents):
-            return None
-        return self.plan.recipes[use].build(cotangents)
+        recipe = self.plan.recipes[use]
+        self.plan.recipes[use] = recipe.without_build()
+        return None if all(z is None for z in cotangents) else recipe.build(cotangents)
 
     def placed(self, form: Form, place: Place) -> tuple[Form, Place]:
         """Back in units of the losses, turned to the parameter's own order."""
@@ -320,14 +340,6 @@ class _Reading:
             unit = torch.full((self.n_examples,), 1 / self.loss_scale, dtype=torch.float64, device=self.seed.device)
             form = form.scaled(unit)
         return settle(form, place)
-
-    def _forms(self, found: Mapping[Edge, Tensor | None]) -> dict[Use, Form]:
-        assert self.plan is not None
-        forms = {use: self.form(use, self._cotangents(use.node, found)) for use in self.plan.recipes}
-        return {use: form for use, form in forms.items() if form is not None}
-
-    def _cotangents(self, node: int, found: Mapping[Edge, Tensor | None]) -> list[Tensor | None]:
-        return [found.get((node, nr)) for nr in range(self.tape.nodes[node].n_outputs)]
 
     def _direct(self, forms: Mapping[Use, Form]) -> dict[int, list[tuple[Form, Place]]]:
         """Forms of uses that see a strided part of a parameter, by leaf."""
@@ -349,14 +361,14 @@ class _Reading:
             by_leaf.setdefault(place.leaf, []).append(self.placed(form, place))
         return left
 
-    def _general(self, seeds: list[tuple[Edge, Form]], found: Mapping[Edge, Tensor | None]) -> GeneralPath | None:
+    def _general(self, seeds: list[tuple[Edge, Form]], left: Mapping[int, Cotangents]) -> GeneralPath | None:
         """Everything else, or None where there is nothing else."""
         assert self.plan is not None
-        masked: dict[int, tuple[list[int], list[Tensor | None]]] = {}
-        for use in self.plan.uses:
-            cotangents = self._cotangents(use.node, found)
-            if use not in self.plan.recipes and any(z is not None for z in cotangents):
-                masked.setdefault(use.node, ([], cotangents))[0].append(use.slot)
+        masked = {
+            node: ([use.slot for use in self.plan.by_node[node] if use not in self.plan.recipes], list(cotangents))
+            for node, cotangents in left.items()
+            if any(z is not None for z in cotangents)
+        }
         if not seeds and not masked:
             return None
         ownership = self.plan.ownership
@@ -467,30 +479,17 @@ class _Arrivals:
     def __init__(self, reading: _Reading) -> None:
         assert reading.plan is not None
         self._reading = reading
-        self._uses: dict[int, list[Use]] = {}
         self._open: dict[int, int] = {}
         self._parts: dict[int, list[tuple[Form, Place]]] = {}
-        self._later: list[tuple[Use, Sequence[Tensor | None]]] = []
         self._seeds: dict[Use, Form] = {}
         self._sq_norms: dict[str, Tensor] = {}
-        for use in reading.plan.recipes:
-            self._uses.setdefault(use.node, []).append(use)
         for place in reading.plan.places.values():
             self._open[place.leaf] = self._open.get(place.leaf, 0) + 1
         for leaf in reading.held():
             self._open[leaf] = self._open.get(leaf, 0) + 1  # closed at the end
 
-    def arrived(self, node: int, cotangents: Sequence[Tensor | None]) -> None:
+    def take(self, use: Use, form: Form | None) -> None:
         assert self._reading.plan is not None
-        for use in self._uses[node]:
-            if self._reading.plan.recipes[use].needs_graph:
-                self._later.append((use, cotangents))  # a node called during the pass answers only what the pass asks
-            else:
-                self._take(use, cotangents)
-
-    def _take(self, use: Use, cotangents: Sequence[Tensor | None]) -> None:
-        assert self._reading.plan is not None
-        form = self._reading.form(use, cotangents)
         if use not in self._reading.plan.places:
             if form is not None:
                 self._seeds[use] = form
@@ -508,8 +507,6 @@ class _Arrivals:
         self._sq_norms[name] = block.sq_norms()
 
     def finished(self) -> dict[str, Tensor]:
-        for use, cotangents in self._later:
-            self._take(use, cotangents)
         for leaf, parts in self._reading.pushed_down(self._seeds).items():
             self._parts.setdefault(leaf, []).extend(parts)
         for leaf, n_open in self._open.items():

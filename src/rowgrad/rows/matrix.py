@@ -209,20 +209,24 @@ class Jacobian:
         Args:
             c: a number, shape (B,), or {parameter or module: (B,)} for weights that differ by layer.
         """
-        blocks = self._live()
-        weights = self._weights(c)
-        found = {
-            name: block.weighted_sum(weights[name])
-            for name, block in blocks.by_name.items()
-            if name not in blocks.general_names
-        }
+        return self._weighted_sum(c, spend=False)
+
+    def _weighted_sum(self, c: Any, *, spend: bool) -> dict[str, Tensor]:
+        """`spend`: the factors of each parameter are freed once its sum is there."""
+        blocks, weights = self._live(), self._weights(c)
         streamed = list(blocks.general_names)
+        found = {n: torch.zeros_like(self._parameters.by_name[n], dtype=blocks.by_name[n].dtype) for n in streamed}
         if streamed:
-            totals = {n: torch.zeros_like(self._parameters.by_name[n], dtype=blocks.by_name[n].dtype) for n in streamed}
             for j, rows in enumerate(self._streamed_rows(streamed)):
                 for n in streamed:
-                    totals[n] += weights[n][j] * rows[n]
-            found |= totals
+                    found[n] += weights[n][j] * rows[n]
+        if spend:
+            self._blocks = None
+        for name in self.names:
+            if name not in found:
+                block = blocks.by_name.pop(name) if spend else blocks.by_name[name]
+                found[name] = block.weighted_sum(weights[name])
+                del block
         return {name: found[name].to(self._parameters.by_name[name].dtype) for name in self.names}
 
     def _weights(self, c: Any) -> dict[str, Tensor]:
@@ -494,12 +498,13 @@ class Jacobian:
         Raises:
             NonFiniteError: with nonfinite="raise", naming the examples.
         """
-        gradients = self._gradients(c, nonfinite, transform)
-        if not retain:
-            self._blocks = None
-        present = [(self._parameters.by_name[n], g) for n, g in gradients.items()]
-        if present:
-            torch.autograd.backward([p for p, _ in present], [g for _, g in present])
+        found = self._gradients(c, nonfinite, transform, spend=not retain)
+
+        def handed_over(_: Tensor) -> list[Tensor | None]:
+            """None is left here: a gradient that somebody else holds would be copied."""
+            return [found.pop(name, None) for name in self.names]
+
+        weighted_rows(handed_over, self._losses.new_zeros(()), list(self._parameters.by_name.values())).backward()
 
     def loss(self, c: Any, *, nonfinite: str = "propagate", retain: bool = False) -> Tensor:
         """A scalar with value and parameter gradient of `(c.detach() * losses).sum()`.
@@ -518,9 +523,7 @@ class Jacobian:
 
         def gradients(upstream: Tensor) -> list[Tensor | None]:
             scaled = {name: w * upstream for name, w in weights.items()}
-            found = self._gradients(scaled, nonfinite, None)
-            if not retain:
-                self._blocks = None
+            found = self._gradients(scaled, nonfinite, None, spend=not retain)
             return [found.get(name) for name in self.names]
 
         return weighted_rows(gradients, value.to(self._dtype), list(self._parameters.by_name.values()))
@@ -530,7 +533,7 @@ class Jacobian:
         return list(dict.fromkeys(self._parameters.resolve(key)))
 
     @_product
-    def _gradients(self, c: Any, nonfinite: str, transform: Any) -> dict[str, Tensor]:
+    def _gradients(self, c: Any, nonfinite: str, transform: Any, *, spend: bool) -> dict[str, Tensor]:
         """Weighted sums of the parameters that the graph reaches."""
         if nonfinite not in ("raise", "zero", "propagate"):
             raise ValueError(f'nonfinite={nonfinite!r}: expected "raise", "zero" or "propagate"')
@@ -551,7 +554,9 @@ class Jacobian:
             source = source._transformed(transform)
         blocks = source._live()
         reached = {n for n, b in blocks.by_name.items() if not b.is_absent} | blocks.general_names
-        return {n: g for n, g in source.weighted_sum(c).items() if n in reached}
+        if spend and source is not self:
+            self._blocks = None
+        return {n: g for n, g in source._weighted_sum(c, spend=spend).items() if n in reached}
 
     def _transformed(self, transform: Any) -> Jacobian:
         blocks = self._live()

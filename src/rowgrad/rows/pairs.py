@@ -161,7 +161,7 @@ def _gram_by_positions(f: Outer, g: Outer) -> Tensor:
         columns = slice(0, piece.stop) if g is f else slice(None)
         products = [_rows_of(x[piece]) @ _rows_of(y[columns]).mT for x, y in zip(_sides(f), _sides(g), strict=True)]
         both = products[0].mul_(products[1]).sum(0)
-        found[piece, columns] = both.reshape(len(f.left[piece]), t, -1, s).sum((1, 3))
+        found[piece, columns] = both.reshape(len(f.left[piece]), t, len(g.left[columns]), s).sum((1, 3))
     if g is f:
         return found.tril() + found.tril(-1).T
     return found

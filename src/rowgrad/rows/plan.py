@@ -14,6 +14,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -61,9 +62,20 @@ class Plan:
     def uses(self) -> list[Use]:
         return self.ownership.frontier.uses
 
+    @cached_property
+    def by_node(self) -> dict[int, list[Use]]:
+        found: dict[int, list[Use]] = {}
+        for use in self.uses:
+            found.setdefault(use.node, []).append(use)
+        return found
+
     def edges(self, tape: Tape) -> list[Edge]:
-        nodes = sorted({use.node for use in self.uses})
-        return [(i, nr) for i in nodes for nr in range(tape.nodes[i].n_outputs) if tape.nodes[i].is_traced(nr)]
+        return [
+            (i, nr)
+            for i in sorted(self.by_node)
+            for nr in range(tape.nodes[i].n_outputs)
+            if tape.nodes[i].is_traced(nr)
+        ]
 
     @property
     def is_ruled(self) -> bool:
@@ -71,14 +83,12 @@ class Plan:
         return all(use in self.recipes for use in self.uses)
 
     @property
-    def is_direct(self) -> bool:
-        """Whether every use has a recipe and sees a strided part of one parameter."""
-        return all(use in self.recipes and use in self.places for use in self.uses)
-
-    @property
     def needs_graph(self) -> bool:
-        """Whether nodes are called after the pass, so that their saved tensors must outlive it."""
-        return not self.is_direct or any(r.needs_graph for r in self.recipes.values())
+        """Whether nodes that the pass executes are called after it, so that their saved tensors must outlive it.
+
+        Below the uses the pass executes nothing, and what is not executed keeps its tensors.
+        """
+        return not self.is_ruled or any(r.needs_graph for r in self.recipes.values())
 
 
 _kept: OrderedDict[tuple, _Kept] = OrderedDict()

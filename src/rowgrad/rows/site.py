@@ -28,6 +28,14 @@ class Recipe:
     route: str  # one word for `explain`
     needs_graph: bool = False  # calls the node, so its saved tensors must outlive the pass
 
+    def without_build(self) -> Recipe:
+        """What is left to tell once the form is made; `build` holds what the node saved."""
+        return Recipe(_spent, self.route, self.needs_graph)
+
+
+def _spent(cotangents: Cotangents) -> Form:
+    raise AssertionError("bug in rowgrad, please report: a form was asked for twice")
+
 
 @dataclass(frozen=True)
 class Site:
