@@ -289,12 +289,12 @@ class Outer:
     @staticmethod
     def _through(side: Tensor, matrix: Tensor) -> Tensor:
         """side (B, G, T, a) times matrix (G, a, b), the matrix read once."""
-        b, g, t, a = side.shape
+        (b, g, t, a), c = side.shape, matrix.shape[2]
         if g == 1 and _time_first(side):
-            return (side.transpose(0, 2).reshape(t * b, a) @ matrix[0]).reshape(t, 1, b, -1).transpose(0, 2)
+            return (side.transpose(0, 2).reshape(t * b, a) @ matrix[0]).reshape(t, 1, b, c).transpose(0, 2)
         if g == 1:
-            return (side.reshape(b * t, a) @ matrix[0]).reshape(b, 1, t, -1)
-        return (side.transpose(0, 1).reshape(g, b * t, a) @ matrix).reshape(g, b, t, -1).transpose(0, 1)
+            return (side.reshape(b * t, a) @ matrix[0]).reshape(b, 1, t, c)
+        return (side.transpose(0, 1).reshape(g, b * t, a) @ matrix).reshape(g, b, t, c).transpose(0, 1)
 
     def dense(self) -> Tensor:
         return self.form().reshape(self.n_examples, *self.shape)

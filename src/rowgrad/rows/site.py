@@ -130,7 +130,12 @@ def summand(site: Site, scale: str | None = None, sign: int = 1) -> Recipe | Non
     if reduce is None:
         return None
     factor = sign * (scalar(site.node.attribute(scale)) if scale else 1)
-    return Recipe(lambda cotangents: Dense(factor * reduce(wide(only(cotangents)))), "sum")
+
+    def build(cotangents: Cotangents) -> Form:
+        found = reduce(wide(only(cotangents)))
+        return Dense(found if factor == 1 else factor * found)
+
+    return Recipe(build, "sum")
 
 
 def reduce_broadcast(
