@@ -27,7 +27,7 @@ from benchmarks.timing import host_seconds, spread, summary, time_methods
 from benchmarks.workloads import WORKLOADS
 
 Cell = dict[str, dict[str, Any]]  # by method
-HOPELESS = 3.0, 50.0  # seconds and plain steps, together, after which a rival is not timed again
+HOPELESS = 0.5, 20.0  # seconds and plain steps, together, after which a rival is not timed again
 
 
 def measure_workload(
