@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rowgrad.rows.ownership import MIXED, Edge, Layout
 from rowgrad.rows.placement import VIEWS
@@ -22,8 +23,7 @@ from rowgrad.tape import Node, Tape
 _READS_MORE = re.compile("Index|Gather|Embedding|Scatter|Masked|Where|Take|Nll|Put")
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """A slot of an untainted node whose gradient goes to `target`, a tainted node or a leaf."""
 
     node: int

@@ -518,11 +518,12 @@ class Jacobian:
         """
         weights = self._weights(c)
         self._live()
-        average = sum_of(weights.values()) / len(weights)
+        shared = len({id(w) for w in weights.values()}) == 1
+        average = weights[self.names[0]] if shared else sum_of(weights.values()) / len(weights)
         value = torch.where(average == 0, 0.0, average * self._losses.to(average.dtype)).sum()
 
         def gradients(upstream: Tensor) -> list[Tensor | None]:
-            scaled = {name: w * upstream for name, w in weights.items()}
+            scaled = average * upstream if shared else {name: w * upstream for name, w in weights.items()}
             found = self._gradients(scaled, nonfinite, None, spend=not retain)
             return [found.get(name) for name in self.names]
 
