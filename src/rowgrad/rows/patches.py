@@ -32,6 +32,7 @@ from rowgrad.rows.factors import CANCELLATION, CHUNK_BYTES, KEEP_BYTES, Dense, O
 from rowgrad.rows.pairs import GRAM, gram, product
 
 CACHE_BYTES = 4 * 2**20  # temporaries of one step on a CPU, so that they stay near it
+FOLDED_BYTES = 2 * 2**20  # rows formed by one backward of a weight; of twice as many it may take three times as long
 # Measured on a CPU, in multiply-adds of a formed row: one of the Gram route, one added entry of a shifted Gram matrix,
 # and one entry of a formed row besides its multiply-adds.
 GRAM_WEIGHT = 3
@@ -150,7 +151,7 @@ class Convolved:
         if self._formed is not None or (not self._folds and self.formed_bytes <= KEEP_BYTES):
             return energies(self.form())
         found = self.x.new_empty(self.n_examples)
-        for s in self._pieces(self.shape.numel() * self.x.element_size()):
+        for s in self._pieces(self.shape.numel() * self.x.element_size(), FOLDED_BYTES if self._folds else None):
             found[s] = energies(self._folded(self.x[s], self.y[s]) if self._folds else self._rows(self.x[s], self.y[s]))
         return found
 
@@ -208,7 +209,7 @@ class Convolved:
     def _rows(self, x: Tensor, y: Tensor) -> Tensor:
         found = x.new_empty(len(x), *self.shape)
         if self._folds:
-            for s in self._pieces(self.shape.numel() * x.element_size()):
+            for s in self._pieces(self.shape.numel() * x.element_size(), FOLDED_BYTES):
                 found[s] = self._folded(x[s], y[s])
             return found
         _, groups, t, _, b = self.sizes
