@@ -148,12 +148,15 @@ class _Proof:
 
     def confirmed(self, inferred: Mapping[Edge, Axis]) -> tuple[dict[Edge, Axis], dict[Edge, Layout]]:
         """What is settled by structure and confirmed by numbers, nothing if they contradict; and what surely mixes."""
-        edges = self._edges(inferred)
-        found = self.prover.look(edges, inferred)
-        mixed = {e: layout for e, layout in found.items() if layout is MIXED}
-        if any(e in inferred for e in mixed):
-            return {}, {}
-        return {e: axis for e, axis in inferred.items() if found.get(e, axis) == axis}, mixed
+        settled = dict(inferred)
+        found: dict[Edge, Layout | None] = {}
+        while edges := [e for e in self._edges(settled) if e not in found]:  # again where a zero settles nothing
+            found |= self.prover.look(edges, settled)
+            if any(layout is MIXED and e in settled for e, layout in found.items()):
+                return {}, {}
+            found |= {e: None for e in edges if e not in found}
+            settled = {e: axis for e, axis in settled.items() if found.get(e, axis) == axis}
+        return settled, {e: MIXED for e, layout in found.items() if layout is MIXED}
 
     def ownership(self, settled: Mapping[Edge, Axis], known: Mapping[Edge, Layout] = MappingProxyType({})) -> Ownership:
         """Prove the layout of every edge that matters and is neither settled nor known, and find the uses."""
