@@ -27,20 +27,20 @@ SOURCE = ROOT / "src"
 MAY_IMPORT = {
     "errors":           set(),
     "tape":             {"errors"},
+    "parameters":       {"errors"},
     "rows.factors":     {"errors"},
     "rows.explain":     {"errors"},
-    "rows.parameters":  {"errors"},
     "rows.ownership":   {"errors", "tape"},
     "rows.pairs":       {"errors", "rows.factors"},
     "rows.placement":   {"errors", "tape", "rows.factors"},
     "rows.structure":   {"errors", "tape", "rows.ownership"},
     "rows.frontier":    {"errors", "tape", "rows.ownership", "rows.placement"},
-    "rows":             {"errors", "tape"},
-    "graph":            {"errors", "tape"},
-    "curvature":        {"errors", "tape"},
-    "checking":         {"errors", "tape", "graph", "rows"},
-    "diagnosis":        {"errors", "tape", "graph", "rows", "curvature"},
-    "optim":            {"errors", "tape", "rows", "curvature"},
+    "rows":             {"errors", "tape", "parameters"},
+    "graph":            {"errors", "tape", "parameters"},
+    "curvature":        {"errors", "tape", "parameters"},
+    "checking":         {"errors", "tape", "parameters", "graph", "rows"},
+    "diagnosis":        {"errors", "tape", "parameters", "graph", "rows", "curvature"},
+    "optim":            {"errors", "tape", "parameters", "rows", "curvature"},
     "data":             {"errors"},
     "uses":             {"errors", "rows", "data"},
     "training":         {"errors", "rows", "data", "curvature", "optim", "diagnosis", "uses"},
@@ -244,8 +244,8 @@ def test_every_kind_of_import_is_seen():
 import torch.nn as nn, rowgrad.tape
 from rowgrad import errors, jacobian
 from rowgrad.tape import Tape
-from . import parameters
-from .parameters import named
+from . import factors
+from .factors import named
 from .. import errors as e
 def f():
     from ..tape import Tape
@@ -261,8 +261,8 @@ def f():
         ("rowgrad.errors", False, False),
         ("rowgrad", False, False),
         ("rowgrad.tape", False, False),
-        ("rowgrad.rows.parameters", False, False),
-        ("rowgrad.rows.parameters", False, False),
+        ("rowgrad.rows.factors", False, False),
+        ("rowgrad.rows.factors", False, False),
         ("rowgrad.errors", False, False),
         ("rowgrad.tape", True, False),
         ("rowgrad.data", True, True),

@@ -2,6 +2,9 @@
 
 from rowgrad.checking import check_rows
 from rowgrad.errors import RowgradError, RowgradWarning
+from rowgrad.graph.flow import Flow
+from rowgrad.graph.graph import Graph
+from rowgrad.graph.scopes import trace
 from rowgrad.rows.build import grad_norms, jacobian
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.objective import clip_weights, clipped_loss, per_example
@@ -11,6 +14,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RULES",
+    "Flow",
+    "Graph",
     "Jacobian",
     "RowgradError",
     "RowgradWarning",
@@ -20,4 +25,5 @@ __all__ = [
     "grad_norms",
     "jacobian",
     "per_example",
+    "trace",
 ]

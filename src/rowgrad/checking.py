@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from rowgrad.errors import NonFiniteError
+from rowgrad.parameters import Parameters, Params, named
 from rowgrad.rows.build import check_losses, jacobian
 from rowgrad.rows.matrix import Jacobian
-from rowgrad.rows.parameters import Parameters, Params, named
 from rowgrad.rows.rules import RULES
 from rowgrad.rows.site import Rule
 from rowgrad.tape import Node, Tape

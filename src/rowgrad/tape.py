@@ -53,6 +53,11 @@ class Node:
         return isinstance(self.fn, _PYTHON_NODE)
 
     @property
+    def time(self) -> int:
+        """When the operation was recorded: a count within its thread; leaves carry the largest number."""
+        return self.fn._sequence_nr()
+
+    @property
     def n_outputs(self) -> int:
         return len(self.fn._input_metadata)
 
@@ -136,20 +141,24 @@ def _hashable(value: Any) -> Any:
 
 
 class Tape:
-    """The graph behind `output`, as a list of nodes, each before the nodes its gradients go to."""
+    """The graph behind one output or several, as a list of nodes, each before the nodes its gradients go to."""
 
-    def __init__(self, output: Tensor) -> None:
-        self.root = (output.grad_fn, output.output_nr)
+    def __init__(self, output: Tensor, *others: Tensor) -> None:
         self.output = output
-        order = _topological_order(output.grad_fn)
-        index = {fn: i for i, fn in enumerate(order)}
-        self.nodes = [_node(fn, i, index) for i, fn in enumerate(order)]
-        self.root_slot = (index[output.grad_fn], output.output_nr)
+        order = _topological_order(list(dict.fromkeys(o.grad_fn for o in (output, *others))))
+        self._index = {fn: i for i, fn in enumerate(order)}
+        self.nodes = [_node(fn, i, self._index) for i, fn in enumerate(order)]
+        self.root_slot = (self._index[output.grad_fn], output.output_nr)
         self._shared: dict[Any, Any] = {}
         self.leaves = {id(node.variable): node.index for node in self.nodes if node.is_leaf}
 
     def __len__(self) -> int:
         return len(self.nodes)
+
+    def edge_of(self, tensor: Tensor) -> tuple[int, int] | None:
+        """(node index, output number) of a tensor of this graph, None for any other."""
+        index = self.leaves.get(id(tensor)) if tensor.grad_fn is None else self._index.get(tensor.grad_fn)
+        return None if index is None else (index, tensor.output_nr)
 
     def shared(self, key: Any, make: Callable[[], _T]) -> _T:
         """Something made once for several uses of one node, dropped with the tape."""
@@ -329,10 +338,23 @@ def _node(fn: Any, index: int, index_of: Mapping[Any, int]) -> Node:
     )
 
 
-def _topological_order(root: Any) -> list[Any]:
+def clock() -> int:
+    """The number that the next operation recorded by this thread will carry, see `Node.time`."""
+    return torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _topological_order(roots: Sequence[Any]) -> list[Any]:
     """Consumers before producers: reversed depth-first post-order, without recursion."""
     order: list[Any] = []
-    seen = {root}
+    seen: set[Any] = set()
+    for root in roots:
+        if root not in seen:
+            _append_post_order(root, seen, order)
+    return order[::-1]
+
+
+def _append_post_order(root: Any, seen: set[Any], order: list[Any]) -> None:
+    seen.add(root)
     stack: list[tuple[Any, Iterator[Any]]] = [(root, iter(root.next_functions))]
     while stack:
         fn, rest = stack[-1]
@@ -344,4 +366,3 @@ def _topological_order(root: Any) -> list[Any]:
         else:
             order.append(fn)
             stack.pop()
-    return order[::-1]

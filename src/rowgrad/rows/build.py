@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rowgrad.errors import NoGraphError, NotAVectorError, OpaqueGraphError, ParameterError, RowgradWarning
+from rowgrad.parameters import Parameters, Params, named
 from rowgrad.rows.block import Block
 from rowgrad.rows.explain import Entry, Explanation
 from rowgrad.rows.factors import Dense, Form, Multiples
@@ -19,7 +20,6 @@ from rowgrad.rows.frontier import Use
 from rowgrad.rows.general import GeneralPath
 from rowgrad.rows.matrix import Blocks, Jacobian
 from rowgrad.rows.ownership import Axis, Edge
-from rowgrad.rows.parameters import Parameters, Params, named
 from rowgrad.rows.placement import Place, settle
 from rowgrad.rows.plan import Plan, make_plan
 from rowgrad.rows.push import push

@@ -15,12 +15,12 @@ from rowgrad.errors import (
     NonFiniteError,
     StaleJacobianError,
 )
+from rowgrad.parameters import Parameters
 from rowgrad.rows.block import Block, sum_of
 from rowgrad.rows.explain import Explanation
 from rowgrad.rows.general import GeneralPath
 from rowgrad.rows.index import positions, shown
 from rowgrad.rows.loss import weighted_rows
-from rowgrad.rows.parameters import Parameters
 
 
 @dataclass

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowgrad.parameters import Params
 from rowgrad.rows.build import jacobian
-from rowgrad.rows.parameters import Params
 
 logger = logging.getLogger("rowgrad")
 

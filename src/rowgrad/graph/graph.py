@@ -1,0 +1,84 @@
+"""`Graph`: the computational graph of a live loss, to be looked at, swept and asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rowgrad.errors import GraphError
+from rowgrad.graph.flow import Flow
+from rowgrad.graph.sweep import Cotangents, sweep
+from rowgrad.graph.variables import Key, Variables
+from rowgrad.graph.vertices import Edge
+from rowgrad.tape import Node
+
+
+class Graph(Variables):
+    """The computational graph behind a loss: vector variables joined by local derivatives (Aggarwal 2018, ch. 3.2).
+
+    Reads the graph that the forward pass left behind; runs no hook, changes nothing, frees nothing. Make it before
+    `backward()`, or keep the graph with `retain_graph=True`.
+
+    Args:
+        loss: the output, of any shape; several as a sequence.
+        model: whose parameters give the names: a module, `optimizer.param_groups`, tensors or a mapping of names to
+            tensors; default None, then leaves have no names.
+        trace: what `rowgrad.trace` yielded for this forward pass; default None, then modules are inferred.
+    Attributes:
+        vertices: all variables, the loss first, each before those it was computed from.
+        parameters: {name: vertex} of those in the graph.
+        leaves: {name: tensor} of all parameters that `model` named, in its order, also those no path reaches.
+        outputs: (vertex index, output number) of each loss.
+    Raises:
+        NoGraphError: a loss has no graph: detached, under `no_grad`, or itself a parameter.
+
+    >>> import torch, rowgrad
+    >>> w = torch.tensor(2.0, requires_grad=True)
+    >>> graph = rowgrad.Graph((w * w).cos(), {"w": w})
+    >>> [v.name for v in graph.vertices]
+    ['after w: cos', 'w: mul', 'w']
+    >>> graph.backward()["w"]
+    tensor(3.0272)
+    """
+
+    def backward(self, seeds: Mapping[Key, Tensor] | None = None) -> Flow:
+        """S(i), the derivative of the losses with respect to every variable (eq. 4), by one sweep of our own.
+
+        Args:
+            seeds: {variable: tensor of its shape}. At a loss it replaces the seed of ones; at a variable inside the
+                graph it is added to what arrives there, which is how a penalty on hidden units enters.
+        Returns:
+            A `Flow`: the cotangent of each variable, gradients of parameters among them. Holds all of them: as much
+            memory as the activations.
+        Raises:
+            GraphError: a seed whose shape is not its variable's.
+            FreedGraphError: a backward pass freed the graph before.
+
+        Law: equal to `torch.autograd.grad` to rounding; hooks do not run.
+        """
+        found: dict[Edge, Tensor] = {}
+
+        def arrived(node: Node, own: list[Tensor | None]) -> None:
+            found.update({(node.index, nr): z for nr, z in enumerate(own) if z is not None})
+
+        sweep(self.tape, self._seeds(seeds or {}), Cotangents(self.tape), arrived)
+        return Flow(self, found)
+
+    def _seeds(self, given: Mapping[Key, Tensor]) -> dict[Edge, Tensor]:
+        seeds = {edge: self._ones(edge) for edge in self.outputs}
+        for key, seed in given.items():
+            edge = self.edge(key)
+            shape = self.vertices[edge[0]].shapes[edge[1]]
+            if seed.shape != shape:
+                raise GraphError(
+                    f"seed at {self.vertices[edge[0]].name}: shape {tuple(seed.shape)}, expected the variable's, "
+                    f"{tuple(shape)}"
+                )
+            seeds[edge] = seed.detach()
+        return seeds
+
+    def _ones(self, edge: Edge) -> Tensor:
+        node = self.tape.nodes[edge[0]]
+        return torch.ones(node.shape(edge[1]), dtype=node.dtype(edge[1]), device=node.device(edge[1]))

@@ -1,0 +1,93 @@
+"""One sweep in reverse topological order, for every quantity that adds up over paths.
+
+Note [one dynamic program]
+    Aggarwal's eq. 4, S(i) = sum over j of z(i, j) S(j), visits each variable once, after all that were computed from
+    it, and needs two operations of its values: to add them and to send one through an operation. With cotangents and
+    local derivatives it is backpropagation; with integers and the identity it counts paths; with the maximum in place
+    of the sum it finds the longest; with {label: cotangent} it splits the gradient by classes of paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from rowgrad.graph.vertices import Edge
+from rowgrad.tape import Node, Tape
+
+S = TypeVar("S")
+
+
+class Algebra(Protocol, Generic[S]):
+    """What a sweep does with its values."""
+
+    def add(self, a: S, b: S) -> S:
+        """Two values that meet at a variable."""
+        ...
+
+    def send(self, node: Node, own: Sequence[S | None]) -> Sequence[S | None]:
+        """From the values at an operation's outputs to those of each of its inputs."""
+        ...
+
+
+def sweep(
+    tape: Tape,
+    seeds: Mapping[Edge, S],
+    algebra: Algebra[S],
+    arrived: Callable[[Node, list[S | None]], None],
+    *,
+    needed: Collection[int] | None = None,
+) -> None:
+    """S at every variable that the seeds reach, each handed to `arrived` when it is complete.
+
+    Args:
+        seeds: values to start from, by (node index, output number). One at a variable inside the graph is added to
+            what arrives there.
+        arrived: called once for each node reached, with the value of each of its outputs.
+        needed: indices of the nodes to go through; default all.
+    """
+    inbox: dict[Edge, S] = {}
+    for node in tape.nodes:
+        own = [inbox.pop((node.index, nr), None) for nr in range(node.n_outputs)]
+        for nr in range(node.n_outputs):
+            if (node.index, nr) in seeds:
+                own[nr] = _joined(algebra, own[nr], seeds[node.index, nr])
+        if all(s is None for s in own) or (needed is not None and node.index not in needed):
+            continue
+        arrived(node, own)
+        if not node.is_leaf:
+            for target, s in zip(node.slots, algebra.send(node, own), strict=True):
+                if target is not None and s is not None:
+                    inbox[target] = _joined(algebra, inbox.get(target), s)
+
+
+def _joined(algebra: Algebra[S], a: S | None, b: S) -> S:
+    return b if a is None else algebra.add(a, b)
+
+
+class Cotangents:
+    """Backpropagation: cotangents, and the operations' own local derivatives."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def send(self, node: Node, own: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [_dense(z) for z in self.tape.local_gradients(node, own)]
+
+
+def _dense(z: Tensor | None) -> Tensor | None:
+    return z.to_dense() if z is not None and z.is_sparse else z
+
+
+def above(tape: Tape, wanted: Collection[int]) -> set[int]:
+    """The nodes on paths to the wanted ones, themselves included."""
+    needed = set(wanted)
+    for node in reversed(tape.nodes):
+        if any(t is not None and t[0] in needed for t in node.slots):
+            needed.add(node.index)
+    return needed
