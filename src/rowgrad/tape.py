@@ -73,7 +73,7 @@ class Node:
         return self.fn._input_metadata[output_nr].device
 
     def metadata(self) -> tuple:
-        return tuple((tuple(m.shape), m.dtype, m.device) for m in self.fn._input_metadata)
+        return tuple([(tuple(m.shape), m.dtype, m.device) for m in self.fn._input_metadata])
 
     def is_traced(self, output_nr: int) -> bool:
         """False for an output that is not a differentiable tensor and has no metadata worth reading."""
@@ -98,7 +98,8 @@ class Node:
 
     def attributes(self) -> tuple[tuple[str, Any], ...]:
         """All saved values that are not tensors: dims, sizes, flags, scalars."""
-        return tuple((name, _hashable(getattr(self.fn, name))) for name in _plain_attributes(type(self.fn)))
+        fn = self.fn
+        return tuple([(name, _hashable(getattr(fn, name))) for name in _plain_attributes(type(fn))])
 
     def attribute(self, name: str) -> Any:
         return getattr(self.fn, f"_saved_{name}")
@@ -120,23 +121,14 @@ def _plain_attributes(kind: type) -> tuple[str, ...]:
     return tuple(n for n in names if n.startswith("_saved_") and n not in tensors and n != "_saved_tensors")
 
 
+_PLAIN = (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
 def _hashable(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(_hashable(v) for v in value)
-    if isinstance(
-        value,
-        (
-            int,
-            bool,
-            str,
-            type(None),
-            torch.dtype,
-            torch.device,
-            torch.layout,
-            torch.memory_format,
-        ),
-    ):
+    if isinstance(value, _PLAIN):
         return value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
     return repr(value)
 
 

@@ -200,9 +200,8 @@ class Outer:
         """The same rows with the two sides exchanged; only for a plain matrix or a stack of them."""
         shape = torch.Size((*self.shape[:-2], self.shape[-1], self.shape[-2]))
         formed = None if self._formed is None else self._formed.transpose(-1, -2)
-        return replace(
-            self, left=self.right, right=self.left, shape=shape, cotangent_left=not self.cotangent_left, _formed=formed
-        )
+        turned = (self.right, self.left, shape, not self.cotangent_left)
+        return Outer(*turned, self.positions, self.cotangent_gram, formed, self._cancels)
 
     def chunks(self, bytes_per_example: int) -> Iterator[slice]:
         step = max(1, CHUNK_BYTES // max(1, bytes_per_example))
@@ -212,7 +211,7 @@ class Outer:
         """(B, G, a, b); kept for the next question while it is small enough."""
         if self._formed is not None:
             return self._formed
-        formed = self.left.transpose(-1, -2) @ self.right
+        formed = self._written_out(slice(None))
         if self.formed_bytes <= KEEP_BYTES:
             self._formed = formed
         return formed
@@ -259,8 +258,12 @@ class Outer:
             return energies(self.form())
         found = self.left.new_empty(self.n_examples)
         for s in self.chunks(self.formed_bytes // max(1, self.n_examples)):
-            found[s] = energies(self.left[s].transpose(-1, -2) @ self.right[s])
+            found[s] = energies(self._written_out(s))
         return found
+
+    def _written_out(self, examples: slice) -> Tensor:
+        left, right = self.left[examples].transpose(-1, -2), self.right[examples]
+        return left * right if left.shape[-1] == 1 else left @ right  # a product over one position is slower as one
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         b, g, t, a, d = self.sizes

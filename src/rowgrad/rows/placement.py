@@ -90,7 +90,8 @@ class Place:
         return self.offset, self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
 
     def permuted(self, order: Sequence[int]) -> Place:
-        return replace(self, shape=tuple(self.shape[d] for d in order), stride=tuple(self.stride[d] for d in order))
+        shape, stride = (tuple(of[d] for d in order) for of in (self.shape, self.stride))
+        return Place(self.leaf, shape, stride, self.offset)
 
     @property
     def by_stride(self) -> list[int]:
