@@ -11,6 +11,7 @@ RowgradError
 ├── IndependenceError            examples are mixed where independent ones are needed
 ├── NonFiniteError               an example's gradient is inf or nan
 ├── InputError                   a file, a column or an option given by the user cannot be used
+│   └── UserCodeError            a function given by the user raised
 ├── StaleJacobianError           a parameter changed after the Jacobian was made
 └── ConsumedJacobianError        the factors were already used up by `backward`
 
@@ -60,6 +61,14 @@ class NonFiniteError(RowgradError, ArithmeticError):
 
 class InputError(RowgradError, ValueError):
     """A file, a column or an option given by the user cannot be used."""
+
+
+class UserCodeError(InputError):
+    """A function given by the user raised; `traceback` holds the user's part of it."""
+
+    def __init__(self, message: str, traceback: str) -> None:
+        super().__init__(message)
+        self.traceback = traceback
 
 
 class StaleJacobianError(RowgradError, RuntimeError):

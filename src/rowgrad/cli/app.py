@@ -10,7 +10,7 @@ import typer
 
 from rowgrad import __version__
 from rowgrad.cli.audit import audit
-from rowgrad.errors import InputError
+from rowgrad.errors import InputError, UserCodeError
 
 # Typer brings its own copy of Click in some versions and imports Click in others; its errors are found through one.
 _ancestors = {base.__name__: base for base in typer.BadParameter.__mro__}
@@ -51,6 +51,8 @@ def run(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _end)
     try:
         code = app(args=arguments, prog_name="rowgrad", standalone_mode=False, obj=arguments)
+    except UserCodeError as error:
+        return _fail(str(error), 2, error.traceback)
     except InputError as error:
         return _fail(str(error), 2)
     except OSError as error:
@@ -74,7 +76,7 @@ def _end(number: int, frame: object) -> None:
     raise _Ended
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int, below: str = "") -> int:
     line = " ".join(message.split())
-    sys.stderr.write(f"rowgrad: {line}\n")
+    sys.stderr.write(f"rowgrad: {line}\n" + (f"{below}\n" if below else ""))
     return code
