@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from rowgrad.cli import main
 from rowgrad.cli.live import load
 from rowgrad.errors import InputError, UserCodeError
 
@@ -97,5 +96,5 @@ def test_an_error_of_the_closure_is_told_apart(module: str) -> None:
 
 
 def test_a_missing_import_of_the_users_module_is_theirs(module: str) -> None:
-    with pytest.raises(UserCodeError, match="importing users_broken raised ModuleNotFoundError: .*not_installed"):
+    with pytest.raises(UserCodeError, match=r"importing users_broken raised ModuleNotFoundError: .*not_installed"):
         load("users_broken:f")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from rowgrad.data.table import standardize
 from rowgrad.errors import InputError, UserCodeError
 from rowgrad.training.mlp import mlp
 from rowgrad.training.settings import Settings
-from rowgrad.training.step import label_losses, squared_losses
+from rowgrad.training.step import Criterion, label_losses, squared_losses
 
 N_EXAMPLES = 64  # of a bundled data set
 HERE = Path(__file__).parent
@@ -57,7 +57,7 @@ def load(source: str) -> Live:
     returned = _called(source, _function(module_name, function_name))
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise InputError(f"{source} returned {_kind(returned)}, expected a pair (model, closure)")
-    model, closure = returned
+    model, closure = cast("tuple[Any, Any]", returned)
     if not isinstance(model, nn.Module):
         raise InputError(f"{source}: the model is {_kind(model)}, expected a torch.nn.Module")
     if not callable(closure):
@@ -101,7 +101,7 @@ def _called(source: str, function: Callable[[], Any]) -> Any:
         return function()
 
 
-def _guarded(name: str, closure: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _guarded(name: str, closure: Callable[..., Any]) -> Callable[..., Tensor]:
     def guarded(*args: Any) -> Tensor:
         with _user_code(name):
             return closure(*args)
@@ -138,5 +138,5 @@ def _bundled(name: str) -> Live:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
         model = mlp(inputs.shape[1], settings.hidden, table.n_outputs, dropout=0.0)
-    losses = squared_losses if table.classes is None else label_losses
+    losses: Criterion = squared_losses if table.classes is None else label_losses
     return Live(name, model, lambda: losses(model(inputs[chosen]), targets))

@@ -50,6 +50,14 @@ class Flow(Mapping[str, Tensor]):
 
     `flow[key]` takes a name, an index, a `Vertex` or the live tensor; `flow.at(key, nr)` one output of several. A
     parameter that no path reaches has a zero gradient in `gradients` and is no key.
+
+    >>> import torch, rowgrad
+    >>> w = torch.tensor(0.0, requires_grad=True)
+    >>> flow = rowgrad.Graph(2 * w.sigmoid(), {"w": w}).backward()
+    >>> flow["w"], flow["after w: mul"]
+    (tensor(0.5000), tensor(1.))
+    >>> [(float(a.delta), float(a.Delta)) for a in flow.activations]
+    [(0.5, 2.0)]
     """
 
     def __init__(self, graph: Variables, cotangents: Mapping[Edge, Tensor]) -> None:
