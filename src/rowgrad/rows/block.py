@@ -45,12 +45,8 @@ class Region:
     def gram(self, other: Region) -> Tensor:
         if other is not self:
             return sum_of(gram(f, g) for f in self.forms for g in other.forms)
-        total = sum_of(gram(f, f) for f in self.forms)
-        for i, f in enumerate(self.forms):
-            for g in self.forms[i + 1 :]:
-                cross = gram(f, g)
-                total = total + cross + cross.T
-        return total
+        crosses = [gram(f, g) for i, f in enumerate(self.forms) for g in self.forms[i + 1 :]]  # first: they may form f
+        return sum_of([gram(f, f) for f in self.forms] + [part for cross in crosses for part in (cross, cross.T)])
 
     def inner(self, other: Region) -> Tensor:
         return sum_of(inner(f, g) for f in self.forms for g in other.forms)
