@@ -1,6 +1,6 @@
 """rowgrad: the gradients of neural networks, seen whole and example by example."""
 
-from rowgrad.checking import check_rows
+from rowgrad.checking.rows import check_rows
 from rowgrad.errors import RowgradError, RowgradWarning
 from rowgrad.graph.flow import Flow
 from rowgrad.graph.graph import Graph

@@ -9,15 +9,16 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.cases import CASES
+from tests.leftovers import nothing_left_behind
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rowgrad as rg
-from rowgrad.checking import Finding, Report
+from rowgrad.checking.report import Report
+from rowgrad.checking.rows import RowFinding
 from rowgrad.rows.factors import Dense, Outer
 from rowgrad.rows.site import Recipe, Site
-from tests.cases import CASES
-from tests.leftovers import nothing_left_behind
 
 slow_is_fine = pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
 
@@ -60,8 +61,8 @@ def test_the_tolerance_is_that_of_the_narrowest_numbers_in_the_graph() -> None:
 
     report = rg.check_rows(closure, model)
     assert report.ok, str(report)
-    assert report.tolerance == 5e-2
-    assert rg.check_rows(lambda: losses_of(model, x), model, rtol=0.5).tolerance == 0.5
+    assert report.allowed == "relative errors up to 5e-02 allowed"
+    assert "5e-01" in rg.check_rows(lambda: losses_of(model, x), model, rtol=0.5).allowed
 
 
 @slow_is_fine
@@ -247,9 +248,11 @@ def test_the_closure_is_called_once() -> None:
 
 REPORT = Report(
     "2 of 2 rows, one backward pass each",
-    (Finding("a.weight", 1e-12, 1, "Mm#1 <x>", True), Finding("b", float("inf"), 0, "Add#2", False)),
+    "relative errors up to 1e-07 allowed",
+    ("parameter", "worst error", "example", "how"),
+    (RowFinding("a.weight", 1e-12, 1, "Mm#1 <x>", True), RowFinding("b", float("inf"), 0, "Add#2", False)),
     ("FAILED b: a note",),
-    1e-7,
+    ("a remark",),
 )
 
 
@@ -260,12 +263,13 @@ def test_a_report_is_a_table() -> None:
         "ok      a.weight   1.0e-12      1        Mm#1 <x>",
         "FAILED  b          inf          0        Add#2",
         "FAILED b: a note",
+        "a remark",
     ]
 
 
 def test_a_report_in_plain_values() -> None:
     plain = json.loads(json.dumps(REPORT.to_dict(), allow_nan=False))
-    assert (plain["ok"], plain["tolerance"], plain["notes"]) == (False, 1e-7, ["FAILED b: a note"])
+    assert (plain["ok"], plain["notes"], plain["remarks"]) == (False, ["FAILED b: a note"], ["a remark"])
     assert [f["error"] for f in plain["findings"]] == [1e-12, "inf"]
 
 

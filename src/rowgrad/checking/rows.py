@@ -1,4 +1,4 @@
-"""Checks against the slow truth, for users: are these rows the gradients that autograd itself gives?
+"""Are these rows the gradients that autograd itself gives?
 
 Note [what the three comparisons see]
     Row by row, against a backward pass per example on the same graph: a wrong rule, a wrong owner, and which of them.
@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from itertools import islice
-from math import hypot, isfinite, isnan
+from math import hypot, isnan
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rowgrad.checking.report import Report
 from rowgrad.errors import NonFiniteError
 from rowgrad.parameters import Parameters, Params, named
 from rowgrad.rows.build import check_losses, jacobian
@@ -38,7 +38,7 @@ Gradients = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Finding:
+class RowFinding:
     """The worst error found for one parameter: where, and how that parameter was handled."""
 
     parameter: str
@@ -47,60 +47,11 @@ class Finding:
     how: str
     ok: bool
 
-
-@dataclass(frozen=True)
-class Report:
-    """What a check found: one finding per parameter, and notes on what concerns no single row."""
-
-    title: str
-    findings: tuple[Finding, ...]
-    notes: tuple[str, ...]
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether every error is within tolerance and there is nothing else to say."""
-        return not self.notes and all(f.ok for f in self.findings)
-
-    @property
-    def verdict(self) -> str:
-        """The first line: what was checked, how it went, how much was allowed."""
-        return f"{self.title}: {'ok' if self.ok else 'FAILED'}, relative errors up to {self.tolerance:.0e} allowed"
+    def cells(self) -> tuple[str, ...]:
+        return self.parameter, f"{self.error:.1e}", str(self.example), self.how
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON. An error that is not finite is given as a string."""
-        return {
-            "ok": self.ok,
-            "title": self.title,
-            "tolerance": self.tolerance,
-            "findings": [asdict(f) | {"error": f.error if isfinite(f.error) else str(f.error)} for f in self.findings],
-            "notes": list(self.notes),
-        }
-
-    def to_html(self) -> str:
-        """The same table as HTML, for notebooks and pages."""
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in _HEAD)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(f)) + "</tr>" for f in self.findings
-        )
-        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-        return f"<p>{escape(self.verdict)}</p><table><tr>{head}</tr>{rows}</table>{notes}"
-
-    _repr_html_ = to_html
-
-    def __str__(self) -> str:
-        table = [_HEAD, *map(_cells, self.findings)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(_HEAD) - 1)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in table]
-        return "\n".join([self.verdict, *lines, *self.notes])
-
-
-_HEAD = ("", "parameter", "worst error", "example", "how")
-
-
-def _cells(finding: Finding) -> tuple[str, ...]:
-    mark = "ok" if finding.ok else "FAILED"
-    return mark, finding.parameter, f"{finding.error:.1e}", str(finding.example), finding.how
+        return asdict(self)
 
 
 def check_rows(
@@ -111,7 +62,7 @@ def check_rows(
     rtol: float | None = None,
     rules: Mapping[tuple[str, int], Rule] = RULES,
     generator: torch.Generator | None = None,
-) -> Report:
+) -> Report[RowFinding]:
     """Compare the rows of the Jacobian with one backward pass per example, on the same graph.
 
     J^T u for a random u is compared too, with `losses.backward(u)`: it sees an example's part in another's row, also
@@ -156,7 +107,13 @@ def check_rows(
     _check_finite(losses.detach(), J)
     findings = _compare_rows(losses, parameters, J, chosen, tolerance)
     notes = _compare_passes(tape, parameters, J, tolerance, generator or torch.Generator().manual_seed(0))
-    return Report(f"{len(chosen)} of {len(losses)} rows, one backward pass each", findings, notes, tolerance)
+    return Report(
+        f"{len(chosen)} of {len(losses)} rows, one backward pass each",
+        f"relative errors up to {tolerance:.0e} allowed",
+        ("parameter", "worst error", "example", "how"),
+        findings,
+        notes,
+    )
 
 
 def _indices(examples: Sequence[int] | None, n: int) -> list[int]:
@@ -189,7 +146,7 @@ def _tolerance(tape: Tape) -> float:
 
 def _compare_rows(
     losses: Tensor, parameters: Parameters, J: Jacobian, examples: Sequence[int], tolerance: float
-) -> tuple[Finding, ...]:
+) -> tuple[RowFinding, ...]:
     worst: dict[str, tuple[float, int]] = {}
     for j in examples:
         expected = _backward(losses, parameters, _only(j, losses))
@@ -200,7 +157,9 @@ def _compare_rows(
             if name not in worst or error > worst[name][0]:
                 worst[name] = error, j
     how = {entry.name: str(entry).partition(": ")[2] for entry in J.explain().entries}
-    return tuple(Finding(name, error, j, how.get(name, ""), error <= tolerance) for name, (error, j) in worst.items())
+    return tuple(
+        RowFinding(name, error, j, how.get(name, ""), error <= tolerance) for name, (error, j) in worst.items()
+    )
 
 
 def _only(j: int, losses: Tensor) -> Tensor:
