@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from rowgrad.errors import GraphError
+from rowgrad.graph import paths
 from rowgrad.graph.flow import Flow
+from rowgrad.graph.levels import Level, Vectors
+from rowgrad.graph.paths import Path
+from rowgrad.graph.scopes import Scopes
 from rowgrad.graph.sweep import Cotangents, sweep
 from rowgrad.graph.variables import Key, Variables
 from rowgrad.graph.vertices import Edge
+from rowgrad.parameters import Params
 from rowgrad.tape import Node
 
 
@@ -43,6 +47,12 @@ class Graph(Variables):
     tensor(3.0272)
     """
 
+    def __init__(
+        self, loss: Tensor | Sequence[Tensor], model: Params | None = None, *, trace: Scopes | None = None
+    ) -> None:
+        super().__init__(loss, model, trace=trace)
+        self.level: Level = Vectors(self)
+
     def backward(self, seeds: Mapping[Key, Tensor] | None = None) -> Flow:
         """S(i), the derivative of the losses with respect to every variable (eq. 4), by one sweep of our own.
 
@@ -67,7 +77,7 @@ class Graph(Variables):
         return Flow(self, found)
 
     def _seeds(self, given: Mapping[Key, Tensor]) -> dict[Edge, Tensor]:
-        seeds = {edge: self._ones(edge) for edge in self.outputs}
+        seeds = {edge: self.ones(edge) for edge in self.outputs}
         for key, seed in given.items():
             edge = self.edge(key)
             shape = self.vertices[edge[0]].shapes[edge[1]]
@@ -79,6 +89,57 @@ class Graph(Variables):
             seeds[edge] = seed.detach()
         return seeds
 
-    def _ones(self, edge: Edge) -> Tensor:
-        node = self.tape.nodes[edge[0]]
-        return torch.ones(node.shape(edge[1]), dtype=node.dtype(edge[1]), device=node.device(edge[1]))
+    def count_paths(self, key: Key | Edge) -> int:
+        """How many paths lead from a variable to the losses: |P| of eq. 3, exact however large.
+
+        One sweep with integers in place of cotangents. An edge counts whether its derivative is zero or not; `w * w`
+        reads `w` twice, two paths. 0 for a parameter of the model that is not in the graph.
+
+        >>> import torch, rowgrad
+        >>> w = torch.tensor(1.01, requires_grad=True)
+        >>> o = w
+        >>> for _ in range(100):
+        ...     o = o * o
+        >>> rowgrad.Graph(o, {"w": w}).count_paths("w")
+        1267650600228229401496703205376
+        """
+        return paths.count_paths(self.level, key)
+
+    def depth(self, key: Key | Edge | None = None) -> int:
+        """Operations on the longest path from a variable to the losses, or from any; those that only move entries
+        (`Vertex.steps` = 0) count nothing.
+
+        Raises:
+            GraphError: no path leads from this variable.
+        """
+        return paths.depth(self.level, key)
+
+    def paths(self, key: Key | Edge, *, limit: int | None = 10_000) -> Iterator[Path]:
+        """Every path from a variable to the losses, one after the other.
+
+        Args:
+            limit: the most paths there may be; None for no limit. Their number is known before the first is made.
+        Raises:
+            GraphError: there are more than `limit`.
+
+        >>> import torch, rowgrad
+        >>> w = torch.tensor(2.0, requires_grad=True)
+        >>> y = w * w
+        >>> for path in rowgrad.Graph(y.sin() + y.cos(), {"w": w}).paths("w", limit=4):
+        ...     print(path)
+        w -> w: mul (input 0) -> after w: sin -> after w: add
+        w -> w: mul (input 1) -> after w: sin -> after w: add
+        w -> w: mul (input 0) -> after w: cos -> after w: add
+        w -> w: mul (input 1) -> after w: cos -> after w: add
+        """
+        return paths.paths(self.level, key, limit)
+
+    def path_gradient(self, path: Path) -> Tensor:
+        """The product of the local derivatives along one path: one term of eq. 3, in the shape of the variable.
+
+        Law: over all `paths(w)` these add up to the gradient of `w`.
+
+        Raises:
+            GraphError: the path is of another graph.
+        """
+        return paths.path_gradient(self.level, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+import torch
 from torch import Tensor
 
 from rowgrad.errors import GraphError, NoGraphError
@@ -33,6 +34,7 @@ class Variables:
         self.parameters: dict[str, Vertex] = {name: self.vertices[i] for i, name in names.items()}
         self.outputs: tuple[Edge, ...] = tuple((self.tape.edge_of(t) or (0, 0)) for t in losses)
         self.leaves: dict[str, Tensor] = {name: p.detach() for name, p in found.items()}
+        self._absent = {name: p for name, p in found.items() if id(p) not in self.tape.leaves}
         self.values = Values(self.tape)
         self._by_name = {v.name: v for v in self.vertices}
 
@@ -66,6 +68,19 @@ class Variables:
         if not 0 <= index < len(self):
             raise KeyError(f"variable {index}: this graph has {len(self)}")
         return index, 0
+
+    def find(self, key: Key | Edge) -> Edge | None:
+        """As `edge`, but None for a parameter of the model that no path reaches."""
+        if isinstance(key, str) and key in self._absent and key not in self._by_name:
+            return None
+        if isinstance(key, Tensor) and any(key is p for p in self._absent.values()):
+            return None
+        return self.edge(key)
+
+    def ones(self, edge: Edge) -> Tensor:
+        """A cotangent of ones for this variable."""
+        node = self.tape.nodes[edge[0]]
+        return torch.ones(node.shape(edge[1]), dtype=node.dtype(edge[1]), device=node.device(edge[1]))
 
     def _named(self, name: str) -> Vertex:
         if name in self._by_name:

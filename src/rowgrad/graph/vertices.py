@@ -47,6 +47,7 @@ class Vertex:
         shapes: of the operation's outputs.
         inputs: for each input of the operation (vertex index, output number), None for a constant.
         steps: 0 for operations that only move entries and for leaves, else 1.
+        time: when the operation was recorded, a count within its thread; leaves carry the largest number.
     """
 
     index: int
@@ -57,10 +58,19 @@ class Vertex:
     shapes: tuple[torch.Size, ...]
     inputs: tuple[Edge | None, ...]
     steps: int
+    time: int = 0
 
     @property
     def is_leaf(self) -> bool:
         return self.op in {"parameter", "leaf"}
+
+    @property
+    def slots(self) -> tuple[Edge | None, ...]:
+        return self.inputs
+
+    @property
+    def n_outputs(self) -> int:
+        return len(self.shapes)
 
     def __str__(self) -> str:
         shape = ", ".join(str(tuple(s)) for s in self.shapes)
@@ -89,6 +99,7 @@ def vertices(tape: Tape, parameters: Mapping[int, str], scopes: Scopes | None) -
             tuple(node.shape(nr) for nr in range(node.n_outputs)),
             node.slots,
             0 if node.is_leaf or label.op in MOVES else 1,
+            node.time,
         )
         for node, label, name in zip(tape.nodes, labels, names, strict=True)
     )
