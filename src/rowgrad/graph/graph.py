@@ -10,6 +10,7 @@ from rowgrad.errors import GraphError
 from rowgrad.graph import paths
 from rowgrad.graph.flow import Flow
 from rowgrad.graph.levels import Level, Vectors
+from rowgrad.graph.local import LocalJacobian, local_jacobian
 from rowgrad.graph.paths import Path
 from rowgrad.graph.scopes import Scopes
 from rowgrad.graph.sweep import Cotangents, sweep
@@ -88,6 +89,31 @@ class Graph(Variables):
                 )
             seeds[edge] = seed.detach()
         return seeds
+
+    def local_jacobian(
+        self, key: Key, slot: int = 0, output: int | None = None, *, limit: int = 10_000_000
+    ) -> LocalJacobian:
+        """The matrix of local derivatives of one operation in one of its inputs: J of eq. 10.
+
+        Law: the cotangent at the input is J^T times the one at the output (eqs. 9 and 11).
+
+        Args:
+            key: the operation.
+            slot: which of its inputs, as they stand in `Vertex.inputs`.
+            output: which of its outputs; default the one `key` is, else 0.
+            limit: the most entries the matrix may have; each row costs one call of the operation.
+        Raises:
+            GraphError: a leaf, a constant input, a complex variable, or more entries than `limit`.
+
+        >>> import torch, rowgrad
+        >>> z = torch.tensor([-1.0, 2.0], requires_grad=True)
+        >>> h = z.relu()
+        >>> rowgrad.Graph(h.sum()).local_jacobian(h).matrix
+        tensor([[0., 0.],
+                [0., 1.]])
+        """
+        index, own = self.edge(key)
+        return local_jacobian(self, self.vertices[index], slot, own if output is None else output, limit)
 
     def count_paths(self, key: Key | Edge) -> int:
         """How many paths lead from a variable to the losses: |P| of eq. 3, exact however large.

@@ -26,10 +26,11 @@ Edge = tuple[int, int]  # a node's index and the number of one of its outputs
 # Operations that move or copy entries and compute nothing: no steps of a path's length.
 MOVES = frozenset(
     {
-        "alias", "as_strided", "clone", "contiguous", "copy", "detach", "diagonal", "expand", "flatten", "flip",
-        "movedim", "narrow", "permute", "reshape", "reshape_alias", "select", "slice", "split", "split_with_sizes",
-        "squeeze", "swapaxes", "t", "to_copy", "transpose", "unbind", "unfold", "unsafe_view", "unsqueeze", "view",
-        "view_as", "view_as_complex", "view_as_real",
+        "alias", "as_strided", "cat", "clone", "contiguous", "copy", "detach", "diagonal", "expand", "flatten", "flip",
+        "movedim", "narrow", "permute", "repeat", "reshape", "reshape_alias", "roll", "select", "slice", "split",
+        "split_with_sizes", "squeeze", "stack", "swapaxes", "t", "to_copy", "transpose", "unbind", "unfold",
+        "unsafe_split", "unsafe_split_with_sizes", "unsafe_view", "unsqueeze", "view", "view_as", "view_as_complex",
+        "view_as_real",
     }
 )  # fmt: skip
 
