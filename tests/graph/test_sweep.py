@@ -171,3 +171,20 @@ def test_a_freed_graph_is_named() -> None:
     loss.backward()
     with pytest.raises(FreedGraphError, match="retain_graph=True"):
         rg.Graph(loss, model).backward()
+
+
+def test_under_a_trace_an_operation_of_the_model_itself_belongs_to_no_module() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.a(x)
+
+    model = Net()
+    with rg.trace(model) as scopes:
+        out = model(torch.ones(1, 3))
+    graph = rg.Graph(out.sum(), model, trace=scopes)
+    assert (graph[out].name, graph[out].module, graph[out].inferred) == ("after a: add", "", False)
+    assert rg.Graph(out.sum(), model)[out].module == "a"

@@ -4,7 +4,7 @@ Note [names of operations]
     Autograd's graph knows no modules. An operation is named after the parameter from which it is reached in the fewest
     steps, the latest of several: `fc1: addmm` where that parameter enters, `after fc1: relu` behind it. Such a name is
     a guess and marked `inferred`. Where the forward pass ran under `rowgrad.trace`, the module an operation ran in is
-    known, and its name is exact.
+    known, and its name is exact; one that ran in the model itself keeps such a name and belongs to no module.
 """
 
 from __future__ import annotations
@@ -144,12 +144,18 @@ def _label(node: Node, parameters: Mapping[int, str], owner: _Owner, scopes: Sco
     scope = None if scopes is None else scopes.of(node.time)
     if scope:
         return _Label(f"{scope}: {op}", op, scope, False)
+    module, name = _nearest(op, owner)
+    return _Label(name, op, module if scope is None else "", scope is None)
+
+
+def _nearest(op: str, owner: _Owner) -> tuple[str, str]:
+    """Module and name of an operation after the nearest parameter before it."""
     if owner.parameter is None:
-        return _Label(op, op, "", scope is None)
+        return "", op
     if owner.steps == 0:
-        return _Label(f"{owner.parameter}: {op}", op, module_of(owner.parameter), True)
+        return module_of(owner.parameter), f"{owner.parameter}: {op}"
     module = module_of(owner.parameter) or owner.parameter
-    return _Label(f"{module}: {op}" if owner.steps == 1 else f"after {module}: {op}", op, module, True)
+    return module, f"{module}: {op}" if owner.steps == 1 else f"after {module}: {op}"
 
 
 def module_of(parameter: str) -> str:
