@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rowgrad.checking.report import Report
 from rowgrad.errors import NonFiniteError
+from rowgrad.graph.sweep import Cotangents, above, walk
 from rowgrad.parameters import Parameters, Params, named
 from rowgrad.rows.build import check_losses, jacobian
 from rowgrad.rows.matrix import Jacobian
@@ -244,31 +245,8 @@ def _cotangents_by_calls(
     tape: Tape, seed: Tensor, leaves: Mapping[int, str]
 ) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """((node, output), cotangent) in topological order, by calling nodes: no hook runs."""
-    needed = _above(tape, leaves)
-    inbox = {tape.root_slot: seed}
-    for node in tape.nodes:
-        own = [inbox.pop((node.index, nr), None) for nr in range(node.n_outputs)]
-        if node.index not in needed or all(z is None for z in own):
-            continue
+    for node, own in walk(tape, {tape.root_slot: seed}, Cotangents(tape), needed=above(tape, leaves)):
         yield from (((node.index, nr), z) for nr, z in enumerate(own) if z is not None)
-        if not node.is_leaf:
-            _send(tape, node, own, inbox)
-
-
-def _send(tape: Tape, node: Node, own: Sequence[Tensor | None], inbox: dict[tuple[int, int], Tensor]) -> None:
-    for target, z in zip(node.slots, tape.local_gradients(node, own), strict=True):
-        if target is not None and z is not None:
-            z = z.to_dense() if z.is_sparse else z
-            inbox[target] = inbox[target] + z if target in inbox else z
-
-
-def _above(tape: Tape, leaves: Mapping[int, str]) -> set[int]:
-    """Nodes from which gradients flow to these leaves."""
-    needed = set(leaves)
-    for node in reversed(tape.nodes):
-        if any(t is not None and t[0] in needed for t in node.slots):
-            needed.add(node.index)
-    return needed
 
 
 def _hooked_node(tape: Tape, u: Tensor, leaves: Mapping[int, str], tolerance: float) -> Node | None:
@@ -287,9 +265,9 @@ def _hooked_node(tape: Tape, u: Tensor, leaves: Mapping[int, str], tolerance: fl
 
 
 def _first_bent(tape: Tape, u: Tensor, below: int, leaves: Mapping[int, str], tolerance: float) -> Node:
-    above = {node.index for node in tape.nodes if any(t is not None and t[0] == below for t in node.slots)}
+    readers = {node.index for node in tape.nodes if any(t is not None and t[0] == below for t in node.slots)}
     for edge, unhooked in _cotangents_by_calls(tape, u, leaves):
-        if edge[0] in above and not _agree(tape.cotangents([edge], u)[0], unhooked, tolerance):
+        if edge[0] in readers and not _agree(tape.cotangents([edge], u)[0], unhooked, tolerance):
             return tape.nodes[edge[0]]
     return tape.nodes[below]
 

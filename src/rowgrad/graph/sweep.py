@@ -9,7 +9,7 @@ Note [one dynamic program]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -57,21 +57,15 @@ class Algebra(Protocol[V_contra, S]):
         ...
 
 
-def sweep(
-    net: Net[V],
-    seeds: Mapping[Edge, S],
-    algebra: Algebra[V, S],
-    arrived: Callable[[V, list[S | None]], None],
-    *,
-    needed: Collection[int] | None = None,
-) -> None:
-    """S at every variable that the seeds reach, each handed to `arrived` when it is complete.
+def walk(
+    net: Net[V], seeds: Mapping[Edge, S], algebra: Algebra[V, S], *, needed: Collection[int] | None = None
+) -> Iterator[tuple[V, list[S | None]]]:
+    """Each node that the seeds reach, with the value S of each of its outputs, as soon as these are complete.
 
     Args:
         net: a tape, or the variables of a graph at another level of detail.
         seeds: values to start from, by (node index, output number). One at a variable inside the graph is added to
             what arrives there.
-        arrived: called once for each node reached, with the value of each of its outputs.
         needed: indices of the nodes to go through; default all.
     """
     inbox: dict[Edge, S] = {}
@@ -82,11 +76,24 @@ def sweep(
                 own[nr] = _joined(algebra, own[nr], seeds[node.index, nr])
         if all(s is None for s in own) or (needed is not None and node.index not in needed):
             continue
-        arrived(node, own)
+        yield node, own
         if not node.is_leaf:
             for target, s in zip(node.slots, algebra.send(node, own), strict=True):
                 if target is not None and s is not None:
                     inbox[target] = _joined(algebra, inbox.get(target), s)
+
+
+def sweep(
+    net: Net[V],
+    seeds: Mapping[Edge, S],
+    algebra: Algebra[V, S],
+    arrived: Callable[[V, list[S | None]], None],
+    *,
+    needed: Collection[int] | None = None,
+) -> None:
+    """As `walk`, to the end: `arrived` is called with each node and its values."""
+    for node, own in walk(net, seeds, algebra, needed=needed):
+        arrived(node, own)
 
 
 def _joined(algebra: Algebra[V, S], a: S | None, b: S) -> S:
