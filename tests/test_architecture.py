@@ -36,10 +36,11 @@ MAY_IMPORT = {
     "rows.structure":   {"errors", "tape", "rows.ownership"},
     "rows.frontier":    {"errors", "tape", "rows.ownership", "rows.placement"},
     "rows":             {"errors", "tape", "parameters"},
+    "repeat":           {"errors"},
     "graph":            {"errors", "tape", "parameters"},
     "curvature":        {"errors", "tape", "parameters"},
-    "checking":         {"errors", "tape", "parameters", "graph", "rows"},
-    "diagnosis":        {"errors", "tape", "parameters", "graph", "rows", "curvature"},
+    "checking":         {"errors", "tape", "parameters", "repeat", "graph", "rows"},
+    "diagnosis":        {"errors", "tape", "parameters", "repeat", "graph", "rows", "curvature"},
     "optim":            {"errors", "tape", "parameters", "rows", "curvature"},
     "data":             {"errors"},
     "uses":             {"errors", "rows", "data"},
@@ -54,7 +55,7 @@ MAY_IMPORT = {
 
 BUILT_FROM_RULES = {f"rows.{name}" for name in ("general", "plan", "block", "build", "matrix", "objective")}
 APPLICATION = {"cli", "report", "__main__"}  # what a user runs; no part of the library imports it
-NEEDS_TORCH_ALONE = {"__init__", "errors", "tape", "rows", "graph", "curvature", "checking"}
+NEEDS_TORCH_ALONE = {"__init__", "errors", "tape", "rows", "graph", "curvature", "repeat", "checking"}
 
 PRIVATE_TO_AUTOGRAD = re.compile(
     r"_(raw_)?saved_\w*|next_functions|_input_metadata|_sequence_nr|register_prehook|GradientEdge|AccumulateGrad"

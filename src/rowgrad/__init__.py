@@ -1,5 +1,7 @@
 """rowgrad: the gradients of neural networks, seen whole and example by example."""
 
+from rowgrad.checking.during import GradientChecks
+from rowgrad.checking.gradients import check_gradients
 from rowgrad.checking.rows import check_rows
 from rowgrad.errors import RowgradError, RowgradWarning
 from rowgrad.graph.flow import Flow
@@ -15,10 +17,12 @@ __version__ = "0.1.0"
 __all__ = [
     "RULES",
     "Flow",
+    "GradientChecks",
     "Graph",
     "Jacobian",
     "RowgradError",
     "RowgradWarning",
+    "check_gradients",
     "check_rows",
     "clip_weights",
     "clipped_loss",

@@ -12,6 +12,7 @@ RowgradError
 ├── NonFiniteError               an example's gradient is inf or nan
 ├── InputError                   a file, a column or an option given by the user cannot be used
 │   └── UserCodeError            a function given by the user raised
+├── WrongGradientError           a check during training found a gradient that is not the derivative of the loss
 ├── StaleJacobianError           a parameter changed after the Jacobian was made
 └── ConsumedJacobianError        the factors were already used up by `backward`
 
@@ -69,6 +70,10 @@ class UserCodeError(InputError):
     def __init__(self, message: str, traceback: str) -> None:
         super().__init__(message)
         self.traceback = traceback
+
+
+class WrongGradientError(RowgradError, ArithmeticError):
+    """A check found a gradient that is not the derivative of the loss."""
 
 
 class StaleJacobianError(RowgradError, RuntimeError):

@@ -319,6 +319,14 @@ class engine_errors:
             ) from error
 
 
+def gradients(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """As `torch.autograd.grad` with `allow_unused`, but not announced to function modes: those around this call see
+    what the backward pass itself calls (recomputed layers, custom backwards), as far as it runs in this thread."""
+    seed = torch.ones_like(output)
+    run = torch.autograd.graph._engine_run_backward
+    return run((output,), (seed,), False, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False)
+
+
 def _node(fn: Any, index: int, index_of: Mapping[Any, int]) -> Node:
     slots = tuple(None if f is None else (index_of[f], nr) for f, nr in fn.next_functions)
     return Node(

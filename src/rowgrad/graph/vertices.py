@@ -79,9 +79,9 @@ class Vertex:
 
 
 def operation(node: Node) -> str:
-    """`AddmmBackward0` is addmm, `NativeLayerNormBackward0` is native_layer_norm."""
+    """`AddmmBackward0` is addmm, `MaxPool2DWithIndicesBackward0` is max_pool2d_with_indices."""
     bare = re.sub(r"Backward\d*$", "", node.kind.rsplit(":", 1)[-1]) or node.kind
-    bare = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", bare)
+    bare = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z0-9])(?=[A-Z][a-z])", "_", bare)
     return bare.lower().strip("_")
 
 
