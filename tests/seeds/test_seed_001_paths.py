@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_eq_3_the_exponential_time_algorithm_step_by_step() -> None:
     y = units(w)
     graph = rg.Graph(y[SINK], {"w": w})
     z = local_derivatives(W)
-    by_hand = {path: math.prod(z[edge] for edge in zip(path, path[1:], strict=False)) for path in all_paths(0)}
+    by_hand = {path: math.prod(z[edge] for edge in pairwise(path)) for path in all_paths(0)}
     found = by_units(graph, y)
     assert len(by_hand) == graph.count_paths("w") == 8
     assert found.keys() == by_hand.keys()
