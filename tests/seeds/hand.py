@@ -13,7 +13,7 @@ Array = np.ndarray
 
 def leaf(*shape: int) -> Tensor:
     """Normal numbers; for no shape one number."""
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
 def given(values: Any) -> Tensor:
