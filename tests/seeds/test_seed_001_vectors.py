@@ -213,3 +213,10 @@ def test_several_maximal_inputs() -> None:
     for shared in (lambda z: z.max(), lambda z: z.amax(0)):
         assert slopes(shared, ties) == [0, 0.5, 0.5]
     assert slopes(lambda z: torch.maximum(z[1], z[2]), ties) == [0, 0.5, 0.5]
+
+
+def test_saturated_outputs_are_rounded_to_1_and_lose_their_slope() -> None:
+    """o(1 - o) and 1 - o^2 are taken of the rounded output; where it is near 0 nothing is lost."""
+    assert slopes(torch.sigmoid, [40.0]) == [0]
+    assert_same(slopes(torch.sigmoid, [-40.0]), [np.exp(-40)])
+    assert slopes(torch.tanh, [-20.0, 20.0]) == [0, 0]

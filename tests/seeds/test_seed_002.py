@@ -151,6 +151,17 @@ def test_eq_11_through_the_softmax(point: tuple[Pass, rg.Graph, ByHand], data: t
     assert_same(flow[live.a2] @ softmax, by_hand.ds2)
 
 
+def test_cross_entropy_has_eq_6_without_a_softmax(
+    net: Net, point: tuple[Pass, rg.Graph, ByHand], data: tuple[Tensor, list[int]]
+) -> None:
+    """PyTorch's loss takes s_2: its graph goes through log-softmax and has no a_2."""
+    by_hand = point[2]
+    s2 = forward(net, data[0][:1], data[1][0]).s2
+    graph = rg.Graph(torch.nn.functional.cross_entropy(s2, torch.tensor(data[1][:1])), net.parameters)
+    assert [v.op for v in graph.vertices[:2]] == ["nll_loss", "log_softmax"]
+    assert_same(graph.backward()[s2], by_hand.ds2)
+
+
 def through_product(graph: rg.Graph, s: Tensor, slot: int) -> Tensor:
     """The Jacobian of s = h.W + b in h (slot 0) or W (slot 1) where the addition is an operation of its own."""
     add = graph.local_jacobian(s, 0)
