@@ -203,8 +203,8 @@ def test_weighted_sums(name: str) -> None:
     J = jacobian_of(setup)
     c = weights(len(norms))
     first, *rest = setup.params
-    per_layer = {first: 3.0, **dict.fromkeys(rest, c)}
-    for given, of in ((c, lambda p: c), (2.0, lambda p: c.new_full(c.shape, 2)), (per_layer, per_layer.get)):
+    per_layer = {first: 1 / 3, **dict.fromkeys(rest, c.tolist())}
+    for given, of in ((c, lambda p: c), (0.1, lambda p: c.new_full(c.shape, 0.1)), (per_layer, per_layer.get)):
         found = J.weighted_sum(given)
         assert list(found) == list(setup.params)
         for p, value in found.items():

@@ -247,7 +247,8 @@ class Jacobian:
         return dict.fromkeys(self.names, shared)
 
     def _weight(self, c: Any) -> Tensor:
-        weight = torch.as_tensor(c, device=self._losses.device).detach()
+        read_as = None if hasattr(c, "dtype") else self._dtype  # numbers would lose digits in the default dtype
+        weight = torch.as_tensor(c, dtype=read_as, device=self._losses.device).detach()
         if weight.ndim == 0:
             weight = weight.expand(len(self))
         if weight.shape != (len(self),):
