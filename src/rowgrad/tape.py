@@ -242,19 +242,26 @@ class Tape:
             below[node.index] = under or node.index in members
         return lowest
 
-    def local_gradients(self, node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradient of each input of one node, repaired as the engine does. See Note [a node called by itself]."""
-        raw = self.raw_local_gradients(node, cotangents)
+    def local_gradients(
+        self, node: Node, cotangents: Sequence[Tensor | None], *, differentiable: bool = False
+    ) -> list[Tensor | None]:
+        """Gradient of each input of one node, repaired as the engine does. See Note [a node called by itself].
+
+        `differentiable`: the results have a graph behind them that leads to the cotangents.
+        """
+        raw = self.raw_local_gradients(node, cotangents, differentiable=differentiable)
         return [
             None if gradient is None or target is None else self._repair(gradient, target)
             for gradient, target in zip(raw, node.slots, strict=True)
         ]
 
-    def raw_local_gradients(self, node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def raw_local_gradients(
+        self, node: Node, cotangents: Sequence[Tensor | None], *, differentiable: bool = False
+    ) -> list[Tensor | None]:
         """As the node returns them: not summed over broadcast dimensions, one entry per slot."""
         if node.is_leaf:
             raise AssertionError(f"bug in rowgrad, please report: {node!r} was about to be called")
-        with torch.no_grad(), engine_errors():
+        with torch.set_grad_enabled(differentiable), engine_errors():
             if node.is_python:
                 return self._call_python(node, cotangents)
             result = node.fn(*cotangents)
