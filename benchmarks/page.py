@@ -230,7 +230,7 @@ def render(cpu: Mapping[str, Any], grown: Mapping[str, Any], swept: Mapping[str,
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    style = resources.files("rowgrad.report").joinpath("templates/audit.css").read_text(encoding="utf-8")
+    style = resources.files("rowgrad.report").joinpath("templates/page.css").read_text(encoding="utf-8")
     workloads = {key: w for key, w in cpu.get("workloads", {}).items() if w.get("outputs")}
     return environment.get_template("page.html.j2").render(
         style=Markup(style),

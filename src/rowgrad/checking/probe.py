@@ -24,6 +24,7 @@ from rowgrad.checking.kinks import crossed
 from rowgrad.checking.landscape import ROUNDING, Landscape, Step, random_unit
 
 STEPS = (1e-5, 1e-6, 1e-7)  # over the size of what is moved, at least 1
+LONG_STEP = 1e-3  # where noise hides a derivative
 NOISES = 8.0  # allowed, in standard deviations of the noise of a value, over h
 OF_ROUNDING = 64  # units in the last place of a gradient's size that backpropagation may be off by
 KINKS = 3.0  # disagreement that kinks may explain, over the difference of the one-sided derivatives
@@ -116,7 +117,8 @@ class Prober:
             probe = self._estimated(probe, step, h, rounding)
             if self._agrees(probe):
                 sharp = SHARP * max(abs(probe.estimated), abs(probe.computed))
-                return replace(probe, verdict="ok" if probe.allowed <= min(sharp, 0.1 * gap) else "blind")
+                told = probe.allowed <= min(sharp, 0.1 * gap)
+                return replace(probe, verdict="ok") if told else self._farther(probe, step, size, rounding)
             gap = abs(probe.estimated - probe.computed)
             between = self._crossed(step, h)
             verdict = None if between else self._smooth(probe, step, h)
@@ -124,6 +126,12 @@ class Prober:
                 return replace(probe, verdict=verdict)
             probe = replace(probe, kinks=tuple(between.items()))
         return replace(probe, verdict=self._among_kinks(probe, step, STEPS[-1] * max(1.0, size)))
+
+    def _farther(self, probe: Probe, step: Step, size: float, rounding: float) -> Probe:
+        """A probe that noise blinds, at a longer step: it may prove right there, and never wrong."""
+        far = self._estimated(probe, step, LONG_STEP * max(1.0, size), rounding)
+        sharp = far.allowed <= SHARP * max(abs(far.estimated), abs(far.computed))
+        return replace(far, verdict="ok") if sharp and self._agrees(far) else replace(probe, verdict="blind")
 
     def _estimated(self, probe: Probe, step: Step, h: float, rounding: float) -> Probe:
         if self.central:

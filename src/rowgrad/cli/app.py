@@ -10,7 +10,8 @@ import typer
 
 from rowgrad import __version__
 from rowgrad.cli.audit import audit
-from rowgrad.errors import InputError, UserCodeError
+from rowgrad.cli.check import check
+from rowgrad.errors import RowgradError, UserCodeError
 
 # Typer brings its own copy of Click in some versions and imports Click in others; its errors are found through one.
 _ancestors = {base.__name__: base for base in typer.BadParameter.__mro__}
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(audit)
+app.command()(check)
 
 
 def _show_version(asked: bool) -> None:
@@ -53,7 +55,7 @@ def run(arguments: list[str] | None = None) -> int:
         code = app(args=arguments, prog_name="rowgrad", standalone_mode=False, obj=arguments)
     except UserCodeError as error:
         return _fail(str(error), 2, error.traceback)
-    except InputError as error:
+    except RowgradError as error:
         return _fail(str(error), 2)
     except OSError as error:
         return _fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)

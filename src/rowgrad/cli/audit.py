@@ -1,17 +1,15 @@
 """`rowgrad audit`: find mislabelled examples in a training run."""
 
-import contextlib
-from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table as TextTable
 
 from rowgrad.cli.output import staged
+from rowgrad.cli.progress import progress_bar
 from rowgrad.data.readers import read_table
 from rowgrad.errors import InputError
 from rowgrad.report.charts import number
@@ -76,7 +74,7 @@ def audit(
         table = read_table(data, target=target, drop=drop or (), categorical=categorical or (), task=task, nan=nan)
         for note in table.notes:
             console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
-        with _progress() as progress:
+        with progress_bar("training") as progress:
             run = audit_table(table, settings, flip=flip, rows=rows, progress=progress)
         write_scores(run, stage / "scores.parquet")
         write_metrics(run, stage / "metrics.jsonl")
@@ -89,24 +87,6 @@ def _widths(hidden: str) -> tuple[int, ...]:
         return tuple(int(width) for width in hidden.split(",") if width.strip())
     except ValueError as error:
         raise InputError(f"--hidden {hidden}: expected widths separated by commas, such as 128,128") from error
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left on a terminal; nothing elsewhere."""
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("training", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _summarize(console: Console, run: AuditRun, directory: Path) -> None:

@@ -27,6 +27,7 @@ from rowgrad.training.mlp import mlp
 from rowgrad.training.settings import Settings
 from rowgrad.training.step import Criterion, label_losses, squared_losses
 
+SOURCE_HELP = f"package.module:function, which returns (model, closure); or {', '.join(BUNDLED)}."
 N_EXAMPLES = 64  # of a bundled data set
 HERE = Path(__file__).parent
 

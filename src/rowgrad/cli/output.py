@@ -46,3 +46,33 @@ def _publish(stage: Path, directory: Path) -> None:
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
     stage.replace(directory)
+
+
+def write_text(option: str, path: Path, text: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        InputError: `path` cannot be written; `option` is what the user gave it as.
+    """
+    stage = path.with_name(f".rowgrad-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage.write_text(text, encoding="utf-8")
+        stage.replace(path)
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be written ({error.strerror}); name another file") from error
+    finally:
+        with contextlib.suppress(OSError):
+            stage.unlink()
+
+
+def kind_of(option: str, path: Path, kinds: tuple[str, ...]) -> str:
+    """The kind of a file by its ending.
+
+    Raises:
+        InputError: an ending that is none of `kinds`.
+    """
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in kinds:
+        raise InputError(f"{option} {path}: a name ends in {' or '.join('.' + k for k in kinds)}")
+    return kind
