@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Literal
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from rowgrad.graph.paths import Path
 from rowgrad.graph.scopes import Scopes
 from rowgrad.graph.shares import Shares, shares
 from rowgrad.graph.sweep import Cotangents, sweep
+from rowgrad.graph.units import Unit, Units
 from rowgrad.graph.variables import Key, Variables
 from rowgrad.graph.vertices import Edge
 from rowgrad.parameters import Params
@@ -33,12 +35,20 @@ class Graph(Variables):
         model: whose parameters give the names: a module, `optimizer.param_groups`, tensors or a mapping of names to
             tensors; default None, then leaves have no names.
         trace: what `rowgrad.trace` yielded for this forward pass; default None, then modules are inferred.
+        level: what a variable is for `count_paths`, `paths`, `path_gradient`, `depth` and `decompose`. "vector", the
+            default: what an operation returned. "unit": each entry of it, a scalar, so that z(i, j) of eqs. 3 and 4 is
+            a number, w_ij between a hidden unit and a pre-activation, Phi'_i between a pre-activation and its hidden
+            unit. For small nets of linear layers, functions of single entries, products, sums, means, maxima, softmax
+            and selections. A unit is asked for as `"0.weight[2,0]"`; a variable with one entry needs no brackets. Each
+            example of a batch has units of its own.
     Attributes:
         vertices: all variables, the loss first, each before those it was computed from.
         parameters: {name: vertex} of those in the graph.
         leaves: {name: tensor} of all parameters that `model` named, in its order, also those no path reaches.
         outputs: (vertex index, output number) of each loss.
+        units: at level="unit" all scalar variables, in the order of the vertices; else empty.
     Raises:
+        GraphError: at level="unit", an operation that has no unit form, or more than 2 million units and edges.
         NoGraphError: a loss has no graph: detached, under `no_grad`, or itself a parameter.
 
     >>> import torch, rowgrad
@@ -51,10 +61,19 @@ class Graph(Variables):
     """
 
     def __init__(
-        self, loss: Tensor | Sequence[Tensor], model: Params | None = None, *, trace: Scopes | None = None
+        self,
+        loss: Tensor | Sequence[Tensor],
+        model: Params | None = None,
+        *,
+        trace: Scopes | None = None,
+        level: Literal["vector", "unit"] = "vector",
     ) -> None:
         super().__init__(loss, model, trace=trace)
-        self.level: Level = Vectors(self)
+        if level not in ("vector", "unit"):
+            raise GraphError(f'level={level!r}: expected "vector" or "unit"')
+        units = Units(self) if level == "unit" else None
+        self.units: tuple[Unit, ...] = units.nodes if units else ()
+        self.level: Level = units or Vectors(self)
 
     def backward(self, seeds: Mapping[Key, Tensor] | None = None) -> Flow:
         """S(i), the derivative of the losses with respect to every variable (eq. 4), by one sweep of our own.
@@ -117,11 +136,12 @@ class Graph(Variables):
         index, own = self.edge(key)
         return local_jacobian(self, self.vertices[index], slot, own if output is None else output, limit)
 
-    def count_paths(self, key: Key | Edge) -> int:
+    def count_paths(self, key: Key | Edge | Unit) -> int:
         """How many paths lead from a variable to the losses: |P| of eq. 3, exact however large.
 
         One sweep with integers in place of cotangents. An edge counts whether its derivative is zero or not; `w * w`
-        reads `w` twice, two paths. 0 for a parameter of the model that is not in the graph.
+        reads `w` twice, two paths. 0 for a parameter of the model that is not in the graph. At level="unit" the paths
+        of the seed: 10^6 from an input through three hidden layers of 100 units.
 
         >>> import torch, rowgrad
         >>> w = torch.tensor(1.01, requires_grad=True)
@@ -130,10 +150,15 @@ class Graph(Variables):
         ...     o = o * o
         >>> rowgrad.Graph(o, {"w": w}).count_paths("w")
         1267650600228229401496703205376
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+        >>> x = torch.ones(3, requires_grad=True)
+        >>> graph = rowgrad.Graph(model(x), {"x": x, **dict(model.named_parameters())}, level="unit")
+        >>> graph.count_paths("x[0]"), graph.count_paths("0.weight[2,0]")
+        (4, 1)
         """
         return paths.count_paths(self.level, key)
 
-    def depth(self, key: Key | Edge | None = None) -> int:
+    def depth(self, key: Key | Edge | Unit | None = None) -> int:
         """Operations on the longest path from a variable to the losses, or from any; those that only move entries
         (`Vertex.steps` = 0) count nothing.
 
@@ -142,7 +167,7 @@ class Graph(Variables):
         """
         return paths.depth(self.level, key)
 
-    def paths(self, key: Key | Edge, *, limit: int | None = 10_000) -> Iterator[Path]:
+    def paths(self, key: Key | Edge | Unit, *, limit: int | None = 10_000) -> Iterator[Path]:
         """Every path from a variable to the losses, one after the other.
 
         Args:
@@ -172,7 +197,9 @@ class Graph(Variables):
         """
         return paths.path_gradient(self.level, path)
 
-    def decompose(self, key: Key | Edge, *, by: By = "length", max_classes: int = 1000) -> dict[Hashable, Tensor]:
+    def decompose(
+        self, key: Key | Edge | Unit, *, by: By = "length", max_classes: int = 1000
+    ) -> dict[Hashable, Tensor]:
         """The gradient of a variable, split exactly over all its paths grouped by a label.
 
         Law: the parts add up to the gradient. One sweep with {label: cotangent} in place of a cotangent: the cost is

@@ -71,7 +71,8 @@ def _by_basis(tape: Tape, node: Node, cotangents: Tensors, tangents: Tensors, re
     if calls > MOST_CALLS or any(c is not None and c.is_complex() for c in cotangents):
         raise GraphError(
             f"{node!r} cannot be differentiated twice ({reason}), and its outputs have {calls} entries; "
-            f"at most {MOST_CALLS} real ones can be asked one by one. Use an unfused form of this layer, or a smaller batch"
+            f"at most {MOST_CALLS} real ones can be asked one by one. Use an unfused form of this layer, or a "
+            "smaller batch"
         )
     warnings.warn(
         f"{node!r} cannot be differentiated twice ({reason}); its tangents are exact, at {calls} calls of it",
