@@ -286,6 +286,20 @@ def test_a_fault_behind_a_skip_connection_is_located() -> None:
     assert "'after 3.inner.2: sin': 'after 3.inner.2: spoiled'" in report.notes[-1]
 
 
+def test_a_fault_beside_the_longest_path_is_located() -> None:
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"in": nn.Linear(3, 4), "a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}), torch.randn(5, 3)
+
+    def losses() -> Tensor:
+        h = model["in"](x)
+        long = model["b"](model["a"](h).tanh()).tanh()
+        return (long + Spoiled.apply(h.sin(), "by 8e-4")).square().sum(1)
+
+    report = rg.check_gradients(losses, model, n=20)
+    assert [f.parameter for f in report.findings if not f.ok] == ["in.weight", "in.bias"]
+    assert "'after in: sin': 'after in: spoiled'," in report.notes[-1]
+
+
 def test_a_path_cut_by_detach_is_found_unless_it_is_held() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
     x = torch.randn(5, 4)
@@ -396,6 +410,15 @@ def test_kinks_between_the_points_lead_to_smaller_steps() -> None:
     assert not rg.check_gradients(lambda: losses("by 8e-4"), {"w": w}, n=1).ok
 
 
+@pytest.mark.parametrize("how", ["right", "by 8e-4"])
+def test_kinks_everywhere_hide_nothing(how: str) -> None:
+    """A rectifier switches every 2e-8: there are some between any two points, here and beside this one."""
+    w = torch.ones((), dtype=torch.float64, requires_grad=True)
+    kinks = 1 + torch.linspace(-2e-2, 2e-2, 2_000_000, dtype=torch.float64)
+    report = rg.check_gradients(lambda: F.relu(Spoiled.apply(w, how) - kinks).mean(), {"w": w}, n=1)
+    assert report.ok == (how == "right"), str(report)
+
+
 def test_a_sharply_curved_loss_is_no_fault() -> None:
     w = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     report = rg.check_gradients(lambda: (1e3 * w).sin(), {"w": w}, n=1)
@@ -427,6 +450,12 @@ def test_where_noise_hides_the_gradient_nothing_is_claimed() -> None:
     assert report.ok
     assert report.findings[0].counts["blind"] == 4
     assert "no probe tells anything" in report.remarks[0]
+
+
+def test_a_small_gradient_is_told_by_a_longer_step() -> None:
+    w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    report = rg.check_gradients(lambda: 100 + 1e-6 * w.square().sum(), {"w": w}, n=3)
+    assert report.findings[0].counts["ok"] == 4, str(report)
 
 
 # Nothing is left behind

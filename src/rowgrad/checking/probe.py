@@ -151,16 +151,8 @@ class Prober:
     def _smooth(self, probe: Probe, step: Step, h: float) -> str | None:
         """The verdict where no kink lies between the points; None where only a smaller step can tell."""
         half = self._estimated(probe, step, h / 2, 0.0)
-        order = 4 if self.central else 2
-        extrapolated = replace(
-            probe,
-            estimated=(order * half.estimated - probe.estimated) / (order - 1),
-            allowed=2 * half.allowed + probe.allowed,
-        )
-        if self._agrees(extrapolated):
-            return "ok" if extrapolated.allowed <= 0.1 * abs(probe.estimated - probe.computed) else "blind"
-        moved = abs(half.estimated - probe.estimated)
-        return _fault(probe) if moved <= 0.5 * abs(probe.estimated - probe.computed) else None
+        gap = abs(probe.estimated - probe.computed)
+        return _fault(probe) if abs(half.estimated - probe.estimated) <= 0.5 * gap else None
 
     def _among_kinks(self, probe: Probe, step: Step, h: float) -> str:
         if not self.beside:
