@@ -23,7 +23,7 @@ PRODUCTS = frozenset(
         "cudnn_convolution", "embedding", "mkldnn_rnn_layer", "cudnn_rnn",
     }
 )  # fmt: skip
-RECTIFIERS = frozenset({"relu", "threshold"})
+RECTIFIERS = frozenset({"relu"})
 # Activations that flatten out at both ends: the slope in terms of the output o, and the largest there is.
 SQUASHING = {"sigmoid": 0.25, "tanh": 1.0}
 
@@ -57,7 +57,7 @@ class Unit:
     name: str
     node: int
     op: str
-    layer: str
+    layer: Layer
     dim: int
 
 
@@ -157,7 +157,7 @@ def _units(
         if layer is None or not (v.op in RECTIFIERS or v.op in SQUASHING) or not before_a_layer[v.index]:
             continue
         is_image = "convolution" in layer.op and len(v.shapes[0]) > 2
-        yield Unit(v.name, v.index, v.op, layers[layer.node].name, 1 if is_image else len(v.shapes[0]) - 1)
+        yield Unit(v.name, v.index, v.op, layers[layer.node], 1 if is_image else len(v.shapes[0]) - 1)
 
 
 def _before_a_layer(graph: Graph, layers: dict[int, Layer]) -> list[bool]:

@@ -131,6 +131,16 @@ def grad_norms(
         return reading.jacobian(retain_graph, general_bytes).norms(by)
 
 
+def couplings(losses: Tensor, params: Params) -> tuple[int, ...]:
+    """Positions on `Tape(losses)` of the nodes at which examples meet, as `J.couplings` names them, without any rows.
+
+    Raises:
+        RowgradError: as for `jacobian`.
+    """
+    plan = _read(losses, params, "cached", RULES, 1.0).plan
+    return () if plan is None else plan.ownership.frontier.couplings
+
+
 def check_losses(losses: Tensor) -> None:
     """Refuse what is not a vector of losses with a graph."""
     if not isinstance(losses, Tensor):

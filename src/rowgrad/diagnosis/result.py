@@ -1,0 +1,106 @@
+"""`Diagnosis`: what was found, the curves it was read from, and what was not looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+from rowgrad.diagnosis.drawing import along_chart, curves_chart
+from rowgrad.diagnosis.findings import Finding
+from rowgrad.diagnosis.reading import Moments, Point
+from rowgrad.diagnosis.steps import Along
+
+_HEAD = ("", "kind", "where", "evidence", "remedy")
+_CURVES_HEAD = ("layer", "activation", "cotangent", "gradient/weight")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `rowgrad.diagnose` found.
+
+    Attributes:
+        findings: the worst first.
+        curves: one point for each layer, in the order of the forward pass.
+        not_looked_at: {kind: what to pass so that it is}.
+        updates: {weight: size of the optimizer's next step over its own}, with `optimizer=`.
+        along: the loss along that step and its quadratic model, with `closure=` too.
+        moments: mean and spread of each layer's input, for a later `diagnose(..., earlier=this)`.
+    """
+
+    findings: tuple[Finding, ...]
+    curves: tuple[Point, ...]
+    not_looked_at: Mapping[str, str]
+    updates: Mapping[str, float] = field(default_factory=dict)
+    along: Along | None = None
+    moments: Mapping[str, Moments] = field(default_factory=dict, repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found but notes."""
+        return all(f.severity == "note" for f in self.findings)
+
+    def of(self, kind: str) -> tuple[Finding, ...]:
+        """The findings of one kind."""
+        return tuple(f for f in self.findings if f.kind == kind)
+
+    @property
+    def verdict(self) -> str:
+        """The first line: how many things are wrong."""
+        n = sum(f.severity != "note" for f in self.findings)
+        said = "ok" if n == 0 else f"{n} finding{'s' * (n > 1)}"
+        return f"diagnosis of {len(self.curves)} layers: {said}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON. Numbers that are not finite are strings."""
+        return {
+            "ok": self.ok,
+            "findings": [f.to_dict() for f in self.findings],
+            "curves": [p.to_dict() for p in self.curves],
+            "not_looked_at": dict(self.not_looked_at),
+            "updates": dict(self.updates),
+        }
+
+    def to_html(self) -> str:
+        """The same as HTML, with the three curves and the loss along the step drawn."""
+        parts = [f"<p>{escape(self.verdict)}</p>", _table(_HEAD, [_cells(f) for f in self.findings])]
+        parts += [curves_chart(self.curves)] if self.curves else []
+        parts += [along_chart(self.along)] if self.along is not None else []
+        parts += [f"<p>{escape(line)}</p>" for line in self._not_looked_at()]
+        return "".join(parts)
+
+    _repr_html_ = to_html
+
+    def __str__(self) -> str:
+        findings = [line for f in self.findings for line in _lines(f)]
+        curves = _aligned([_CURVES_HEAD, *map(_curve_cells, self.curves)])
+        return "\n".join([self.verdict, *findings, *curves, *self._not_looked_at()])
+
+    def _not_looked_at(self) -> list[str]:
+        return [f"not looked at: {kind} (needs {needs})" for kind, needs in self.not_looked_at.items()]
+
+
+def _cells(finding: Finding) -> tuple[str, ...]:
+    return finding.severity, finding.kind, finding.where, finding.evidence, finding.remedy
+
+
+def _lines(finding: Finding) -> list[str]:
+    head = f"{finding.severity}: {finding.kind} at {finding.where}"
+    return [head, f"  {finding.evidence}", f"  -> {finding.remedy}"]
+
+
+def _curve_cells(point: Point) -> tuple[str, ...]:
+    numbers = (point.activation, point.cotangent, point.gradient)
+    return point.layer.name, *("not kept" if n != n else f"{n:.2e}" for n in numbers)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><tr>{cells}</tr>{body}</table>" if rows else ""

@@ -1,0 +1,206 @@
+"""The optimizer's next step, taken on a copy: how large it is, and whether the loss does what its model promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor, nn
+
+from rowgrad.curvature import Quadratic, hvp, moved, quadratic_model
+from rowgrad.diagnosis.findings import Finding, some
+from rowgrad.diagnosis.limits import Limits
+from rowgrad.errors import GraphError, ParameterError
+
+ROUNDING = 1e-5  # of the loss: smaller errors of the quadratic model are no evidence in float32
+POINTS = 9  # of the curve along a step
+HALVINGS = 12  # in search of a part of the step for which the model holds
+
+
+def next_step(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What `optimizer.step()` would add to each parameter, found on a copy of the optimizer and of what it holds.
+
+    Raises:
+        ParameterError: no `torch.optim.Optimizer`, or one that calls a closure (LBFGS).
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
+        raise ParameterError(
+            f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer whose step() needs no closure"
+        )
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    copies = {id(p): p.detach().clone().requires_grad_(p.requires_grad) for p in held}
+    twin = deepcopy(optimizer, dict(copies))
+    for name, p in parameters.items():
+        if id(p) in copies:
+            copies[id(p)].grad = gradients[name].detach().clone()
+    twin.step()
+    return {name: copies[id(p)].detach() - p.detach() for name, p in parameters.items() if id(p) in copies}
+
+
+# Size
+
+
+def update_ratios(step: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Norm of the change over norm of the weight, for what has two dimensions or more."""
+    sizes = {n: float(w.detach().double().norm()) for n, w in weights.items() if n in step and w.ndim >= 2}
+    return {n: float(step[n].double().norm()) / size for n, size in sizes.items() if size > 0}
+
+
+def update_findings(ratios: Mapping[str, float], limits: Limits, rate: float | None) -> Iterator[Finding]:
+    """Weights whose step is too large or too small for them."""
+    low, high = limits.update
+    large = {n: r for n, r in ratios.items() if r > high}
+    small = {n: r for n, r in ratios.items() if r < low}
+    for found, what, limit in ((large, "large", high), (small, "small", low)):
+        if found:
+            worst = (max if what == "large" else min)(found, key=lambda n, f=found: f[n])
+            yield _update(found, worst, what, limit, len(ratios), rate)
+
+
+def _update(
+    found: dict[str, float], worst: str, what: str, limit: float, n: int, rate: float | None
+) -> Finding:
+    ratio = found[worst]
+    wanted = 1e-3 / ratio if ratio > 0 else float("inf")
+    change = f"by {wanted:.2g}" + ("" if rate is None else f", from {rate:.2g} to about {rate * wanted:.2g}")
+    return Finding(
+        "update",
+        some(sorted(found, key=lambda k: found[k], reverse=what == "large")),
+        f"a step changes {worst} by {ratio:.1e} of its size, too {what} for {len(found)} of {n} weights",
+        f"Multiply the rate {change}, for a change of 1e-3 a step" if ratio > 0 else "Nothing moves: the gradient is 0",
+        "warning",
+        ratio,
+        limit,
+    )
+
+
+# Cliffs
+
+
+@dataclass(frozen=True)
+class Along:
+    """The loss along a step beside its quadratic model, at parts t of the step."""
+
+    model: Quadratic
+    points: tuple[tuple[float, float], ...]  # (t, loss)
+
+    @property
+    def error(self) -> float:
+        """What the model is wrong by at the end, over the decrease that the slope promises."""
+        return self._error(*self.points[-1])
+
+    def _error(self, t: float, loss: float) -> float:
+        wrong = abs(loss - self.model(t)) if isfinite(loss) else float("inf")
+        if wrong <= ROUNDING * abs(self.model.value):
+            return 0.0
+        return wrong / max(abs(t * self.model.slope), 1e-300)
+
+    def holds(self, t: float, loss: float) -> bool:
+        """Whether the model is right there within a quarter of the promised decrease."""
+        return self._error(t, loss) <= 0.25
+
+
+class Repeated:
+    """A closure run again and again as if for the first time: same random numbers, buffers put back.
+
+    Args:
+        closure: returns the losses; their mean is the loss.
+        model: whose buffers (running statistics) are exchanged for copies while it runs.
+    """
+
+    def __init__(self, closure: Callable[[], Tensor], model: object) -> None:
+        if not callable(closure):
+            raise TypeError(
+                f"closure is a {type(closure).__name__}, expected a function that runs the forward pass and returns "
+                "the losses"
+            )
+        self.closure, self.model = closure, model
+
+    def __call__(self) -> Tensor:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices), _own_buffers(self.model), torch.enable_grad():
+            losses = self.closure()
+        if not isinstance(losses, Tensor):
+            raise GraphError(f"closure returned a {type(losses).__name__}, expected the losses as a tensor")
+        return losses.mean()
+
+
+@contextmanager
+def _own_buffers(model: object) -> Iterator[None]:
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    before = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+    try:
+        for module, name, buffer in before:
+            module._buffers[name] = buffer.detach().clone()
+        yield
+    finally:
+        for module, name, buffer in before:
+            module._buffers[name] = buffer
+
+
+def along(closure: Repeated, parameters: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> Along:
+    """The loss at parts of a step, and the quadratic model at its beginning."""
+    model = _model(closure, parameters, step)
+    parts = [k / (POINTS - 1) for k in range(POINTS)]
+    return Along(model, tuple((t, _loss_at(closure, parameters, step, t)) for t in parts))
+
+
+def _model(closure: Repeated, parameters: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> Quadratic:
+    try:
+        return quadratic_model(closure, parameters, step)
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+        # An operation without a second derivative (a fused LSTM): a difference of gradients, eq. 23.
+        loss = closure()
+        slope = torch.autograd.grad(loss, [parameters[n] for n in step], allow_unused=True)
+        product = hvp(closure, parameters, step, delta=1e-3)
+        dot = lambda vs: sum(float((v.double() * d.double()).sum()) for v, d in vs if v is not None)  # noqa: E731
+        return Quadratic(
+            float(loss.detach()),
+            dot(zip(slope, step.values(), strict=True)),
+            dot((product[n], d) for n, d in step.items()),
+        )
+
+
+def _loss_at(closure: Repeated, parameters: Mapping[str, Tensor], step: Mapping[str, Tensor], t: float) -> float:
+    with moved(parameters, step, t), torch.no_grad():
+        return float(closure().detach())
+
+
+def cliff_findings(
+    found: Along,
+    closure: Repeated,
+    parameters: Mapping[str, Tensor],
+    step: Mapping[str, Tensor],
+    rate: float | None,
+    limits: Limits,
+) -> Iterator[Finding]:
+    """A step along which the loss does something else than its quadratic model says (Conn, Gould and Toint 2000)."""
+    if not found.error > limits.cliff:
+        return
+    t = 1.0
+    for _ in range(HALVINGS):
+        t /= 2
+        if found.holds(t, _loss_at(closure, parameters, step, t)):
+            break
+    end, model = found.points[-1][1], found.model
+    size = sum(float(d.double().square().sum()) for d in step.values()) ** 0.5
+    worst = max(step, key=lambda n: float(step[n].double().norm()))
+    slower = "" if rate is None else f", a rate of {rate * t:.2g} for {rate:.2g}"
+    yield Finding(
+        "cliff",
+        f"the next step, of norm {size:.2g}, most of it in {worst}",
+        f"the quadratic model says the loss goes from {model.value:.3g} to {model(1):.3g}, in fact it goes to {end:.3g}: "
+        f"an error of {found.error:.2g} times the decrease that the slope promises",
+        f"Take {t:.2g} of this step{slower}, or clip the norm of the step at {size * t:.2g}: that far the model holds",
+        "warning",
+        found.error,
+        limits.cliff,
+    )
