@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import log
-
 from rowgrad.diagnosis.findings import Finding
 from rowgrad.diagnosis.limits import Limits
 from rowgrad.diagnosis.reading import Moments
 
 
 def shift(now: Moments, then: Moments) -> float:
-    """How far the means of the features moved, in earlier standard deviations, or the log of the change in spread."""
-    if then.std <= 0 or now.std <= 0:
-        return 0.0
-    moved = float((now.mean - then.mean.to(now.mean)).square().mean().sqrt()) / then.std
-    return max(moved, abs(log(now.std / then.std)))
+    """Root mean square of how far the means of the features moved, over the larger of the two spreads."""
+    spread = max(now.std, then.std)
+    return float((now.mean - then.mean.to(now.mean)).square().mean().sqrt()) / spread if spread > 0 else 0.0
 
 
 def drift_findings(now: Mapping[str, Moments], then: Mapping[str, Moments], limits: Limits) -> Iterator[Finding]:
@@ -26,11 +22,11 @@ def drift_findings(now: Mapping[str, Moments], then: Mapping[str, Moments], limi
     far = [name for name, value in shifts.items() if value > limits.drift]
     if far:
         worst = max(far, key=lambda n: shifts[n])
-        change = now[worst].std / then[worst].std
+        change = now[worst].std / max(then[worst].std, 1e-30)
         yield Finding(
             "drift",
             f"the input of {worst}",
-            f"it moved by {shifts[worst]:.2g} of its earlier standard deviations, its spread changed {change:.2g} times; "
+            f"its mean moved by {shifts[worst]:.3g} standard deviations while its spread changed {change:.2g} times; "
             f"{len(far)} of {len(shifts)} layers see another distribution than before",
             f"Divide the rate by {shifts[worst] / limits.drift * 2:.2g}, or put a BatchNorm or LayerNorm before {worst}",
             "warning",

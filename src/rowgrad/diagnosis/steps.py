@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from math import isfinite
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from rowgrad.diagnosis.findings import Finding, some
 from rowgrad.diagnosis.limits import Limits
 from rowgrad.errors import GraphError, ParameterError
 
-ROUNDING = 1e-5  # of the loss: smaller errors of the quadratic model are no evidence in float32
+USUAL_UPDATE = 1e-3  # size of a step over the size of the weight (Bottou 2015)
 POINTS = 9  # of the curve along a step
 HALVINGS = 12  # in search of a part of the step for which the model holds
 
@@ -53,29 +54,28 @@ def update_ratios(step: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
 
 
 def update_findings(ratios: Mapping[str, float], limits: Limits, rate: float | None) -> Iterator[Finding]:
-    """Weights whose step is too large or too small for them."""
+    """A step too large or too small for the median weight."""
+    if not ratios:
+        return
     low, high = limits.update
-    large = {n: r for n, r in ratios.items() if r > high}
-    small = {n: r for n, r in ratios.items() if r < low}
-    for found, what, limit in ((large, "large", high), (small, "small", low)):
-        if found:
-            worst = (max if what == "large" else min)(found, key=lambda n, f=found: f[n])
-            yield _update(found, worst, what, limit, len(ratios), rate)
+    middle = median(ratios.values())
+    if not low <= middle <= high:
+        yield _update(ratios, middle, high if middle > high else low, rate)
 
 
-def _update(
-    found: dict[str, float], worst: str, what: str, limit: float, n: int, rate: float | None
-) -> Finding:
-    ratio = found[worst]
-    wanted = 1e-3 / ratio if ratio > 0 else float("inf")
+def _update(ratios: Mapping[str, float], middle: float, limit: float, rate: float | None) -> Finding:
+    large = middle > limit
+    wanted = USUAL_UPDATE / middle if middle > 0 else float("inf")
     change = f"by {wanted:.2g}" + ("" if rate is None else f", from {rate:.2g} to about {rate * wanted:.2g}")
     return Finding(
         "update",
-        some(sorted(found, key=lambda k: found[k], reverse=what == "large")),
-        f"a step changes {worst} by {ratio:.1e} of its size, too {what} for {len(found)} of {n} weights",
-        f"Multiply the rate {change}, for a change of 1e-3 a step" if ratio > 0 else "Nothing moves: the gradient is 0",
+        some(sorted(ratios, key=lambda k: ratios[k], reverse=large)),
+        f"a step changes the median of {len(ratios)} weights by {middle:.1e} of its size; usual is 1e-4 to 1e-2",
+        f"Multiply the rate {change}, for a change of {USUAL_UPDATE:.0e} a step"
+        if middle > 0
+        else "Nothing moves: look for a rate of 0 or a gradient of 0",
         "warning",
-        ratio,
+        middle,
         limit,
     )
 
@@ -92,18 +92,13 @@ class Along:
 
     @property
     def error(self) -> float:
-        """What the model is wrong by at the end, over the decrease that the slope promises."""
-        return self._error(*self.points[-1])
+        """What the model is wrong by at the end, over the loss or the decrease that the slope promises."""
+        return self.error_at(*self.points[-1])
 
-    def _error(self, t: float, loss: float) -> float:
+    def error_at(self, t: float, loss: float) -> float:
+        """The same after a part of the step."""
         wrong = abs(loss - self.model(t)) if isfinite(loss) else float("inf")
-        if wrong <= ROUNDING * abs(self.model.value):
-            return 0.0
-        return wrong / max(abs(t * self.model.slope), 1e-300)
-
-    def holds(self, t: float, loss: float) -> bool:
-        """Whether the model is right there within a quarter of the promised decrease."""
-        return self._error(t, loss) <= 0.25
+        return wrong / max(abs(t * self.model.slope), abs(self.model.value), 1e-300)
 
 
 class Repeated:
@@ -188,7 +183,7 @@ def cliff_findings(
     t = 1.0
     for _ in range(HALVINGS):
         t /= 2
-        if found.holds(t, _loss_at(closure, parameters, step, t)):
+        if found.error_at(t, _loss_at(closure, parameters, step, t)) <= 0.25:
             break
     end, model = found.points[-1][1], found.model
     size = sum(float(d.double().square().sum()) for d in step.values()) ** 0.5
@@ -198,8 +193,9 @@ def cliff_findings(
         "cliff",
         f"the next step, of norm {size:.2g}, most of it in {worst}",
         f"the quadratic model says the loss goes from {model.value:.3g} to {model(1):.3g}, in fact it goes to {end:.3g}: "
-        f"an error of {found.error:.2g} times the decrease that the slope promises",
-        f"Take {t:.2g} of this step{slower}, or clip the norm of the step at {size * t:.2g}: that far the model holds",
+        f"an error of {found.error:.2g} times the loss or the decrease that the slope promises, whichever is larger",
+        f"Take {t:.2g} of this step{slower}, or clip the norm of the step at {size * t:.2g}: that far the model holds "
+        "to a quarter",
         "warning",
         found.error,
         limits.cliff,

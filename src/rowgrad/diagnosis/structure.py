@@ -8,9 +8,11 @@ import torch
 
 from rowgrad.diagnosis.findings import Finding, some
 from rowgrad.diagnosis.reading import Reading
+from rowgrad.graph.flow import ELEMENTWISE
 from rowgrad.graph.graph import Graph
 from rowgrad.graph.vertices import MOVES, Vertex
 
+ENTRY_BY_ENTRY = ELEMENTWISE | {"add", "sub", "mul", "div", "neg", "clone", "alias"}
 BATCH_NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm_with_update"})
 
 
@@ -85,12 +87,20 @@ def _bias(name: str, norm: Vertex, graph: Graph, reading: Reading) -> Finding:
 
 def mixed_findings(graph: Graph, meeting: tuple[int, ...], n_examples: int) -> Iterator[Finding]:
     """Operations at which one example's loss comes to depend on another's input."""
-    norms = [graph.vertices[i] for i in meeting if graph.vertices[i].op in BATCH_NORMS]
-    others = [graph.vertices[i] for i in meeting if graph.vertices[i].op not in BATCH_NORMS]
+    found = [graph.vertices[i] for i in meeting]
+    found = [v for v in found if not _works_entry_by_entry(graph, v)] or found
+    norms = [v for v in found if v.op in BATCH_NORMS]
+    others = [v for v in found if v.op not in BATCH_NORMS]
     if norms:
         yield _mixed(norms, n_examples, f"BatchNorm in training mode; GroupNorm with {_groups(norms[0])} groups", "note")
     if others:
         yield _mixed(others, n_examples, "a loss over the batch; check that no dimension was mistaken", "warning")
+
+
+def _works_entry_by_entry(graph: Graph, v: Vertex) -> bool:
+    """Whether an operation only hands on what meets below it: a residual addition above a BatchNorm."""
+    shapes = [graph.vertices[t[0]].shapes[t[1]] for t in v.inputs if t is not None]
+    return v.op in ENTRY_BY_ENTRY and all(shape == v.shapes[0] for shape in shapes)
 
 
 def _groups(norm: Vertex) -> int:
