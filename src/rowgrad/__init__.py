@@ -1,6 +1,10 @@
 """rowgrad: the gradients of neural networks, seen whole and example by example."""
 
 from rowgrad.checking.rows import check_rows
+from rowgrad.diagnosis.examine import diagnose
+from rowgrad.diagnosis.findings import Finding
+from rowgrad.diagnosis.limits import Limits
+from rowgrad.diagnosis.result import Diagnosis
 from rowgrad.errors import RowgradError, RowgradWarning
 from rowgrad.graph.flow import Flow
 from rowgrad.graph.graph import Graph
@@ -14,14 +18,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RULES",
+    "Diagnosis",
+    "Finding",
     "Flow",
     "Graph",
     "Jacobian",
+    "Limits",
     "RowgradError",
     "RowgradWarning",
     "check_rows",
     "clip_weights",
     "clipped_loss",
+    "diagnose",
     "grad_norms",
     "jacobian",
     "per_example",

@@ -123,10 +123,12 @@ def _scalar(loss: Tensor | Callable[[], Tensor]) -> Tensor:
 def _direction(parameters: Mapping[str, Tensor], v: Direction) -> dict[str, Tensor]:
     for name, t in v.items():
         if name not in parameters:
-            raise GraphError(f"direction: {name!r} is not among the parameters ({', '.join(list(parameters)[:5])}, ...)")
+            first = ", ".join(list(parameters)[:5])
+            raise GraphError(f"direction: {name!r} is not among the {len(parameters)} parameters ({first}, ...)")
         if t.shape != parameters[name].shape:
             raise GraphError(
-                f"direction at {name}: shape {tuple(t.shape)}, expected the parameter's, {tuple(parameters[name].shape)}"
+                f"direction at {name}: shape {tuple(t.shape)}, expected the parameter's, "
+                f"{tuple(parameters[name].shape)}"
             )
     return {name: t.detach() for name, t in v.items()}
 
@@ -145,7 +147,9 @@ def _exact(parameters: Mapping[str, Tensor], gradient: Direction, direction: Dir
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
     with torch.enable_grad():
         slope = torch.stack([(g * d).sum() for g, d in live]).sum()
-    return _gradient(slope, parameters) if slope.requires_grad else {n: torch.zeros_like(p) for n, p in parameters.items()}
+    if not slope.requires_grad:
+        return {name: torch.zeros_like(p) for name, p in parameters.items()}
+    return _gradient(slope, parameters)
 
 
 def _dot(a: Direction, b: Direction) -> float:

@@ -69,16 +69,13 @@ class Layers:
     units: tuple[Unit, ...]
     depth: int
 
-    def at(self, level: int) -> list[Layer]:
-        """The layers of one level."""
-        return [layer for layer in self.layers if layer.level == level]
-
 
 def find_layers(graph: Graph) -> Layers:
     """Read the structure of a graph. See Note [layers of a graph]."""
     made_of = _made_of_parameters(graph)
     found: list[Layer] = []
-    level, last = [0] * len(graph), [None] * len(graph)  # of each vertex: its level, and the layer last passed
+    level = [0] * len(graph)  # of each vertex
+    last: list[Layer | None] = [None] * len(graph)  # the layer last passed on the way to it
     for v in reversed(graph.vertices):
         before = [t[0] for t in v.inputs if t is not None and made_of[t[0]] is None]
         nearest = max(before, key=lambda i: level[i], default=None)

@@ -1,4 +1,4 @@
-"""Where the first NaN or infinity came into being: in the data, in a parameter, in an operation or in its derivative."""
+"""Where the first NaN or infinity came into being: in the data, a parameter, an operation or its derivative."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rowgrad.diagnosis.findings import Finding
 from rowgrad.diagnosis.layers import Layers
-from rowgrad.errors import FreedGraphError
+from rowgrad.diagnosis.reading import kept
 from rowgrad.graph.flow import Flow
 from rowgrad.graph.graph import Graph
 from rowgrad.graph.vertices import Vertex
@@ -35,7 +35,7 @@ def birthplace(graph: Graph, flow: Flow, layers: Layers) -> Iterator[Finding]:
 
 def _in_the_data(graph: Graph, layers: Layers) -> Finding | None:
     for layer in layers.layers:
-        data = _kept(graph, layer.node, layer.data[1]) if layer.inputs and layer.data is not None else None
+        data = kept(graph.tape, layer.node, layer.data[1]) if layer.inputs and layer.data is not None else None
         if data is not None and data.is_floating_point() and not _is_finite(data):
             bad = ~data.isfinite()
             return _finding(
@@ -114,17 +114,8 @@ def _outside(graph: Graph, v: Vertex) -> int:
     if v.op not in DOMAINS:
         return 0
     name, is_outside, _, _ = DOMAINS[v.op]
-    x = _kept(graph, v.index, name)
+    x = kept(graph.tape, v.index, name)
     return 0 if x is None else int(is_outside(x, 0).sum())
-
-
-def _kept(graph: Graph, index: int, name: str) -> Tensor | None:
-    node = graph.tape.nodes[index]
-    try:
-        found = node.saved(name) if node.has_saved(name) else None
-    except FreedGraphError:
-        return None
-    return found if isinstance(found, Tensor) else None
 
 
 def _is_finite(t: Tensor) -> bool:

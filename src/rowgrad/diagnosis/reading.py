@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, nan, sqrt
+from math import nan, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Point:
     cotangent: float
     gradient: float
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         numbers = {k: plain(getattr(self, k)) for k in ("activation", "cotangent", "gradient")}
         return {"layer": self.layer.name, "level": self.layer.level, "weights": list(self.layer.weights)} | numbers
@@ -59,13 +60,13 @@ class Reading:
     ) -> None:
         self.tape, self.layers, self.cotangents = tape, layers, cotangents
         self.gradients, self.weights = gradients, weights
-        self.data = {layer.name: _saved(tape, layer.node, layer.data) for layer in layers.layers}
+        self.data = {x.name: None if x.data is None else kept(tape, x.node, x.data[1]) for x in layers.layers}
         self.weight_norms, self.gradient_norms = _sizes(weights, gradients)
         self.points = self._points()
 
     def unit(self, unit: Unit) -> Tensor | None:
         """What an activation function returned; None where it was overwritten or freed."""
-        return _saved(self.tape, unit.node, (0, "result"))
+        return kept(self.tape, unit.node, "result")
 
     def relative_gradient(self, names: tuple[str, ...]) -> float:
         """Norm of a gradient over the norm of its weights."""
@@ -102,11 +103,6 @@ def features(layer: Layer, data: Tensor | None) -> Tensor | None:
     return data.reshape(-1, data.shape[-1])
 
 
-def finite(values: list[float]) -> list[float]:
-    """Without nan and inf."""
-    return [v for v in values if isfinite(v)]
-
-
 def _sizes(
     weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -131,11 +127,10 @@ def _norm(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(t, dtype=dtype).double()
 
 
-def _saved(tape: Tape, node: int, kept: tuple[int, str] | None) -> Tensor | None:
-    if kept is None:
-        return None
+def kept(tape: Tape, node: int, name: str) -> Tensor | None:
+    """What an operation keeps under a name; None where it keeps no such tensor, or it was overwritten or freed."""
     try:
-        found = tape.nodes[node].saved(kept[1])
+        found = tape.nodes[node].saved(name) if tape.nodes[node].has_saved(name) else None
     except FreedGraphError:
         return None
     return found if isinstance(found, Tensor) else None

@@ -45,8 +45,8 @@ def _spread(where: str, low: int, high: int, peak: Tensor, std: Tensor, limits: 
     return Finding(
         "inputs",
         where,
-        f"feature {high} reaches {float(peak[high]):.3g}, feature {low} only {float(peak[low]):.3g}; gradients of their "
-        "weights differ as much",
+        f"feature {high} reaches {float(peak[high]):.3g}, feature {low} only {float(peak[low]):.3g}; gradients of "
+        "their weights differ as much",
         f"Standardize each feature: subtract its mean and divide by its standard deviation ({float(std[high]):.3g} for "
         f"feature {high}, {float(std[low]):.3g} for feature {low})",
         "warning",

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from rowgrad.diagnosis.findings import Finding
 from rowgrad.diagnosis.limits import Limits
-from rowgrad.diagnosis.reading import Reading
-from rowgrad.errors import FreedGraphError
+from rowgrad.diagnosis.reading import Reading, kept
 from rowgrad.graph.graph import Graph
 from rowgrad.graph.vertices import Vertex
 
@@ -36,17 +35,8 @@ def cross_entropies(graph: Graph) -> Iterator[Classified]:
             yield from _binary(graph, v)
 
 
-def _kept(graph: Graph, v: Vertex, name: str) -> Tensor | None:
-    node = graph.tape.nodes[v.index]
-    try:
-        found = node.saved(name) if node.has_saved(name) else None
-    except FreedGraphError:
-        return None
-    return found if isinstance(found, Tensor) else None
-
-
 def _softmax(graph: Graph, v: Vertex) -> Iterator[Classified]:
-    log_p, target = _kept(graph, v, "self"), _kept(graph, v, "target")
+    log_p, target = kept(graph.tape, v.index, "self"), kept(graph.tape, v.index, "target")
     if log_p is None or target is None:
         return
     classes = 1 if log_p.ndim > 1 else 0
@@ -58,7 +48,7 @@ def _softmax(graph: Graph, v: Vertex) -> Iterator[Classified]:
 
 
 def _binary(graph: Graph, v: Vertex) -> Iterator[Classified]:
-    logits, target = _kept(graph, v, "self"), _kept(graph, v, "target")
+    logits, target = kept(graph.tape, v.index, "self"), kept(graph.tape, v.index, "target")
     if logits is not None and target is not None:
         loss = F.binary_cross_entropy_with_logits(logits.double(), target.double())
         yield Classified(v, float(loss), 2, float(logits.double().square().mean().sqrt()))
@@ -75,12 +65,13 @@ def start_findings(graph: Graph, reading: Reading, limits: Limits) -> Iterator[F
 def _finding(found: Classified, blind: float, reading: Reading, limits: Limits) -> Finding:
     last = max(reading.points, key=lambda p: p.layer.level).layer.name if reading.points else "the last layer"
     confident = found.loss > blind
+    smaller = min(0.1, 0.1 / max(found.spread, 1e-30))
     return Finding(
         "start",
         found.vertex.name,
         f"the loss is {found.loss:.3g} before any training; knowing nothing of {found.n_classes} classes costs log "
         f"{found.n_classes} = {blind:.3g}. The logits have standard deviation {found.spread:.2g}",
-        f"Multiply the weights of {last} by {min(0.1, 0.1 / max(found.spread, 1e-30)):.1g}, so that all classes start alike"
+        f"Multiply the weights of {last} by {smaller:.1g}, so that all classes start alike"
         if confident
         else f"Check that no input tells the label and that there are {found.n_classes} classes",
         "warning",

@@ -192,8 +192,8 @@ def cliff_findings(
     yield Finding(
         "cliff",
         f"the next step, of norm {size:.2g}, most of it in {worst}",
-        f"the quadratic model says the loss goes from {model.value:.3g} to {model(1):.3g}, in fact it goes to {end:.3g}: "
-        f"an error of {found.error:.2g} times the loss or the decrease that the slope promises, whichever is larger",
+        f"the quadratic model says the loss goes from {model.value:.3g} to {model(1):.3g}, in fact it goes to "
+        f"{end:.3g}: an error of {found.error:.2g} times the loss or the decrease that the slope promises, the larger",
         f"Take {t:.2g} of this step{slower}, or clip the norm of the step at {size * t:.2g}: that far the model holds "
         "to a quarter",
         "warning",

@@ -32,13 +32,13 @@ def unused_findings(graph: Graph, optimizer: torch.optim.Optimizer | None) -> It
             0.0,
         )
     held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
-    left = [n for n, v in graph.parameters.items() if held is not None and id(graph.tape.nodes[v.index].variable) not in held]
+    left = [] if held is None else [name for name in graph.parameters if id(graph.leaves[name]) not in held]
     if left:
         yield Finding(
             "unused",
             some(left),
-            f"{len(left)} of {len(graph.parameters)} parameters have a gradient but are not in the optimizer: they stay "
-            "as they are",
+            f"{len(left)} of {len(graph.parameters)} parameters have a gradient but are not in the optimizer: they "
+            "stay as they are",
             f"Add them with optimizer.add_param_group, all {len(left)} of them, or freeze them",
             "warning",
             len(left),
@@ -77,7 +77,8 @@ def _bias(name: str, norm: Vertex, graph: Graph, reading: Reading) -> Finding:
     return Finding(
         "bias before BatchNorm",
         name,
-        f"{norm.name} subtracts the mean of the batch and with it this bias; its gradient has norm {size:.1e}, rounding",
+        f"{norm.name} subtracts the mean of the batch and with it this bias; its gradient, of norm {size:.1e}, is "
+        "rounding",
         f"Build the layer with bias=False, which saves {n} numbers; the BatchNorm's own bias does the work",
         "note",
         size,
@@ -92,9 +93,15 @@ def mixed_findings(graph: Graph, meeting: tuple[int, ...], n_examples: int) -> I
     norms = [v for v in found if v.op in BATCH_NORMS]
     others = [v for v in found if v.op not in BATCH_NORMS]
     if norms:
-        yield _mixed(norms, n_examples, f"BatchNorm in training mode; GroupNorm with {_groups(norms[0])} groups", "note")
+        instead = f"GroupNorm with {_groups(norms[0])} groups"
+        yield _mixed(
+            norms, n_examples, "BatchNorm in training mode", f"Where each is to count alone: {instead}", "note"
+        )
     if others:
-        yield _mixed(others, n_examples, "a loss over the batch; check that no dimension was mistaken", "warning")
+        remedy = (
+            f"If it is not meant to, compute it for each of the {n_examples} alone, or look for a mistaken dimension"
+        )
+        yield _mixed(others, n_examples, "no BatchNorm", remedy, "warning")
 
 
 def _works_entry_by_entry(graph: Graph, v: Vertex) -> bool:
@@ -108,13 +115,12 @@ def _groups(norm: Vertex) -> int:
     return max(g for g in range(1, 33) if channels % g == 0)
 
 
-def _mixed(found: list[Vertex], n_examples: int, cause: str, severity: str) -> Finding:
-    what, _, instead = cause.partition("; ")
+def _mixed(found: list[Vertex], n_examples: int, what: str, remedy: str, severity: str) -> Finding:
     return Finding(
         "mixed",
         some([v.name for v in found]),
         f"the loss of one example depends on the others of the batch of {n_examples} ({what})",
-        f"Where examples have to be independent: {instead}" if severity == "note" else f"If this is not meant, {instead}",
+        remedy,
         severity,
         len(found),
         0.0,

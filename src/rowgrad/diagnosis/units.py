@@ -131,8 +131,8 @@ def _dead(silence: Silence, share: float, reading: Reading, limits: Limits) -> F
         _where(silence.units),
         f"{every} units were 0 for each of {silence.examples} examples ({some(list(map(str, dead)), 5)}); no gradient "
         f"reaches their weights in {layer.name}",
-        f"Draw these {len(dead)} rows of {layer.weights[0]} anew with standard deviation {std:.2g} = sqrt(2/fan_in) and "
-        "set their biases to 0; against a relapse divide the rate by 10 or use leaky ReLU (slope 0.01)",
+        f"Draw these {len(dead)} rows of {layer.weights[0]} anew with standard deviation {std:.2g} = sqrt(2/fan_in) "
+        "and set their biases to 0; against a relapse divide the rate by 10 or use leaky ReLU (slope 0.01)",
         "error" if share == 1 else "warning",
         share,
         limits.dead,
