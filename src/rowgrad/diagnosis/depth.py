@@ -32,10 +32,13 @@ def trends(reading: Reading) -> list[Trend]:
     """Cotangents from the last layer to the first, activations from the second to the last.
 
     At each level the largest counts: what arrives there by one way is there. The inputs of the first layer are the
-    data, whose size is a matter of its own.
+    data, whose size is a matter of its own. In a recurrent net the uses of the shared weight are the levels; the inputs
+    of all times may have met their weight at once.
     """
-    backward = _sizes(reading, lambda p: p.cotangent)[::-1]
-    forward = [s for s in _sizes(reading, lambda p: p.activation) if s[0] > 1]
+    shared = _shared(reading)
+    points = [p for p in reading.points if shared is None or shared[0] in p.layer.weights]
+    backward = _sizes(points, lambda p: p.cotangent)[::-1]
+    forward = [s for s in _sizes(points, lambda p: p.activation) if s[0] > 1]
     return [
         Trend(what, sizes[0][1], sizes[-1][1], sizes[-1][2] / sizes[0][2], len(sizes) - 1)
         for what, sizes in (("the cotangent", backward), ("the activation", forward))
@@ -43,10 +46,10 @@ def trends(reading: Reading) -> list[Trend]:
     ]
 
 
-def _sizes(reading: Reading, size: Callable[[Point], float]) -> list[tuple[int, str, float]]:
+def _sizes(points: list[Point], size: Callable[[Point], float]) -> list[tuple[int, str, float]]:
     """(level, layer, size) of the largest at each level, by level."""
     found: dict[int, tuple[str, float]] = {}
-    for p in reading.points:
+    for p in points:
         if isfinite(size(p)) and size(p) > found.get(p.layer.level, ("", -inf))[1]:
             found[p.layer.level] = p.layer.name, size(p)
     return [(level, *found[level]) for level in sorted(found)]
@@ -78,9 +81,10 @@ def _finding(kind: str, trend: Trend, reading: Reading, limit: float) -> Finding
 
 def _shared(reading: Reading) -> tuple[str, int] | None:
     """The weight that most levels share, and how often: a recurrent net unrolled in time."""
-    levels: Counter[str] = Counter()
-    for w in {(w, p.layer.level) for p in reading.points for w in p.layer.weights}:
-        levels[w[0]] += 1
+    uses = {(w, p.layer.level) for p in reading.points for w in p.layer.weights}
+    levels = Counter(sorted(w for w, _ in uses))
+    if not levels:
+        return None
     name, n = levels.most_common(1)[0]
     return (name, n) if n > 2 and n >= 0.6 * reading.layers.depth else None
 

@@ -24,7 +24,8 @@ class Limits:
             Forty percent is what too high a rate leaves (Karpathy, CS231n).
         copies: distance between two units, weights and gradients, over their size, below which they are the same.
         input_spread: largest feature over the smallest, in maxima of absolute values; integer pixels have 16 to 255.
-        input_offset: mean of a feature over its standard deviation.
+        input_offset: mean of a feature over the root mean square of the features' standard deviations. The loss is then
+            steeper along that feature's weight by the square of it.
         input_size: root mean square of the inputs, from 1 / input_size up; initializers are made for 1.
         column_ratio: gradients of the weights of different features, largest over lower quartile.
         weight_ratio: gradients over weights, largest layer over smallest; healthy ones have up to 90.
@@ -45,7 +46,7 @@ class Limits:
     dead_still: float = 0.4
     copies: float = 1e-6
     input_spread: float = 100.0
-    input_offset: float = 100.0
+    input_offset: float = 30.0
     input_size: float = 30.0
     column_ratio: float = 100.0
     weight_ratio: float = 1e3

@@ -32,10 +32,9 @@ def _of_one_input(layer: Layer, x: Tensor, limits: Limits) -> Iterator[Finding]:
     spread = float(peak[high] / peak[low])
     if spread > limits.input_spread:
         yield _spread(where, low, high, peak, std, limits)
-    offset = mean[varied] / std[varied]
-    if float(offset.max()) > limits.input_offset:
-        far = int(varied[offset.argmax()])
-        yield _offset(where, far, float(mean[far]), float(std[far]), limits)
+    usual, far = float(std.square().mean().sqrt()), int(mean.argmax())
+    if float(mean[far]) > limits.input_offset * usual:
+        yield _offset(where, far, float(mean[far]), usual, limits)
     size = float(x.square().mean().sqrt())
     if spread <= limits.input_spread and not 1 / limits.input_size < size < limits.input_size:
         yield _size(where, size, limits)
@@ -59,9 +58,9 @@ def _offset(where: str, feature: int, mean: float, std: float, limits: Limits) -
     return Finding(
         "inputs",
         where,
-        f"feature {feature} has mean {mean:.3g} in absolute value and standard deviation {std:.3g}: nearly all of it "
-        "acts as a second bias",
-        f"Subtract the mean, {mean:.3g}, and divide by {std:.3g}",
+        f"feature {feature} has mean {mean:.3g} in absolute value while features vary by {std:.3g}: it acts as a second "
+        "bias, with a gradient that drowns the others",
+        f"Subtract its mean, {mean:.3g}, and that of each other feature",
         "warning",
         mean / std,
         limits.input_offset,

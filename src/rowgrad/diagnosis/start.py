@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import log
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from rowgrad.diagnosis.findings import Finding
 from rowgrad.diagnosis.limits import Limits

@@ -32,7 +32,8 @@ def unused_findings(graph: Graph, optimizer: torch.optim.Optimizer | None) -> It
             0.0,
         )
     held = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
-    left = [] if held is None else [name for name in graph.parameters if id(graph.leaves[name]) not in held]
+    live = {name: graph.tape.nodes[v.index].variable for name, v in graph.parameters.items()}
+    left = [] if held is None else [name for name, p in live.items() if id(p) not in held]
     if left:
         yield Finding(
             "unused",
@@ -60,12 +61,12 @@ def _uses_the_batch(graph: Graph, v: Vertex) -> bool:
 
 
 def _biases_before(graph: Graph, v: Vertex) -> Iterator[str]:
-    """Parameters of one dimension that enter the operation just before, over moves."""
+    """Parameters of one dimension that enter the operation just before, over moves, if nothing else reads it."""
     source = v.inputs[0]
-    while source is not None and graph.vertices[source[0]].op in MOVES:
+    while source is not None and graph.vertices[source[0]].op in MOVES and len(graph.readers(source)) == 1:
         source = graph.vertices[source[0]].inputs[0]
     names = {p.index: name for name, p in graph.parameters.items()}
-    entering = () if source is None else graph.vertices[source[0]].inputs
+    entering = () if source is None or len(graph.readers(source)) > 1 else graph.vertices[source[0]].inputs
     for t in entering:
         if t is not None and t[0] in names and graph.leaves[names[t[0]]].ndim == 1:
             yield names[t[0]]
