@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,7 +43,7 @@ def test_one_unit_per_layer_the_measured_factor_is_the_product_of_weights_and_sl
     assert f"a factor of {expected ** (1 / 7):.2g} for each" in finding.evidence
     # The curve says the same layer by layer.
     cotangents = [p.cotangent for p in found.curves]
-    factors = [a / b for a, b in zip(cotangents, cotangents[1:], strict=False)]
+    factors = [a / b for a, b in pairwise(cotangents)]
     slopes = [abs(w) * o * (1 - o) for w, o in zip(weights[1:], entering[1:], strict=True)]
     assert factors == pytest.approx(slopes, rel=1e-12)
     assert [p.activation for p in found.curves] == pytest.approx(entering)

@@ -20,7 +20,7 @@ from rowgrad.graph.vertices import Vertex, module_of
 PRODUCTS = frozenset(
     {
         "addmm", "addmv", "addbmm", "baddbmm", "bmm", "mm", "mv", "linear", "convolution", "mkldnn_convolution",
-        "cudnn_convolution", "embedding", "mkldnn_rnn_layer", "cudnn_rnn",
+        "cudnn_convolution", "embedding", "embedding_bag", "trilinear", "mkldnn_rnn_layer", "cudnn_rnn",
     }
 )  # fmt: skip
 RECTIFIERS = frozenset({"relu"})

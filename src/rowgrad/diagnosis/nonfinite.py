@@ -20,8 +20,8 @@ DOMAINS = {
     "sqrt":  ("result", lambda x, tiny: (x == 0) | x.isnan(), "0 or below", "Take sqrt(x.clamp(min=0) + {tiny:.0e})"),
     "rsqrt": ("result", lambda x, tiny: ~x.isfinite(), "0 or below", "Take rsqrt(x.clamp(min=0) + {tiny:.0e})"),
     "div":   ("other", lambda x, tiny: x == 0, "0", "Add {tiny:.0e} to the divisor"),
+    "reciprocal": ("result", lambda x, tiny: ~x.isfinite(), "0", "Add {tiny:.0e} to the divisor"),
     "pow":   ("self", lambda x, tiny: x <= 0, "at or below 0", "Keep the base above {tiny:.0e}"),
-    "linalg_vector_norm": ("result", lambda x, tiny: x == 0, "0", "Take sqrt(x.square().sum() + {tiny:.0e})"),
     "exp":   ("result", lambda x, tiny: ~x.isfinite(), "too large", "Clamp its argument at {top:.0f}"),
 }  # fmt: skip
 
@@ -65,20 +65,22 @@ def _forward(graph: Graph) -> Finding | None:
 def _unkept(graph: Graph) -> Finding | None:
     """No operation kept the value that is not finite: one with a border to its domain, if its operand tells."""
     for v in reversed(graph.vertices):
-        if _outside(graph, v) and v.op not in {"sqrt", "pow", "linalg_vector_norm"}:
+        if _outside(graph, v) and v.op not in {"sqrt", "pow"}:
             return _at_operation(graph, v, None)
     return None
 
 
 def _culprit(graph: Graph, v: Vertex) -> Vertex:
-    """Up from a value that is not finite, over operations whose results nobody kept, to the one that made it so."""
-    while True:
-        if _outside(graph, v):
-            return v
-        unknown = [graph.vertices[t[0]] for t in v.inputs if t is not None and graph.value(t) is None]
-        if not unknown:
-            return v
-        v = next((u for u in unknown if _outside(graph, u)), unknown[0])
+    """The operation itself, or before it, over results that nobody kept, one that was called outside its domain."""
+    waiting, seen = [v], {v.index}
+    while waiting:
+        found = waiting.pop()
+        if _outside(graph, found):
+            return found
+        unknown = [graph.vertices[t[0]] for t in found.inputs if t is not None and graph.value(t) is None]
+        waiting += [u for u in unknown if u.index not in seen]
+        seen |= {u.index for u in unknown}
+    return v
 
 
 def _backward(graph: Graph, flow: Flow) -> Finding | None:
@@ -98,14 +100,16 @@ def _at_operation(graph: Graph, v: Vertex, found: Tensor | None, *, derivative: 
     counted = "" if found is None else f": {what} holds {_count(found)}"
     outside = _outside(graph, v)
     if not outside:
-        return _finding(
-            v.name, f"what enters is finite{counted}", "Scale down what enters, or compute this operation in float64"
-        )
+        known = all(graph.value(t) is not None for t in v.inputs if t is not None)
+        entered = "what enters is finite" if known or derivative else "the first value that was kept and is not finite"
+        return _finding(v.name, f"{entered}{counted}", "Scale down what enters, or compute this operation in float64")
     dtype = graph.tape.nodes[v.index].dtype()
     tiny = torch.finfo(dtype).eps ** 1.5 if dtype.is_floating_point else 1e-12
     top = torch.tensor(torch.finfo(dtype).max, dtype=torch.float64).log().item() - 1
     _, _, border, remedy = DOMAINS[v.op]
-    evidence = f"{outside} entries of its {'divisor' if v.op == 'div' else 'argument'} are {border}{counted}"
+    evidence = (
+        f"{outside} entries of its {'divisor' if v.op in {'div', 'reciprocal'} else 'argument'} are {border}{counted}"
+    )
     return _finding(v.name, evidence, remedy.format(tiny=tiny, top=top))
 
 

@@ -22,7 +22,7 @@ class Point:
     """One layer on the three curves.
 
     Attributes:
-        activation: root mean square of the data that enters; nan where the operation kept none.
+        activation: root mean square of the data that enters; nan where the operation kept none, or indices.
         cotangent: norm of the derivative of the mean loss at the layer's output. A norm, not a root mean square: with
             weights of variance 1/fan_in it stays the same from layer to layer whatever their widths.
         gradient: norm of the weights' gradient over the norm of the weights; nan for weights that are 0.
@@ -84,9 +84,10 @@ class Reading:
         return found
 
     def _points(self) -> tuple[Point, ...]:
-        layers, data = self.layers.layers, self.data
-        activations = _norms([data[layer.name] for layer in layers])
-        entries = [1 if h is None else max(h.numel(), 1) for h in data.values()]
+        layers = self.layers.layers
+        data = [h if h is not None and (h.is_floating_point() or h.is_complex()) else None for h in self.data.values()]
+        activations = _norms(data)
+        entries = [1 if h is None else max(h.numel(), 1) for h in data]
         cotangents = _norms([self.cotangents.get((layer.node, 0)) for layer in layers])
         return tuple(
             Point(layer, a / sqrt(n), z, self.relative_gradient(layer.weights))
@@ -122,7 +123,7 @@ def _norms(tensors: list[Tensor | None]) -> list[float]:
 
 
 def _norm(t: Tensor) -> Tensor:
-    t = t.detach()
+    t = torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t.detach()
     dtype = torch.float64 if t.dtype == torch.float64 or not t.is_floating_point() else torch.float32
     return torch.linalg.vector_norm(t, dtype=dtype).double()
 

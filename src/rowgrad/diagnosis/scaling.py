@@ -58,8 +58,8 @@ def _offset(where: str, feature: int, mean: float, std: float, limits: Limits) -
     return Finding(
         "inputs",
         where,
-        f"feature {feature} has mean {mean:.3g} in absolute value while features vary by {std:.3g}: it acts as a second "
-        "bias, with a gradient that drowns the others",
+        f"feature {feature} has mean {mean:.3g} in absolute value while features vary by {std:.3g}: it acts as a "
+        "second bias, with a gradient that drowns the others",
         f"Subtract its mean, {mean:.3g}, and that of each other feature",
         "warning",
         mean / std,

@@ -10,7 +10,7 @@ from rowgrad.diagnosis.findings import Finding, some
 from rowgrad.diagnosis.reading import Reading
 from rowgrad.graph.flow import ELEMENTWISE
 from rowgrad.graph.graph import Graph
-from rowgrad.graph.vertices import MOVES, Vertex
+from rowgrad.graph.vertices import MOVES, Edge, Vertex
 
 ENTRY_BY_ENTRY = ELEMENTWISE | {"add", "sub", "mul", "div", "neg", "clone", "alias"}
 BATCH_NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm_with_update"})
@@ -91,6 +91,7 @@ def mixed_findings(graph: Graph, meeting: tuple[int, ...], n_examples: int) -> I
     """Operations at which one example's loss comes to depend on another's input."""
     found = [graph.vertices[i] for i in meeting]
     found = [v for v in found if not _works_entry_by_entry(graph, v)] or found
+    found = list(dict.fromkeys(_reduced(graph, v) for v in found))
     norms = [v for v in found if v.op in BATCH_NORMS]
     others = [v for v in found if v.op not in BATCH_NORMS]
     if norms:
@@ -109,6 +110,22 @@ def _works_entry_by_entry(graph: Graph, v: Vertex) -> bool:
     """Whether an operation only hands on what meets below it: a residual addition above a BatchNorm."""
     shapes = [graph.vertices[t[0]].shapes[t[1]] for t in v.inputs if t is not None]
     return v.op in ENTRY_BY_ENTRY and all(shape == v.shapes[0] for shape in shapes)
+
+
+def _reduced(graph: Graph, v: Vertex) -> Vertex:
+    """Where examples meet because something small was spread over all of them: the operation that made it small."""
+    spread = [graph.vertices[t[0]] for t in v.inputs if t is not None and _size(graph, t) < v.shapes[0].numel()]
+    spread = [u for u in spread if not u.is_leaf] if v.op in ENTRY_BY_ENTRY | MOVES else []
+    if not spread:
+        return v
+    found = spread[0]
+    while found.op in ENTRY_BY_ENTRY | MOVES and len(sources := [t for t in found.inputs if t is not None]) == 1:
+        found = graph.vertices[sources[0][0]]
+    return found
+
+
+def _size(graph: Graph, edge: Edge) -> int:
+    return graph.vertices[edge[0]].shapes[edge[1]].numel()
 
 
 def _groups(norm: Vertex) -> int:
