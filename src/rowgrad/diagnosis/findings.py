@@ -22,6 +22,9 @@ class Finding:
         severity: "error", "warning" or "note"; a note leaves the diagnosis ok.
         value: the number that was compared, nan where there is none.
         limit: what it was compared with, nan where there is none.
+
+    >>> Finding("inputs", "the input of fc1", "root mean square 255", "Multiply the data by 0.0039").severity
+    'warning'
     """
 
     kind: str

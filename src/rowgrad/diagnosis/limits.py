@@ -36,6 +36,9 @@ class Limits:
             region shrinks at 1/4 (Conn, Gould and Toint 2000); near the end of training healthy steps reach 1.5.
         drift: distance between a layer's mean inputs at two times, in standard deviations; the first epoch from a
             default initialization moves them by up to 10, later ones by 1.
+
+    >>> Limits(dead=0.9).dead, Limits().dead
+    (0.9, 0.75)
     """
 
     fall: float = 1e-3

@@ -27,6 +27,12 @@ class Diagnosis:
         updates: {weight: size of the optimizer's next step over its own}, with `optimizer=`.
         along: the loss along that step and its quadratic model, with `closure=` too.
         moments: mean and spread of each layer's input, for a later `diagnose(..., earlier=this)`.
+
+    >>> import torch, rowgrad
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    >>> found = rowgrad.diagnose(model(torch.ones(1, 3)).sum(1), model)
+    >>> found.ok, found.verdict, [point.layer.name for point in found.curves]
+    (True, 'diagnosis of 2 layers: ok', ['0', '2'])
     """
 
     findings: tuple[Finding, ...]
