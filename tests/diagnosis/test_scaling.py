@@ -57,9 +57,10 @@ def test_features_of_different_size_are_found_and_standardizing_helps() -> None:
 
 def test_a_feature_far_from_zero_is_found() -> None:
     x = standardized(data()) + torch.tensor([50.0, 0, 0, 0], dtype=F64)
-    finding = next(f for f in diagnosed(x).of("inputs"))
+    finding = diagnosed(x).of("inputs")[0]
     assert finding.value == pytest.approx(50)
     assert "mean 50" in finding.evidence
+    assert diagnosed(x / 10).of("inputs")[0].value == pytest.approx(50)  # in standard deviations, whatever the unit
 
 
 def test_a_feature_that_hardly_varies_is_no_offset() -> None:

@@ -61,9 +61,12 @@ def test_a_loss_far_below_log_k_means_that_the_label_is_told() -> None:
 
 def test_weighted_and_ignored_entries_do_not_count() -> None:
     model, x, y = classifier(10, 1), torch.randn(80, 4, dtype=F64), torch.randint(10, (80,))
-    y[::2] = -100
-    losses = F.cross_entropy(model(x), y, weight=50 * torch.ones(10, dtype=F64), reduction="none")
+    with torch.no_grad():
+        model[2].bias[3] = -50  # class 3 would be a surprise
+    heavy = 50 * torch.ones(10, dtype=F64)
+    losses = F.cross_entropy(model(x), y, weight=heavy, ignore_index=3, reduction="none")
     assert not rg.diagnose(losses, model, initial=True).of("start")
+    assert rg.diagnose(F.cross_entropy(model(x), y, reduction="none"), model, initial=True).of("start")
 
 
 def test_it_is_not_looked_at_in_trained_nets_or_without_a_cross_entropy() -> None:

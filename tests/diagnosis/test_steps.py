@@ -90,6 +90,15 @@ def test_a_cliff_along_the_step_is_seen_on_its_curve() -> None:
     assert not half.of("cliff")
 
 
+def test_near_a_minimum_a_promise_of_nothing_is_not_a_cliff() -> None:
+    """The slope promises 2e-6 and the step costs 0.06; beside a loss of 1 that is no cliff."""
+    w = nn.Parameter(torch.tensor([0.01], dtype=F64))
+    closure = lambda: 1 + w**4  # noqa: E731
+    found = rg.diagnose(closure(), [w], optimizer=torch.optim.SGD([w], lr=1.3e5), closure=closure)
+    assert abs(found.along.points[-1][1] - found.along.model(1)) > 1e4 * abs(found.along.model.slope)
+    assert not found.of("cliff")
+
+
 def test_a_step_that_ends_in_nan_is_a_cliff() -> None:
     w = nn.Parameter(torch.tensor([2.0], dtype=F64))
     closure = lambda: w.sqrt() + w  # noqa: E731

@@ -72,8 +72,11 @@ def test_no_bias_or_running_statistics_and_nothing_is_said(evaluated: bool) -> N
 def test_a_bias_that_reaches_a_skip_connection_too_is_not_undone() -> None:
     conv, norm = nn.Conv2d(1, 6, 3).double(), nn.BatchNorm2d(6).double()
     h = conv(torch.randn(8, 1, 5, 5, dtype=F64))
-    losses = (h + norm(h)).square().mean((1, 2, 3))
-    assert not rg.diagnose(losses, nn.ModuleList([conv, norm])).of("bias before BatchNorm")
+    model = nn.ModuleList([conv, norm])
+    assert not rg.diagnose((h + norm(h)).square().mean((1, 2, 3)), model).of("bias before BatchNorm")
+    moved = h.transpose(2, 3)
+    assert not rg.diagnose((moved + norm(moved)).square().mean((1, 2, 3)), model).of("bias before BatchNorm")
+    assert rg.diagnose(norm(moved).square().mean((1, 2, 3)), model).of("bias before BatchNorm")
 
 
 MIXING = {

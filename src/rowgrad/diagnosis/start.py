@@ -13,6 +13,7 @@ from rowgrad.diagnosis.limits import Limits
 from rowgrad.diagnosis.reading import Reading, kept
 from rowgrad.graph.graph import Graph
 from rowgrad.graph.vertices import Vertex
+from rowgrad.tape import signed
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ def _softmax(graph: Graph, v: Vertex) -> Iterator[Classified]:
     if log_p is None or target is None:
         return
     classes = 1 if log_p.ndim > 1 else 0
-    ignored = graph.tape.nodes[v.index].attribute("ignore_index")
-    ignored = ignored - 2**64 if ignored >= 2**63 else ignored
+    ignored = signed(graph.tape.nodes[v.index].attribute("ignore_index"))
     loss = F.nll_loss(log_p.double(), target, ignore_index=ignored)
     spread = log_p.double().std(classes, correction=0).mean()
     yield Classified(v, float(loss), log_p.shape[classes], float(spread))
