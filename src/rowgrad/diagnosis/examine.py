@@ -27,7 +27,7 @@ from rowgrad.graph.flow import Flow
 from rowgrad.graph.graph import Graph
 from rowgrad.graph.scopes import Scopes
 from rowgrad.parameters import Params, named
-from rowgrad.rows.build import couplings
+from rowgrad.rows.build import Prepared
 
 LIMITS = Limits()
 
@@ -116,7 +116,7 @@ class _Examination:
         self.add(bias_findings(self.graph, self.reading))
         if self.losses.ndim == 1 and len(self.losses) > 1:
             try:
-                meeting = couplings(self.losses, self.model)
+                meeting = Prepared(self.losses, self.model).meeting
             except RowgradError as error:
                 self.unseen["mixed"] = f"a graph whose examples can be told apart: {error}"
             else:

@@ -92,7 +92,10 @@ def ratio_findings(reading: Reading, limits: Limits) -> Iterator[Finding]:
 
 def column_sizes(gradient: Tensor) -> Tensor:
     """Root mean square of the gradient of each feature's weights."""
-    return gradient.detach().double().movedim(1, 0).flatten(1).square().mean(1).sqrt()
+    others = [d for d in range(gradient.ndim) if d != 1]
+    dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    sizes = torch.linalg.vector_norm(gradient.detach(), dim=others, dtype=dtype).double()
+    return sizes / sqrt(gradient.numel() / gradient.shape[1])
 
 
 def _between_features(layer: Layer, reading: Reading, limits: Limits) -> Iterator[Finding]:

@@ -104,8 +104,8 @@ class Silences:
     def _add(self, key: tuple[str, str], units: list[Unit], unit: Unit, value: Tensor | None) -> None:
         if value is None or not value.numel():
             return
-        flat = value.movedim(unit.dim, -1).reshape(-1, value.shape[unit.dim])
-        silent, examples = (flat == 0).all(0), value.shape[0]
+        others = [d for d in range(value.ndim) if d != unit.dim]
+        silent, examples = (value.amax(others) if others else value) == 0, value.shape[0]
         if key not in self.found:
             self.found[key] = Silence(units, silent, examples)
         elif self.found[key].silent.shape == silent.shape:
@@ -158,20 +158,25 @@ def _is_hidden(layer: Layer, reading: Reading) -> bool:
 
 
 def _n_copies(weight: Tensor, gradient: Tensor, tolerance: float) -> int:
-    """How many units equal another one; those without weights and gradient (pruned) only where all are so."""
-    both = torch.cat([_scaled(weight), _scaled(gradient)], 1)
-    pruned = (both == 0).all(1)
-    if not pruned.all():
-        both = both[~pruned]
-    mixed = both @ torch.linspace(1, 2, both.shape[1], dtype=both.dtype, device=both.device).sin()
-    both = both[mixed.argsort()]
-    gap, size = (both[1:] - both[:-1]).norm(dim=1), both.norm(dim=1)[1:]
-    return int((gap <= tolerance * size).sum())
+    """How many units equal another one; those without weights and gradient (pruned) only where all are so.
+
+    Units that are the same have the same product with any one direction, so only neighbors by that are compared.
+    """
+    weight, gradient = _scaled(weight), _scaled(gradient)
+    direction = torch.linspace(1, 2, weight.shape[1], dtype=weight.dtype, device=weight.device).sin()
+    mixed, order = (weight @ direction + 2 * (gradient @ direction)).sort()
+    size = (weight.square().sum(1) + gradient.square().sum(1)).sqrt()[order]
+    near = (mixed[1:] - mixed[:-1]).abs() <= (tolerance * size[1:] * direction.norm() * 3)
+    near &= (size[1:] > 0) if bool((size > 0).any()) else near
+    one, other = order[1:][near], order[:-1][near]
+    gap = torch.cat([weight[one] - weight[other], gradient[one] - gradient[other]], 1).norm(dim=1)
+    return int((gap <= tolerance * size[1:][near]).sum())
 
 
 def _scaled(t: Tensor) -> Tensor:
     """Rows of units, over the size of the whole."""
-    t = t.detach().flatten(1).double()
+    t = t.detach().flatten(1)
+    t = t if t.dtype == torch.float64 else t.float()
     return t / t.abs().max().clamp(min=torch.finfo(t.dtype).tiny)
 
 
