@@ -4,6 +4,7 @@ from rowgrad.checking.rows import check_rows
 from rowgrad.diagnosis.examine import diagnose
 from rowgrad.diagnosis.findings import Finding
 from rowgrad.diagnosis.limits import Limits
+from rowgrad.diagnosis.monitor import Monitor
 from rowgrad.diagnosis.result import Diagnosis
 from rowgrad.errors import RowgradError, RowgradWarning
 from rowgrad.graph.flow import Flow
@@ -24,6 +25,7 @@ __all__ = [
     "Graph",
     "Jacobian",
     "Limits",
+    "Monitor",
     "RowgradError",
     "RowgradWarning",
     "check_rows",

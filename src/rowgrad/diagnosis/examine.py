@@ -103,7 +103,8 @@ class _Examination:
 
     def __post_init__(self) -> None:
         self.parameters = named(self.model).by_name
-        self.graph, self.flow = _swept(self.losses, self.model, self.trace)
+        self.graph = read_graph(self.losses, self.model, self.trace)
+        self.flow = self.graph.backward({self.losses: mean_seed(self.losses)})
         self.reading = _read(self.graph, self.flow)
 
     def add(self, findings: Iterator[Finding], *seen: str) -> None:
@@ -123,8 +124,7 @@ class _Examination:
                 self.add(mixed_findings(self.graph, meeting, len(self.losses)), "mixed")
 
     def is_finite(self) -> bool:
-        numbers = [self.losses.detach(), *self.flow.gradients.values()]
-        if all(bool(t.isfinite().all()) for t in numbers):
+        if bool(self.losses.detach().isfinite().all()) and self.reading.is_finite():
             return True
         self.add(birthplace(self.graph, self.flow, self.reading.layers))
         return False
@@ -142,7 +142,8 @@ class _Examination:
         silences = Silences()
         silences.add(self.reading)
         for losses in batches:
-            silences.add(_read(*_swept(losses, self.model, None, backward=False)))
+            graph = read_graph(losses, self.model)
+            silences.add(_read(graph, Flow(graph, {})))
         if silences.batches > 1:
             self.unseen.pop("dead")
         self.add(dead_findings(silences, self.reading, self.limits))
@@ -151,7 +152,7 @@ class _Examination:
         if optimizer is None:
             return
         step = next_step(optimizer, self.parameters, self.flow.gradients)
-        rate = _rate(optimizer)
+        rate = rate_of(optimizer)
         self.updates = update_ratios(step, self.reading.weights)
         self.add(update_findings(self.updates, self.limits, rate), "update")
         if closure is not None:
@@ -170,7 +171,8 @@ class _Examination:
         )
 
 
-def _swept(losses: Tensor, model: Params, trace: Scopes | None, *, backward: bool = True) -> tuple[Graph, Flow]:
+def read_graph(losses: Tensor, model: Params, trace: Scopes | None = None) -> Graph:
+    """The graph of losses, refused where there is nothing to diagnose."""
     if not isinstance(losses, Tensor) or losses.ndim > 1:
         found = f"has shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"is a {type(losses).__name__}"
         raise NotAVectorError(
@@ -182,10 +184,12 @@ def _swept(losses: Tensor, model: Params, trace: Scopes | None, *, backward: boo
             f"none of the {len(graph.leaves)} parameters is in the graph of the losses (first: "
             f"{next(iter(graph.leaves))}). Is this the model the losses came from, and not a copy of it?"
         )
-    if not backward:
-        return graph, Flow(graph, {})
-    seed = torch.full_like(losses.detach(), 1 / max(losses.numel(), 1))
-    return graph, graph.backward({losses: seed})
+    return graph
+
+
+def mean_seed(losses: Tensor) -> Tensor:
+    """What the sweep starts from, so that it yields the gradient of the mean."""
+    return torch.full_like(losses.detach(), 1 / max(losses.numel(), 1))
 
 
 def _read(graph: Graph, flow: Flow) -> Reading:
@@ -193,7 +197,7 @@ def _read(graph: Graph, flow: Flow) -> Reading:
     return Reading(graph.tape, find_layers(graph), flow.cotangents, gradients, graph.leaves)
 
 
-def _rate(optimizer: torch.optim.Optimizer) -> float | None:
+def rate_of(optimizer: torch.optim.Optimizer) -> float | None:
     """The learning rate, None where groups have different ones."""
     rates = {float(group["lr"]) for group in optimizer.param_groups if "lr" in group}
     return rates.pop() if len(rates) == 1 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import nan, sqrt
+from math import isfinite, nan, sqrt
 from typing import Any
 
 import torch
@@ -64,6 +64,11 @@ class Reading:
         self.weight_norms, self.gradient_norms = _sizes(weights, gradients)
         self.points = self._points()
 
+    def is_finite(self) -> bool:
+        """Whether all gradients are."""
+        suspects = [g for name, g in self.gradients.items() if not isfinite(self.gradient_norms[name])]
+        return all(g is None or bool(g.isfinite().all()) for g in suspects)
+
     def unit(self, unit: Unit) -> Tensor | None:
         """What an activation function returned; None where it was overwritten or freed."""
         return kept(self.tape, unit.node, "result")
@@ -86,9 +91,9 @@ class Reading:
     def _points(self) -> tuple[Point, ...]:
         layers = self.layers.layers
         data = [h if h is not None and (h.is_floating_point() or h.is_complex()) else None for h in self.data.values()]
-        activations = _norms(data)
+        activations = norms(data)
         entries = [1 if h is None else max(h.numel(), 1) for h in data]
-        cotangents = _norms([self.cotangents.get((layer.node, 0)) for layer in layers])
+        cotangents = norms([self.cotangents.get((layer.node, 0)) for layer in layers])
         return tuple(
             Point(layer, a / sqrt(n), z, self.relative_gradient(layer.weights))
             for layer, a, n, z in zip(layers, activations, entries, cotangents, strict=True)
@@ -108,12 +113,12 @@ def _sizes(
     weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]
 ) -> tuple[dict[str, float], dict[str, float]]:
     names = list(weights)
-    found = _norms([*weights.values(), *(gradients.get(n) for n in names)])
+    found = norms([*weights.values(), *(gradients.get(n) for n in names)])
     zero = [0.0 if gradients.get(n) is None else size for n, size in zip(names, found[len(names) :], strict=True)]
     return dict(zip(names, found, strict=False)), dict(zip(names, zero, strict=True))
 
 
-def _norms(tensors: list[Tensor | None]) -> list[float]:
+def norms(tensors: list[Tensor | None]) -> list[float]:
     """L2 norms, in one transfer to the host; nan for None."""
     given = [t for t in tensors if t is not None]
     if not given:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import torch
@@ -137,6 +137,24 @@ def _dead(silence: Silence, share: float, reading: Reading, limits: Limits) -> F
         share,
         limits.dead,
     )
+
+
+def still_findings(
+    silences: Silences, still: Mapping[str, Tensor], reading: Reading, limits: Limits
+) -> Iterator[Finding]:
+    """Layers with many units that were 0 throughout and whose weights stayed where they were: dead for good.
+
+    `still` maps the weights of layers to a mask of their rows.
+    """
+    for silence in silences.found.values():
+        mask = still.get(silence.units[0].layer.weights[0])
+        if mask is not None and mask.shape == silence.silent.shape:
+            dead = replace(silence, silent=silence.silent & mask)
+            share = float(dead.silent.double().mean())
+            if share > limits.dead_still:
+                found = _dead(dead, share, reading, limits)
+                moved = "and whose weights have not moved since the first of them"
+                yield replace(found, evidence=f"{found.evidence}, {moved}", limit=limits.dead_still)
 
 
 # Copies
