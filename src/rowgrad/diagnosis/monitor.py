@@ -54,14 +54,16 @@ class Monitor:
             optimizer.step()
             monitor.update()
 
-    An observation sweeps the graph once, with no hook and no engine pass, and takes one to one and a half steps' time;
-    in between, the losses are looked at for NaN. Findings that need time: units that were 0 and whose weights stood
+    An observation sweeps the graph once, with no hook and no engine pass, and takes about one step's time; in
+    between, the losses are looked at for NaN. Findings that need time: units that were 0 and whose weights stood
     still over a window of observations, inputs of layers that drift from window to window, sizes of the real steps.
 
     Args:
         model: as for `rowgrad.jacobian`.
         optimizer: the one that is stepped.
         every: steps from one observation to the next; the first step is observed.
+        norms_every: observations from one with norms of the examples' gradients to the next; they cost about half as
+            much again.
         window: observations after which what needs time is judged, best an epoch's worth.
         log: file of JSON lines, one for each observation, to which is appended; what it holds already is kept in
             `records`.
@@ -76,7 +78,7 @@ class Monitor:
             vector, and rules for all operations.
     Raises:
         ParameterError: nothing to train, or no optimizer.
-        ValueError: `every` or `window` below 1.
+        ValueError: `every`, `norms_every` or `window` below 1.
     Source: Aggarwal 2018, sections 3.3 to 3.6; noise scale: McCandlish et al. 2018, appendix A.1.
 
     >>> import torch, rowgrad
@@ -94,19 +96,23 @@ class Monitor:
         optimizer: torch.optim.Optimizer,
         *,
         every: int = 50,
+        norms_every: int = 4,
         window: int = 20,
         log: str | PathLike[str] | None = None,
         writer: Writer | None = None,
         initial: bool = False,
         limits: Limits = LIMITS,
     ) -> None:
-        if every < 1 or window < 1:
-            raise ValueError(f"every={every}, window={window}: expected whole numbers from 1 up")
+        if min(every, norms_every, window) < 1:
+            raise ValueError(
+                f"every={every}, norms_every={norms_every}, window={window}: expected whole numbers from 1 up"
+            )
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ParameterError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise ParameterError(f"writer is a {type(writer).__name__}, expected a TensorBoard SummaryWriter")
-        self.model, self.optimizer, self.every, self.window = model, optimizer, every, window
+        self.model, self.optimizer = model, optimizer
+        self.every, self.norms_every, self.window = every, norms_every, window
         self.parameters = named(model).by_name
         self.log, self.writer, self.initial, self.limits = None if log is None else Path(log), writer, initial, limits
         self.step = 0
@@ -119,7 +125,7 @@ class Monitor:
         self._noise: tuple[float, float] | None = None
         self._past: _Window | None = None
         self._broken = False
-        self._is_first = True
+        self._n_observed = 0
 
     # What the training loop calls
 
@@ -195,7 +201,7 @@ class Monitor:
         graph = read_graph(losses, self.model)
         layers = find_layers(graph)
         wanted = {(layer.node, 0) for layer in layers.layers} | {(v.index, 0) for v in graph.parameters.values()}
-        edges = [] if prepared is None or prepared.edges is None else prepared.edges
+        edges = [] if prepared is None or self.no_norms is not None else prepared.edges or []
         kept = _swept(graph, losses, wanted.union(edges))
         reading = _read(graph, layers, kept)
         if not reading.is_finite():
@@ -205,7 +211,7 @@ class Monitor:
         record = self._record(losses, step, reading, per_example)
         found = self._note(record, self._look(graph, reading, prepared, len(losses) if losses.ndim else 1))
         self._before = {n: p.detach().clone() for n, p in self.parameters.items() if p.ndim >= 2}
-        self._is_first = False
+        self._n_observed += 1
         self._pending = record
         return found
 
@@ -213,21 +219,21 @@ class Monitor:
         """For norms of the examples' gradients; None where they cannot be had, or not cheaply."""
         if self.no_norms is None and losses.ndim != 1:
             self.no_norms = "the losses are a scalar; they have to be a vector, one for each example"
-        if self.no_norms is not None:
+        if self.no_norms is not None or self._n_observed % self.norms_every:
             return None
         try:
             prepared = Prepared(losses, self.model, 1 / max(len(losses), 1))
         except RowgradError as error:
             self.no_norms = str(error)
             return None
-        if prepared.edges is None:
-            self.no_norms = "an operation has no rule, so that each example would need a pass of its own"
-        elif prepared.meeting:
+        if prepared.meeting:
             self.no_norms = "the loss of one example depends on others, so that there is no gradient of one alone"
+        elif prepared.edges is None:
+            self.no_norms = "an operation has no rule, so that each example would need a pass of its own"
         return prepared
 
     def _look(self, graph: Graph, reading: Reading, prepared: Prepared | None, n_examples: int) -> Iterator[Finding]:
-        if self._is_first:
+        if self._n_observed == 0:
             yield from unused_findings(graph, self.optimizer)
             yield from bias_findings(graph, reading)
             yield from input_findings(reading, self.limits)
@@ -305,7 +311,8 @@ class Monitor:
     def _note(self, record: Record, findings: Iterator[Finding]) -> tuple[Finding, ...]:
         found = by_severity(findings)
         for f in found:
-            key, step = (f.kind, f.where), record["step"]
+            step = record["step"]
+            key = f.kind, "" if f.kind == "update" else f.where  # which weights are the worst changes from step to step
             self._seen[key] = self._seen[key].again(f, step) if key in self._seen else Seen(f, step, step)
         record["findings"] += [f.to_dict() for f in found]
         return found
