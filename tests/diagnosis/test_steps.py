@@ -84,10 +84,23 @@ def test_a_cliff_along_the_step_is_seen_on_its_curve() -> None:
         assert along.model(t) == pytest.approx(w**2 / 2)
     finding = found.of("cliff")[0]
     w = 0.9 - 2.5 * 0.9
-    assert finding.value == pytest.approx(1e4 * (abs(w) - 1) ** 2 / (2.5 * 0.9**2))
+    end = w**2 / 2 + 1e4 * (abs(w) - 1) ** 2
+    assert finding.value == pytest.approx((end - 0.9**2 / 2) / (2.5 * 0.9**2))
     assert "Take 0.5 of this step, a rate of 1.2 for 2.5" in finding.remedy
     half = rg.diagnose(model(), model, optimizer=torch.optim.SGD(model.parameters(), lr=1.25), closure=model)
     assert not half.of("cliff")
+
+
+def test_a_loss_that_falls_more_than_its_model_is_no_cliff() -> None:
+    """From -3, where |w|^3 / 6 bends most, to 0: the parabola there says that the loss rises again."""
+    w = nn.Parameter(torch.tensor([-3.0], dtype=F64))
+    closure = lambda: w.abs() ** 3 / 6  # noqa: E731
+    rate = 3 / 4.5  # the slope is -4.5
+    found = rg.diagnose(closure(), [w], optimizer=torch.optim.SGD([w], lr=rate), closure=closure)
+    assert found.along.points[-1][1] == pytest.approx(0)
+    assert found.along.model(1) == pytest.approx(4.5)  # where it started
+    assert found.along.error == 0
+    assert found.along.error_at(1.0, 6.75) == pytest.approx((6.75 - 4.5) / 13.5)
 
 
 def test_near_a_minimum_a_promise_of_nothing_is_not_a_cliff() -> None:

@@ -39,9 +39,13 @@ class Seen:
         """The same kind at the same place once more."""
         return replace(self, finding=finding, last=step, times=self.times + 1)
 
+    @property
+    def when(self) -> str:
+        """The steps, in words."""
+        return f"step {self.first}" if self.times == 1 else f"steps {self.first} to {self.last}, {self.times} times"
+
     def __str__(self) -> str:
-        when = f"step {self.first}" if self.times == 1 else f"steps {self.first} to {self.last}, {self.times} times"
-        return f"{when}: {self.finding}"
+        return f"{self.when}: {self.finding}"
 
 
 def quantiles(norms: Tensor) -> dict[str, float]:

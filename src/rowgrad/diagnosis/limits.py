@@ -32,8 +32,9 @@ class Limits:
         update: size of a step over size of the weight, lower and upper end, for the median weight. Usual is 1e-4 to
             1e-2 (Bottou 2015: about 1e-3); single steps of healthy training lie between 5e-5 and 8e-2.
         start: loss above log K at initialization, in nats; logits of standard deviation 1 cost about 1/2.
-        cliff: error of the quadratic model over the loss or the decrease that the slope promises, the larger. A trust
-            region shrinks at 1/4 (Conn, Gould and Toint 2000); near the end of training healthy steps reach 1.5.
+        cliff: what the loss is too high by after the step, against its quadratic model and where it started, over the
+            loss or the decrease that the slope promises, the larger. A trust region shrinks at 1/4 (Conn, Gould and
+            Toint 2000); near the end of training healthy steps reach 1.5.
         drift: distance between a layer's mean inputs at two times, in standard deviations; the first epoch from a
             default initialization moves them by up to 10, later ones by 1.
 

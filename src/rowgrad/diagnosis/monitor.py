@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from html import escape
 from math import nan
 from os import PathLike
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rowgrad.diagnosis.depth import depth_findings
+from rowgrad.diagnosis.drawing import findings_list, fragment, write_page
 from rowgrad.diagnosis.drift import drift_findings
 from rowgrad.diagnosis.examine import LIMITS, mean_seed, rate_of, read_graph
 from rowgrad.diagnosis.findings import Finding, by_severity
@@ -22,6 +24,7 @@ from rowgrad.diagnosis.layers import Layers, find_layers
 from rowgrad.diagnosis.limits import Limits
 from rowgrad.diagnosis.nonfinite import birthplace
 from rowgrad.diagnosis.reading import Reading, norms
+from rowgrad.diagnosis.records import over_time
 from rowgrad.diagnosis.scaling import input_findings, ratio_findings
 from rowgrad.diagnosis.start import start_findings
 from rowgrad.diagnosis.steps import update_findings
@@ -194,6 +197,24 @@ class Monitor:
         head = f"{len(self.records)} observations up to step {self.step - 1}: {n or 'no'} finding{'s' * (n != 1)}"
         return "\n".join([head, *map(str, self.findings)])
 
+    def to_html(self, path: str | PathLike[str] | None = None) -> str:
+        """The findings and the records over time as HTML; nothing is loaded.
+
+        Args:
+            path: a file to which it is written as a page.
+        """
+        title = str(self).partition("\n")[0]
+        body = fragment([f"<h1>{escape(title)}</h1>", findings_list(self._dated()), *over_time(self.records)])
+        if path is not None:
+            write_page(path, title, body)
+        return body
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def _dated(self) -> list[tuple[Finding, str]]:
+        return [(seen.finding, seen.when) for seen in self.findings]
+
     # One observation
 
     def _observed(self, losses: Tensor, step: int) -> tuple[Finding, ...]:
@@ -258,7 +279,7 @@ class Monitor:
 
     def _record(self, losses: Tensor, step: int, reading: Reading, per_example: Tensor | None) -> Record:
         noise = None
-        if per_example is not None and self.no_norms is None and len(per_example) > 1:
+        if per_example is not None and len(per_example) > 1:
             self._average_noise(per_example, sum(size**2 for size in reading.gradient_norms.values()))
             noise = self.noise_scale
         return {
@@ -269,7 +290,7 @@ class Monitor:
                 p.layer.name: {"activation": p.activation, "cotangent": p.cotangent, "gradient": p.gradient}
                 for p in reading.points
             },
-            "norms": None if per_example is None or self.no_norms is not None else quantiles(per_example),
+            "norms": None if per_example is None else quantiles(per_example),
             "noise_scale": noise,
             "updates": {},
             "findings": [],

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
+from os import PathLike
 from typing import Any
 
-from rowgrad.diagnosis.drawing import along_chart, curves_chart
+from rowgrad.diagnosis.drawing import along_chart, curves_chart, findings_list, fragment, write_page
 from rowgrad.diagnosis.findings import Finding
 from rowgrad.diagnosis.reading import Moments, Point
 from rowgrad.diagnosis.steps import Along
 
-_HEAD = ("", "kind", "where", "evidence", "remedy")
 _CURVES_HEAD = ("layer", "activation", "cotangent", "gradient/weight")
+_CURVES_NOTE = (
+    "What enters each layer (root mean square), the derivative of the mean loss at its output (norm), and the gradient "
+    "of its weights over the weights (norms). Healthy curves stay within a few powers of ten; the cotangent travels "
+    "from right to left."
+)
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,27 @@ class Diagnosis:
             "updates": dict(self.updates),
         }
 
-    def to_html(self) -> str:
-        """The same as HTML, with the three curves and the loss along the step drawn."""
-        parts = [f"<p>{escape(self.verdict)}</p>", _table(_HEAD, [_cells(f) for f in self.findings])]
-        parts += [curves_chart(self.curves)] if self.curves else []
-        parts += [along_chart(self.along)] if self.along is not None else []
-        parts += [f"<p>{escape(line)}</p>" for line in self._not_looked_at()]
-        return "".join(parts)
+    def to_html(self, path: str | PathLike[str] | None = None) -> str:
+        """The same as HTML, with the three curves by depth and the loss along the step drawn; nothing is loaded.
 
-    _repr_html_ = to_html
+        Args:
+            path: a file to which it is written as a page.
+        """
+        parts = [f"<h1>{escape(self.verdict)}</h1>", findings_list([(f, "") for f in self.findings])]
+        if self.curves:
+            parts += ["<h2>By depth</h2>", f'<p class="soft">{_CURVES_NOTE}</p>', curves_chart(self.curves)]
+        if self.along is not None:
+            parts += ["<h2>Along the next step</h2>", along_chart(self.along)]
+        if self.curves:
+            parts += ["<h2>Numbers</h2>", _table(_CURVES_HEAD, [_curve_cells(p) for p in self.curves])]
+        parts += [f'<p class="soft">{escape(line)}</p>' for line in self._not_looked_at()]
+        body = fragment(parts)
+        if path is not None:
+            write_page(path, self.verdict, body)
+        return body
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
 
     def __str__(self) -> str:
         findings = [line for f in self.findings for line in _lines(f)]
@@ -85,10 +102,6 @@ class Diagnosis:
 
     def _not_looked_at(self) -> list[str]:
         return [f"not looked at: {kind} (needs {needs})" for kind, needs in self.not_looked_at.items()]
-
-
-def _cells(finding: Finding) -> tuple[str, ...]:
-    return finding.severity, finding.kind, finding.where, finding.evidence, finding.remedy
 
 
 def _lines(finding: Finding) -> list[str]:

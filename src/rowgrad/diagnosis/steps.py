@@ -92,13 +92,18 @@ class Along:
 
     @property
     def error(self) -> float:
-        """What the model is wrong by at the end, over the loss or the decrease that the slope promises."""
+        """What the loss is too high by at the end, see `error_at`."""
         return self.error_at(*self.points[-1])
 
     def error_at(self, t: float, loss: float) -> float:
-        """The same after a part of the step."""
-        wrong = abs(loss - self.model(t)) if isfinite(loss) else float("inf")
-        return wrong / max(abs(t * self.model.slope), abs(self.model.value), 1e-300)
+        """What a loss is too high by after a part of the step, over the loss or the decrease that the slope promises.
+
+        Too high is above what the model says, or above where it started if the model itself says that it rises.
+        """
+        promised = min(self.model(t), self.model.value)
+        return (max(loss - promised, 0.0) if isfinite(loss) else float("inf")) / max(
+            abs(t * self.model.slope), abs(self.model.value), 1e-300
+        )
 
 
 class Repeated:
@@ -193,7 +198,7 @@ def cliff_findings(
         "cliff",
         f"the next step, of norm {size:.2g}, most of it in {worst}",
         f"the quadratic model says the loss goes from {model.value:.3g} to {model(1):.3g}, in fact it goes to "
-        f"{end:.3g}: an error of {found.error:.2g} times the loss or the decrease that the slope promises, the larger",
+        f"{end:.3g}: too high by {found.error:.2g} times the loss or the decrease that the slope promises, the larger",
         f"Take {t:.2g} of this step{slower}, or clip the norm of the step at {size * t:.2g}: that far the model holds "
         "to a quarter",
         "warning",
