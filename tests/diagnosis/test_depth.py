@@ -160,6 +160,16 @@ def test_the_usual_recurrent_layer_forgets() -> None:
     assert "forget gate" in finding.remedy
 
 
+def test_what_shrank_until_it_underflowed_is_followed_that_far() -> None:
+    layers = [layer for _ in range(400) for layer in (nn.Linear(4, 4), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Linear(4, 1))  # float32 ends at 1e-45
+    found = rg.diagnose(model(torch.randn(9, 4)).squeeze(1), model)
+    finding = found.of("vanishing")[0]
+    assert found.curves[0].cotangent == 0
+    assert 0 < finding.value < 1e-30
+    assert 0.4 < float(finding.evidence.split("a factor of ")[1].split()[0]) < 0.7
+
+
 def test_a_product_with_zero_lets_nothing_pass() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1)).double()
     nn.init.constant_(model[2].bias, -1e3)

@@ -123,6 +123,15 @@ def test_what_it_says_as_text_and_as_plain_values() -> None:
     assert plain["curves"][0]["layer"] == "0"
 
 
+def test_an_empty_batch_and_one_of_one_have_nothing_wrong() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    for n in (0, 1):
+        losses = F.cross_entropy(
+            model(torch.randn(n, 4, dtype=F64)), torch.zeros(n, dtype=torch.long), reduction="none"
+        )
+        assert rg.diagnose(losses, model, initial=True).ok
+
+
 def test_errors_say_what_was_found() -> None:
     losses, model = losses_and_model()
     with pytest.raises(NotAVectorError, match=r"losses has shape \(9, 1\)"):

@@ -11,6 +11,8 @@ from rowgrad.diagnosis.findings import Finding
 from rowgrad.diagnosis.limits import Limits
 from rowgrad.diagnosis.reading import Point, Reading
 
+UNDERFLOW = 1e-20  # of what set out; nothing that falls to 0 at once comes near
+
 
 @dataclass(frozen=True)
 class Trend:
@@ -41,7 +43,10 @@ def trends(reading: Reading) -> list[Trend]:
     forward = [s for s in _sizes(points, lambda p: p.activation) if s[0] > 1]
     return [
         Trend(what, sizes[0][1], sizes[-1][1], sizes[-1][2] / sizes[0][2], len(sizes) - 1)
-        for what, sizes in (("the cotangent", backward), ("the activation", forward))
+        for what, sizes in (
+            ("the cotangent", _until_underflow(backward)),
+            ("the activation", _until_underflow(forward)),
+        )
         if len(sizes) > 1 and sizes[0][2] > 0
     ]
 
@@ -53,6 +58,12 @@ def _sizes(points: list[Point], size: Callable[[Point], float]) -> list[tuple[in
         if isfinite(size(p)) and size(p) > found.get(p.layer.level, ("", -inf))[1]:
             found[p.layer.level] = p.layer.name, size(p)
     return [(level, *found[level]) for level in sorted(found)]
+
+
+def _until_underflow(sizes: list[tuple[int, str, float]]) -> list[tuple[int, str, float]]:
+    """Without the zeros at the end, if what shrank before them had become too small to be held."""
+    n = next((k for k, (_, _, size) in enumerate(sizes) if size == 0), len(sizes))
+    return sizes[:n] if n > 1 and sizes[n - 1][2] < UNDERFLOW * sizes[0][2] else sizes
 
 
 def depth_findings(reading: Reading, limits: Limits) -> Iterator[Finding]:

@@ -119,18 +119,18 @@ def _sizes(
 
 
 def norms(tensors: list[Tensor | None]) -> list[float]:
-    """L2 norms, in one transfer to the host; nan for None."""
+    """L2 norms, in one transfer to the host; nan for None. Those whose squares leave float32 are taken in float64."""
     given = [t for t in tensors if t is not None]
     if not given:
         return [nan] * len(tensors)
-    found = iter(torch.stack([_norm(t).to(given[0].device) for t in given]).tolist())
-    return [nan if t is None else next(found) for t in tensors]
+    found = torch.stack([_norm(t, torch.float32).to(given[0].device) for t in given]).tolist()
+    exact = (n if 1e-15 < n < 1e15 else float(_norm(t, torch.float64)) for t, n in zip(given, found, strict=True))
+    return [nan if t is None else next(exact) for t in tensors]
 
 
-def _norm(t: Tensor) -> Tensor:
+def _norm(t: Tensor, least: torch.dtype) -> Tensor:
     t = torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t.detach()
-    dtype = torch.float64 if t.dtype == torch.float64 or not t.is_floating_point() else torch.float32
-    return torch.linalg.vector_norm(t, dtype=dtype).double()
+    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, least)).double()
 
 
 def kept(tape: Tape, node: int, name: str) -> Tensor | None:

@@ -61,7 +61,7 @@ class Diagnosis:
         """The first line: how many things are wrong."""
         n = sum(f.severity != "note" for f in self.findings)
         said = "ok" if n == 0 else f"{n} finding{'s' * (n > 1)}"
-        return f"diagnosis of {len(self.curves)} layers: {said}"
+        return f"diagnosis of {len(self.curves)} layer{'s' * (len(self.curves) != 1)}: {said}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON. Numbers that are not finite are strings."""

@@ -37,7 +37,7 @@ def cross_entropies(graph: Graph) -> Iterator[Classified]:
 
 def _softmax(graph: Graph, v: Vertex) -> Iterator[Classified]:
     log_p, target = kept(graph.tape, v.index, "self"), kept(graph.tape, v.index, "target")
-    if log_p is None or target is None:
+    if log_p is None or target is None or not target.numel():
         return
     classes = 1 if log_p.ndim > 1 else 0
     ignored = signed(graph.tape.nodes[v.index].attribute("ignore_index"))
@@ -48,7 +48,7 @@ def _softmax(graph: Graph, v: Vertex) -> Iterator[Classified]:
 
 def _binary(graph: Graph, v: Vertex) -> Iterator[Classified]:
     logits, target = kept(graph.tape, v.index, "self"), kept(graph.tape, v.index, "target")
-    if logits is not None and target is not None:
+    if logits is not None and target is not None and target.numel():
         loss = F.binary_cross_entropy_with_logits(logits.double(), target.double())
         yield Classified(v, float(loss), 2, float(logits.double().square().mean().sqrt()))
 
