@@ -107,9 +107,11 @@ def test_a_diagnosis_draws_three_curves_and_the_step(tmp_path: Path) -> None:
 
 def test_names_are_escaped() -> None:
     weight = torch.ones(2, 2, requires_grad=True)
-    html = rg.diagnose((torch.ones(3, 2) @ weight).sum(1), {"<b>&": weight}).to_html()
-    assert "<b>&" not in html
-    assert "&lt;b&gt;&amp;" in html
+    optimizer = torch.optim.SGD([weight], lr=1e3)
+    found = rg.diagnose((torch.ones(3, 2) @ weight).sum(1), {"<b>&": weight}, optimizer=optimizer)
+    assert found.of("update")[0].where == "<b>&"
+    assert "<b>&" not in found.to_html()
+    assert "&lt;b&gt;&amp;" in found.to_html()
 
 
 def test_a_monitor_draws_its_records(tmp_path: Path) -> None:

@@ -304,6 +304,22 @@ def test_a_writer_is_given_finite_scalars_and_findings() -> None:
     assert writer.texts[0][0] == "rowgrad/symmetric"
 
 
+def test_a_writer_is_given_no_number_that_is_not_finite() -> None:
+    model, writer = net(), Recorder()
+    monitor = rg.Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), every=1, writer=writer)
+    monitor.observe(model(torch.randn(6, 4, dtype=F64)).log().sum(1))
+    assert "rowgrad/loss" not in writer.scalars
+    assert writer.texts[0][::2] == ("rowgrad/not finite", 0)
+
+
+def test_an_observation_without_an_update_is_recorded_at_the_next() -> None:
+    model = net()
+    monitor = rg.Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), every=2)
+    for _ in range(2):
+        monitor.observe(model(torch.randn(6, 4, dtype=F64)).square().sum(1))
+    assert [(r["step"], r["updates"]) for r in monitor.records] == [(0, {})]
+
+
 # Bad input
 
 
