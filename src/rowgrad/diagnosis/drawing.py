@@ -251,12 +251,13 @@ def _x_axis(frame: _Frame, names: Sequence[str] | None, label: str) -> list[str]
 
 
 def _thinned(frame: _Frame, ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
-    """Every k-th, so that no text touches the next."""
+    """Every k-th, so that no text touches the next or leaves the drawing."""
     if len(ticks) < 2:
         return list(ticks)
     room = (frame.x(ticks[-1][0]) - frame.x(ticks[0][0])) / (len(ticks) - 1)
     widest = max(len(text) for _, text in ticks) * LETTER + 10
-    return list(ticks[:: ceil(widest / room)])
+    chosen = ticks[:: ceil(widest / room)]
+    return [(x, text) for x, text in chosen if frame.x(x) + len(text) * LETTER / 2 < WIDTH]
 
 
 def _short(name: str) -> str:
