@@ -68,7 +68,7 @@ def test_names_at_the_axis_do_not_overlap(n: int) -> None:
     svg = drawn(chart([Series("s", range(1, n + 1), [1.0] * n)], "x", is_log=True, x_names=names))
     labels = [(float(t.get("x")), len(t.text) * LETTER) for t in texts(svg, "middle")]
     assert labels
-    assert all(0 <= x - width / 2 and x + width / 2 <= WIDTH for x, width in labels if n > 1)
+    assert all(x - width / 2 >= 0 and x + width / 2 <= WIDTH for x, width in labels if n > 1)
     for (x, width), (next_x, next_width) in pairwise(labels):
         assert x + width / 2 < next_x - next_width / 2
 
