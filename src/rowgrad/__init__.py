@@ -3,6 +3,11 @@
 from rowgrad.checking.during import GradientChecks
 from rowgrad.checking.gradients import check_gradients
 from rowgrad.checking.rows import check_rows
+from rowgrad.diagnosis.examine import diagnose
+from rowgrad.diagnosis.findings import Finding
+from rowgrad.diagnosis.limits import Limits
+from rowgrad.diagnosis.monitor import Monitor
+from rowgrad.diagnosis.result import Diagnosis
 from rowgrad.errors import RowgradError, RowgradWarning
 from rowgrad.graph.flow import Flow
 from rowgrad.graph.graph import Graph
@@ -16,16 +21,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RULES",
+    "Diagnosis",
+    "Finding",
     "Flow",
     "GradientChecks",
     "Graph",
     "Jacobian",
+    "Limits",
+    "Monitor",
     "RowgradError",
     "RowgradWarning",
     "check_gradients",
     "check_rows",
     "clip_weights",
     "clipped_loss",
+    "diagnose",
     "grad_norms",
     "jacobian",
     "per_example",

@@ -231,7 +231,7 @@ SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
         for name in TWO
     },
     **{name: getattr(F, name) for name in ACTIVATIONS},
-    "log1_p": lambda x: torch.log1p(x * x),
+    "log1p": lambda x: torch.log1p(x * x),
     "addcdiv": lambda x: torch.addcdiv(x, x.sin(), 2 + x[0]),
     "addcmul": lambda x: torch.addcmul(x, x.sin(), x[0]),
     "binary_cross_entropy": lambda x: F.binary_cross_entropy(x.sigmoid(), mask(x).double(), reduction="none"),

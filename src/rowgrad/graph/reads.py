@@ -157,7 +157,7 @@ def _forward(call: Call, slot: int, numbers: Tensor) -> Tensor:
 _FUNCTIONS = [
     "abs", "acos", "acosh", "add", "addcdiv", "addcmul", "asin", "asinh", "atan", "atan2", "atanh", "cos", "cosh",
     "div", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "fmax", "fmin", "frac", "hypot", "lerp", "lgamma",
-    "log", "log10", "log1_p", "log2", "logaddexp", "logit", "masked_fill", "maximum", "minimum", "mul",
+    "log", "log10", "log1p", "log2", "logaddexp", "logit", "masked_fill", "maximum", "minimum", "mul",
     "native_dropout", "neg", "pow", "reciprocal", "rsqrt", "rsub", "sin", "sinc", "sinh", "sqrt", "sub", "tan",
     "where", "xlogy", "binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "mse_loss",
     "smooth_l1_loss", "soft_margin_loss",

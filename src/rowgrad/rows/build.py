@@ -131,6 +131,40 @@ def grad_norms(
         return reading.jacobian(retain_graph, general_bytes).norms(by)
 
 
+class Prepared:
+    """Rows of losses whose cotangents somebody else finds: where they meet, what to keep, and the norms from that.
+
+    Positions are those on `Tape(losses)`.
+
+    Args:
+        losses, params: as for `jacobian`.
+        scale: the cotangents handed over will be those of `scale * losses.sum()`.
+    Attributes:
+        meeting: nodes at which examples meet.
+        edges: (node, output) whose cotangents `norms` needs; None where a use has no rule, and so no norms come cheap.
+    Raises:
+        RowgradError: as `jacobian`.
+    """
+
+    def __init__(self, losses: Tensor, params: Params, scale: float = 1.0) -> None:
+        self._reading = _read(losses, params, "cached", RULES, scale)
+        plan = self._reading.plan
+        self.meeting: tuple[int, ...] = () if plan is None else plan.ownership.frontier.couplings
+        is_cheap = plan is not None and self._reading.streams(GENERAL_BYTES)
+        self.edges: list[Edge] | None = plan.edges(self._reading.tape) if plan is not None and is_cheap else None
+
+    def norms(self, cotangents: Mapping[Edge, Tensor | None]) -> Tensor:
+        """L2 norm of each row, shape (B,), as `grad_norms`. To be asked once, and only if there are `edges`."""
+        reading, waiting = self._reading, _Arrivals(self._reading)
+        assert reading.plan is not None
+        with _plain_numbers(reading.losses), _grad_untouched(reading.parameters):
+            for node, uses in reading.plan.by_node.items():
+                own = [cotangents.get((node, nr)) for nr in range(reading.tape.nodes[node].n_outputs)]
+                for use in uses:
+                    waiting.take(use, reading._form(use, own))
+            return Jacobian.of_norms(reading.losses, reading.parameters, waiting.finished()).norms()
+
+
 def check_losses(losses: Tensor) -> None:
     """Refuse what is not a vector of losses with a graph."""
     if not isinstance(losses, Tensor):
