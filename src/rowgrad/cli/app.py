@@ -11,6 +11,7 @@ import typer
 from rowgrad import __version__
 from rowgrad.cli.audit import audit
 from rowgrad.cli.check import check
+from rowgrad.cli.diagnose import diagnose
 from rowgrad.errors import RowgradError, UserCodeError
 
 # Typer brings its own copy of Click in some versions and imports Click in others; its errors are found through one.
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(audit)
 app.command()(check)
+app.command()(diagnose)
 
 
 def _show_version(asked: bool) -> None:
