@@ -14,7 +14,7 @@ from rich.table import Table as TextTable
 from rowgrad.cli.output import staged
 from rowgrad.data.readers import read_table
 from rowgrad.errors import InputError
-from rowgrad.report.charts import number
+from rowgrad.graph.lettering import number
 from rowgrad.report.metrics import write_metrics
 from rowgrad.report.page import write_page
 from rowgrad.report.scores import readable, targets_text, write_scores
