@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from rowgrad.errors import GraphError
 from rowgrad.graph.collapse import Forward, Grouping, forward
 from rowgrad.graph.flow import Flow, rms
@@ -40,8 +42,9 @@ class Box:
         module: dotted name of the module that holds all of it; "" outside of all.
         title: the module, or what is computed where there is none.
         detail: what is computed, or the modules inside.
-        size: shape of what leaves the box, and how many weights enter it.
-        gradient: size of the cotangent of what leaves it, "" if not asked for.
+        shape: of what leaves the box; "scalar" for a number, "+2" for two others.
+        n_weights: entries of the parameters that enter it.
+        gradient: root mean square of the cotangent of what leaves it; None if not asked for or none arrived.
         kind: "weights" where parameters enter, "data" for a leaf, else "plain".
         is_output: whether a loss is in it.
         notes: its variables and parameters.
@@ -50,8 +53,9 @@ class Box:
     module: str
     title: str
     detail: str
-    size: str
-    gradient: str
+    shape: str
+    n_weights: int
+    gradient: float | None
     kind: str
     is_output: bool
     notes: tuple[str, ...]
@@ -59,7 +63,10 @@ class Box:
     @property
     def lines(self) -> tuple[str, ...]:
         """What is written into it."""
-        return tuple(line for line in (self.title, self.detail, self.size, self.gradient) if line)
+        weights = f"{count(self.n_weights)} weight{'s' if self.n_weights != 1 else ''}" if self.n_weights else ""
+        size = " · ".join(filter(None, (self.shape, weights)))
+        gradient = "" if self.gradient is None else f"gradient rms {number(self.gradient)}"
+        return tuple(filter(None, (self.title, self.detail, size, gradient)))
 
 
 @dataclass(frozen=True)
@@ -119,14 +126,29 @@ def picture(graph: Variables, shown: Forward, grouping: Grouping, marks: Marks) 
 def _leaving(graph: Variables, shown: Forward, grouping: Grouping) -> list[list[Edge]]:
     """For each group the variables that others read, or that are losses, the latest first."""
     of = grouping.group_of
-    found: list[dict[Edge, None]] = [dict.fromkeys(e for e in graph.outputs if e[0] in set(m)) for m in grouping.groups]
-    for i in reversed(shown.order):
+    found: list[dict[Edge, None]] = [{} for _ in grouping.groups]
+    for edge in graph.outputs:
+        found[of[edge[0]]][edge] = None
+    for i in shown.order:
         for source, (reader, slot) in shown.links[i]:
             target = graph.vertices[reader].inputs[slot]
             if of[source] != of[i] and target is not None:
                 found[of[source]][target] = None
     place = {i: k for k, i in enumerate(shown.order)}
-    return [sorted(edges, key=lambda e: (-place[e[0]], e[1])) for edges in found]
+    made = [dict.fromkeys(_made(shown, e, module) for e in edges) for edges, module in zip(found, grouping.modules)]
+    return [sorted(edges, key=lambda e: (-place[e[0]], e[1])) for edges in made]
+
+
+def _made(shown: Forward, edge: Edge, module: str) -> Edge:
+    """What the box's own module returned, before a view that another took of it."""
+    while shown.is_move(edge[0]) and shown.links[edge[0]] and not _is_of(shown, edge[0], module):
+        (_, (reader, slot)) = shown.links[edge[0]][0]
+        edge = shown.vertices[reader].inputs[slot] or edge
+    return edge
+
+
+def _is_of(shown: Forward, i: int, module: str) -> bool:
+    return f"{shown.module[i]}.".startswith(f"{module}.") and not shown.vertices[i].name.startswith("after ")
 
 
 def _box(
@@ -134,16 +156,24 @@ def _box(
 ) -> Box:
     title, detail = _title(shown, members, module)
     leaves = tuple(dict.fromkeys(leaf for i in members for leaf in shown.leaves[i]))
+    arrived = [] if marks.flow is None else [marks.flow.cotangents[e] for e in leaving if e in marks.flow.cotangents]
+    outputs = {i for i, _ in graph.outputs}
     return Box(
         module,
         one_line(title),
         one_line(detail),
-        _size(graph, leaving, leaves),
-        "" if marks.flow is None else _gradient(marks.flow, leaving),
+        _shape([graph.vertices[i].shapes[nr] for i, nr in leaving]),
+        sum(graph.vertices[i].shapes[0].numel() for i in leaves),
+        rms(arrived[0]) if arrived else None,
         "weights" if leaves else "data" if graph.vertices[members[0]].is_leaf else "plain",
-        any(i in {e[0] for e in graph.outputs} for i in members),
+        not outputs.isdisjoint(members),
         tuple(_notes([str(graph.vertices[i]) for i in members], [str(graph.vertices[i]) for i in leaves])),
     )
+
+
+def _shape(shapes: Sequence[torch.Size]) -> str:
+    first = str(tuple(shapes[0])) if len(shapes[0]) else "scalar"
+    return f"{first} +{len(shapes) - 1}" if len(shapes) > 1 else first
 
 
 def _title(shown: Forward, members: Sequence[int], module: str) -> tuple[str, str]:
@@ -173,22 +203,6 @@ def _short(operation: str) -> str:
         return "attention"
     bare = operation.removeprefix("native_").removeprefix("cudnn_")
     return re.sub(r"(?<=\d)_d$", "d", bare)
-
-
-def _size(graph: Variables, leaving: Sequence[Edge], leaves: Sequence[int]) -> str:
-    shapes = [graph.vertices[i].shapes[nr] for i, nr in leaving]
-    found = [str(tuple(shapes[0])) if len(shapes[0]) else "scalar"] if shapes else []
-    if len(shapes) > 1:
-        found[0] += f" +{len(shapes) - 1}"
-    if leaves:
-        n = sum(graph.vertices[i].shapes[0].numel() for i in leaves)
-        found.append(f"{count(n)} weight{'s' if n != 1 else ''}")
-    return " · ".join(found)
-
-
-def _gradient(flow: Flow, leaving: Sequence[Edge]) -> str:
-    found = [flow.cotangents[e] for e in leaving if e in flow.cotangents]
-    return f"gradient rms {number(rms(found[0]))}" if found else "no gradient"
 
 
 def _notes(variables: Sequence[str], leaves: Sequence[str]) -> Iterable[str]:
