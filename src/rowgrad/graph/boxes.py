@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,10 +13,14 @@ from rowgrad.errors import GraphError
 from rowgrad.graph.collapse import Forward, Grouping, forward
 from rowgrad.graph.flow import Flow, rms
 from rowgrad.graph.lettering import count, number, one_line, percent
-from rowgrad.graph.variables import Variables
+from rowgrad.graph.paths import Path
+from rowgrad.graph.sweep import above
+from rowgrad.graph.variables import Key, Variables
 from rowgrad.graph.vertices import Edge
 
-N_NAMED = 16  # variables and parameters that a box names when it is pointed at
+N_NAMED = 16  # variables that a box names when it is pointed at
+
+EdgeKey = tuple[Key, int]  # an operation and which of its inputs
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,13 @@ class Marks:
         labels: {(vertex index, slot): text or number} for what enters an operation.
         shares: {(vertex index, slot): its share of the gradient}, signed.
         flow: cotangents whose size is written into the boxes.
+        path: what is to stand out, as (vertex index, slot).
     """
 
     labels: Mapping[Edge, str | float] = field(default_factory=dict)
     shares: Mapping[Edge, float] = field(default_factory=dict)
     flow: Flow | None = None
+    path: frozenset[Edge] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,14 @@ class Box:
         title: the module, or what is computed where there is none.
         detail: what is computed, or the modules inside.
         shape: of what leaves the box; "scalar" for a number, "+2" for two others.
-        n_weights: entries of the parameters that enter it.
+        n_weights: entries of the parameters that enter here first, so that all boxes together count each once.
+        n_shared: entries of those that entered an earlier box, too.
         gradient: root mean square of the cotangent of what leaves it; None if not asked for or none arrived.
+        share: of the gradient of a parameter that enters here, what comes back to it here; None if not asked for.
         kind: "weights" where parameters enter, "data" for a leaf, else "plain".
         is_output: whether a loss is in it.
-        notes: its variables and parameters.
+        is_marked: whether it is on the path that is to stand out.
+        notes: its variables and all its parameters.
     """
 
     module: str
@@ -55,18 +64,27 @@ class Box:
     detail: str
     shape: str
     n_weights: int
+    n_shared: int
     gradient: float | None
+    share: float | None
     kind: str
     is_output: bool
+    is_marked: bool
     notes: tuple[str, ...]
 
     @property
-    def lines(self) -> tuple[str, ...]:
-        """What is written into it."""
-        weights = f"{count(self.n_weights)} weight{'s' if self.n_weights != 1 else ''}" if self.n_weights else ""
-        size = " · ".join(filter(None, (self.shape, weights)))
+    def weights(self) -> str:
+        """`816`, `816 shared`, `54 + 816 shared`."""
+        shared = f"{count(self.n_shared)} shared" if self.n_shared else ""
+        return " + ".join(filter(None, (count(self.n_weights) if self.n_weights else "", shared)))
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """Lines about sizes."""
+        weights = f"{self.weights} weight{'s' * (self.n_weights + self.n_shared > 1)}" if self.weights else ""
         gradient = "" if self.gradient is None else f"gradient rms {number(self.gradient)}"
-        return tuple(filter(None, (self.title, self.detail, size, gradient)))
+        share = "" if self.share is None else f"{percent(self.share)} of the gradient enters here"
+        return tuple(filter(None, (" · ".join(filter(None, (self.shape, weights))), gradient, share)))
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,7 @@ class Arrow:
     n_edges: int
     text: str = ""
     share: float | None = None
+    is_marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,31 +114,53 @@ def drawn(graph: Variables) -> Forward:
     return forward(graph.vertices, times, [i for i, _ in graph.outputs], graph.scopes)
 
 
-def checked(graph: Variables, marks: Marks) -> Marks:
-    """The marks, once they are known to belong to this graph."""
-    if marks.flow is not None and marks.flow.graph is not graph:
+def marks(
+    graph: Variables,
+    labels: Mapping[EdgeKey, str | float] | None = None,
+    shares: Mapping[EdgeKey, float] | None = None,
+    flow: Flow | None = None,
+    to: Key | Path | None = None,
+) -> Marks:
+    """Marks by index, once they are known to belong to this graph."""
+    if flow is not None and flow.graph is not graph:
         raise GraphError("flow belongs to another graph, expected what this graph's backward() returned")
-    for name, edges in (("edge_labels", marks.labels), ("shares", marks.shares)):
-        for edge in edges:
-            if not _exists(graph, edge):
-                raise GraphError(f"{name}: {edge!r} is no edge; keys are (vertex index, slot) of what an input enters")
-    return marks
+    return Marks(
+        {_edge(graph, "labels", edge): text for edge, text in (labels or {}).items()},
+        {_edge(graph, "shares", edge): share for edge, share in (shares or {}).items()},
+        flow,
+        frozenset() if to is None else _path(graph, to),
+    )
 
 
-def _exists(graph: Variables, edge: Edge) -> bool:
-    if not isinstance(edge, tuple) or len(edge) != 2 or not all(isinstance(n, int) for n in edge):
-        return False
-    inputs = graph.vertices[edge[0]].inputs if 0 <= edge[0] < len(graph) else ()
-    return 0 <= edge[1] < len(inputs) and inputs[edge[1]] is not None
+def _edge(graph: Variables, name: str, edge: EdgeKey) -> Edge:
+    if isinstance(edge, tuple) and len(edge) == 2 and isinstance(edge[1], int):
+        inputs = graph[edge[0]].inputs
+        if 0 <= edge[1] < len(inputs) and inputs[edge[1]] is not None:
+            return graph[edge[0]].index, edge[1]
+    raise GraphError(f"{name}: {edge!r} is no edge; keys are (operation, slot) where the slot is one that is not None")
+
+
+def _path(graph: Variables, to: Key | Path) -> frozenset[Edge]:
+    """The edges of a path, or of all paths from a variable to the losses."""
+    if isinstance(to, Path):
+        if any(r.vertex.index >= len(graph) or graph.vertices[r.vertex.index] is not r.vertex for r in to.edges):
+            raise GraphError(f"to={to!r} is no path of this graph's vector variables")
+        return frozenset((read.vertex.index, read.slot) for read in to.edges)
+    start = graph.find(to)
+    if start is None:
+        raise GraphError(f"to={to!r}: no path leads from it to a loss")
+    on = above(graph.tape, [start[0]])
+    slots = ((i, slot, target) for i in on for slot, target in enumerate(graph.vertices[i].inputs))
+    return frozenset((i, slot) for i, slot, target in slots if target is not None and target[0] in on)
 
 
 def picture(graph: Variables, shown: Forward, grouping: Grouping, marks: Marks) -> Picture:
     """Letter a level of detail."""
     leaving = _leaving(graph, shown, grouping)
-    boxes = [
-        _box(graph, shown, members, module, leaving[g], marks)
-        for g, (members, module) in enumerate(zip(grouping.groups, grouping.modules, strict=True))
-    ]
+    boxes, entered = [], set[int]()
+    for members, module, left in zip(grouping.groups, grouping.modules, leaving, strict=True):
+        boxes.append(_box(graph, shown, members, module, left, marks, entered))
+        entered.update(leaf for i in members for leaf in shown.leaves[i])
     return Picture(grouping.name, tuple(_numbered(boxes)), tuple(_arrows(shown, grouping, marks)))
 
 
@@ -152,23 +193,45 @@ def _is_of(shown: Forward, i: int, module: str) -> bool:
 
 
 def _box(
-    graph: Variables, shown: Forward, members: Sequence[int], module: str, leaving: Sequence[Edge], marks: Marks
+    graph: Variables,
+    shown: Forward,
+    members: Sequence[int],
+    module: str,
+    leaving: Sequence[Edge],
+    marks: Marks,
+    entered: Collection[int],
 ) -> Box:
     title, detail = _title(shown, members, module)
-    leaves = tuple(dict.fromkeys(leaf for i in members for leaf in shown.leaves[i]))
+    leaves = list(dict.fromkeys(leaf for i in members for leaf in shown.leaves[i]))
+    first, again = [i for i in leaves if i not in entered], [i for i in leaves if i in entered]
     arrived = [] if marks.flow is None else [marks.flow.cotangents[e] for e in leaving if e in marks.flow.cotangents]
-    outputs = {i for i, _ in graph.outputs}
+    reads = [edge for i in members for edge in _parameter_reads(shown, i)]
+    shares = [marks.shares[edge] for edge in reads if edge in marks.shares]
     return Box(
         module,
         one_line(title),
         one_line(detail),
         _shape([graph.vertices[i].shapes[nr] for i, nr in leaving]),
-        sum(graph.vertices[i].shapes[0].numel() for i in leaves),
+        _entries(graph, first),
+        _entries(graph, again),
         rms(arrived[0]) if arrived else None,
+        sum(shares) if shares else None,
         "weights" if leaves else "data" if graph.vertices[members[0]].is_leaf else "plain",
-        not outputs.isdisjoint(members),
-        tuple(_notes([str(graph.vertices[i]) for i in members], [str(graph.vertices[i]) for i in leaves])),
+        not {i for i, _ in graph.outputs}.isdisjoint(members),
+        any((i, slot) in marks.path for i in members for slot in range(len(graph.vertices[i].inputs))),
+        tuple(_notes(*([str(graph.vertices[i]) for i in part] for part in (members, first, again)))),
     )
+
+
+def _entries(graph: Variables, leaves: Iterable[int]) -> int:
+    return sum(graph.vertices[i].shapes[0].numel() for i in leaves)
+
+
+def _parameter_reads(shown: Forward, i: int) -> list[Edge]:
+    """Inputs of a variable that are parameters or views of them."""
+    drawn = {edge for _, edge in shown.links[i]}
+    inputs = shown.vertices[i].inputs
+    return [(i, slot) for slot, target in enumerate(inputs) if target is not None and (i, slot) not in drawn]
 
 
 def _shape(shapes: Sequence[torch.Size]) -> str:
@@ -183,7 +246,7 @@ def _title(shown: Forward, members: Sequence[int], module: str) -> tuple[str, st
         title, _, detail = names[0].rpartition(": ")
         return title, _short(detail)
     parts = [_part(shown, i, module) for i in computing]
-    listed = ", ".join(p for k, p in enumerate(parts) if k == 0 or p != parts[k - 1])
+    listed = ", ".join(dict.fromkeys(parts))
     if not module:
         return listed, ""
     return (f"after {module}" if all(name.startswith("after ") for name in names) else module), listed
@@ -205,12 +268,13 @@ def _short(operation: str) -> str:
     return re.sub(r"(?<=\d)_d$", "d", bare)
 
 
-def _notes(variables: Sequence[str], leaves: Sequence[str]) -> Iterable[str]:
-    """As much as fits beside a pointer, the latest variable first."""
-    for title, names in (("", [*reversed(variables)]), ("weights: ", leaves)):
-        yield from (title + name for name in names[:N_NAMED])
-        if len(names) > N_NAMED:
-            yield f"{title}and {len(names) - N_NAMED} more"
+def _notes(variables: Sequence[str], weights: Sequence[str], shared: Sequence[str]) -> Iterable[str]:
+    """As much of the variables as fits beside a pointer, the latest first, and all parameters."""
+    yield from variables[: -N_NAMED - 1 : -1]
+    if len(variables) > N_NAMED:
+        yield f"and {len(variables) - N_NAMED} more"
+    yield from (f"weights: {name}" for name in weights)
+    yield from (f"shared weights: {name}" for name in shared)
 
 
 def _numbered(boxes: Sequence[Box]) -> list[Box]:
@@ -236,7 +300,8 @@ def _arrows(shown: Forward, grouping: Grouping, marks: Marks) -> Iterable[Arrow]
         share = sum(shares) if shares else None
         texts = [] if share is None else [percent(share)]
         texts += [_text(marks.labels[e]) for e in edges if e in marks.labels]
-        yield Arrow(source, target, len(edges), ", ".join(dict.fromkeys(texts)), share)
+        is_marked = not marks.path.isdisjoint(edges)
+        yield Arrow(source, target, len(edges), ", ".join(dict.fromkeys(texts)), share, is_marked)
 
 
 def _text(label: str | float) -> str:

@@ -57,10 +57,10 @@ def chains_joined(graph: Forward, grouping: Grouping, depth: int) -> Grouping:
     return _merged(graph, grouping, first, f"{grouping.name}, chains joined")
 
 
-def in_pieces(graph: Forward, grouping: Grouping, n: int) -> Grouping:
-    """`n` pieces of the forward pass, however the modules lie: cuts of an order of the boxes close no circle."""
-    first = [k * n // len(grouping) for k in range(len(grouping))]
-    return _merged(graph, grouping, first, f"{n} pieces of the forward pass")
+def in_pieces(graph: Forward, grouping: Grouping, max_boxes: int) -> Grouping:
+    """Equal pieces of the forward pass, however the modules lie: cuts of an order of the boxes close no circle."""
+    size = -(-len(grouping) // max_boxes)
+    return _merged(graph, grouping, [k // size for k in range(len(grouping))], f"{grouping.name}, {size} in a row as one")
 
 
 def _neighbours(graph: Forward, grouping: Grouping) -> tuple[list[set[int]], list[set[int]]]:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 from rowgrad.graph.boxes import Arrow, Box, Picture
-from rowgrad.graph.lettering import cells, count, elided, number
+from rowgrad.graph.lettering import cells, elided, number
 
 COLUMNS = 100
 N_SHAPE, N_READS = 24, 26  # of the columns, at most; a long list of what is read goes on in further lines
@@ -19,7 +19,7 @@ def listing(picture: Picture, facts: str) -> str:
     kept = [c for c in range(len(NAMES)) if c < 3 or any(row[c] for row in rows)]
     widths = _widths([NAMES, *rows], kept)
     lines = [f"{facts}: {picture.name}", "Each box reads the one above it, unless <- says which.", ""]
-    lines += _line(NAMES, widths)
+    lines += _line([name if c in kept else "" for c, name in enumerate(NAMES)], widths)
     above = ""
     for box, row in zip(picture.boxes, rows, strict=True):
         parent = box.module.rpartition(".")[0]
@@ -35,7 +35,7 @@ def _row(k: int, box: Box, reads: str) -> tuple[str, ...]:
         f"{k + 1:4d}",
         _label(box),
         box.shape,
-        count(box.n_weights) if box.n_weights else "",
+        box.weights,
         "" if box.gradient is None else number(box.gradient),
         reads,
     )
