@@ -15,7 +15,7 @@ from benchmarks import growth, results, sweep
 from benchmarks.charts import Dot, Series, dots_by_row, lines
 from benchmarks.ours import FIRST
 from benchmarks.task import OURS, OUTPUTS, PLAIN
-from rowgrad.report.charts import number
+from rowgrad.graph.lettering import number
 
 FAMILIES = {
     "rowgrad": "rowgrad",
