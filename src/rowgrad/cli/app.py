@@ -11,7 +11,7 @@ import typer
 from rowgrad import __version__
 from rowgrad.cli.audit import audit
 from rowgrad.cli.check import check
-from rowgrad.cli.diagnose import diagnose
+from rowgrad.cli.diagnosis import diagnose
 from rowgrad.errors import RowgradError, UserCodeError
 
 # Typer brings its own copy of Click in some versions and imports Click in others; its errors are found through one.
