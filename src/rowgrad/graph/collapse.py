@@ -154,7 +154,7 @@ def by_module(graph: Forward, depth: int) -> Grouping:
     if depth > graph.max_depth:
         return by_operation(graph)
     modules = {i: cut(graph.module[i], depth) for i in graph.order}
-    keys = {i: (modules[i], _run(graph.runs[i], modules[i])) for i in graph.order}
+    keys = {i: (modules[i], _run(graph.runs[i], modules[i]) if depth else None) for i in graph.order}
     return _grouped(graph, f"depth {depth}", keys, modules, depth == 0)
 
 
