@@ -14,6 +14,7 @@ from rowgrad.graph.collapse import Forward, Grouping, forward
 from rowgrad.graph.flow import Flow, rms
 from rowgrad.graph.lettering import count, number, one_line, percent
 from rowgrad.graph.paths import Path
+from rowgrad.graph.shares import Shares
 from rowgrad.graph.sweep import above
 from rowgrad.graph.variables import Key, Variables
 from rowgrad.graph.vertices import Edge
@@ -117,7 +118,7 @@ def drawn(graph: Variables) -> Forward:
 def marks(
     graph: Variables,
     labels: Mapping[EdgeKey, str | float] | None = None,
-    shares: Mapping[EdgeKey, float] | None = None,
+    shares: Shares | Mapping[EdgeKey, float] | None = None,
     flow: Flow | None = None,
     to: Key | Path | None = None,
 ) -> Marks:

@@ -64,8 +64,10 @@ def svg(picture: Picture, title: str, style: str = "", head: float = 0.0) -> str
     caption = f'<text class="fact" x="{left + MARGIN:.1f}" y="{MARGIN + 4 - head:.1f}">{escape(title)}</text>'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" class="rowgrad" role="img" width="{wide:.0f}" '
-            f'height="{tall:.0f}" viewBox="{left:.1f} {-head:.1f} {wide:.1f} {tall:.1f}">',
+            (
+                f'<svg xmlns="http://www.w3.org/2000/svg" class="rowgrad" role="img" width="{wide:.0f}" '
+                f'height="{tall:.0f}" viewBox="{left:.1f} {-head:.1f} {wide:.1f} {tall:.1f}">'
+            ),
             f"<title>{escape(title)}</title>",
             *([style] if style else []),
             *([caption] if head else []),
