@@ -12,6 +12,7 @@ from rowgrad import __version__
 from rowgrad.cli.audit import audit
 from rowgrad.cli.check import check
 from rowgrad.cli.diagnosis import diagnose
+from rowgrad.cli.graph import graph
 from rowgrad.errors import RowgradError, UserCodeError
 
 # Typer brings its own copy of Click in some versions and imports Click in others; its errors are found through one.
@@ -26,8 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(audit)
-app.command()(check)
+app.command()(graph)
 app.command()(diagnose)
+app.command()(check)
 
 
 def _show_version(asked: bool) -> None:

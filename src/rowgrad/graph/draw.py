@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path as File
 
 from rowgrad.graph.boxes import EdgeKey, Marks, Picture, drawn, marks, picture
@@ -87,12 +87,14 @@ class Drawable(Variables):
         shares: Shares | Mapping[EdgeKey, float] | None = None,
         labels: Mapping[EdgeKey, str | float] | None = None,
         to: Key | Path | None = None,
+        below: Sequence[str] = (),
     ) -> str:
         """A page with a drawing for each level of detail, to be switched without a script or network. Arguments:
         `Drawable`; `depth` and `max_boxes` choose the level shown first.
 
         Args:
             path: a file to be written, whole or not at all; default None.
+            below: HTML or SVG to be shown below the drawing, for instance a chart of a decomposition.
         Returns:
             The page.
 
@@ -103,7 +105,7 @@ class Drawable(Variables):
         """
         found = marks(self, labels, shares, flow, to)
         first = self._picture(depth, max_boxes, found)
-        text = page(first, self._pictures(first, found), facts(self))
+        text = page(first, self._pictures(first, found), facts(self), below)
         if path is not None:
             write_whole(File(path), text)
         return text

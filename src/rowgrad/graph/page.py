@@ -25,14 +25,15 @@ pre {{ font: 13px/1.45 {FONT}; overflow-x: auto; }}
 .level:focus-visible + label {{ outline: 2px solid var(--mark); }}
 .view {{ display: none; overflow-x: auto; margin-top: 8px; }}
 .view svg {{ display: block; margin: 0 auto; }}
+section {{ margin-top: 32px; overflow-x: auto; }}
 .legend {{ display: flex; flex-wrap: wrap; gap: 2px 18px; }}
 .legend i {{ display: inline-block; width: 14px; height: 11px; border: 1px solid; border-radius: 3px;
   margin-right: 6px; }}
 """.strip()
 
 
-def page(first: Picture, pictures: Sequence[Picture], facts: str) -> str:
-    """The levels of detail in the given order, `first` of them shown."""
+def page(first: Picture, pictures: Sequence[Picture], facts: str, below: Sequence[str] = ()) -> str:
+    """The levels of detail in the given order, `first` of them shown, and further HTML below."""
     shown = "\n".join(f"#level{k}:checked ~ #view{k} {{ display: block; }}" for k in range(len(pictures)))
     return "\n".join(
         [
@@ -44,6 +45,7 @@ def page(first: Picture, pictures: Sequence[Picture], facts: str) -> str:
             *(_button(k, picture, picture is first or picture == first) for k, picture in enumerate(pictures)),
             f'<p class="legend">{"".join(_legend(first))}</p>',
             *(_view(k, picture, facts) for k, picture in enumerate(pictures)),
+            *(f"<section>{html}</section>" for html in below),
             "</body></html>\n",
         ]
     )
