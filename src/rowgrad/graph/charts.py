@@ -60,9 +60,9 @@ def bars(parts: Mapping[Hashable, Tensor], title: str) -> str:
             f'<text x="{name_width:.1f}" y="{y + 14:.1f}" text-anchor="end">{escape(name)}</text>'
             f'<rect x="{x:.1f}" y="{y + 3:.1f}" width="{max(long, 0.5):.1f}" height="{ROW - 6:.1f}"/>'
             f'<text x="{end:.1f}" y="{y + 14:.1f}">{percent(share)}</text>'
-            f'<text class="fact" x="{end + 70:.1f}" y="{y + 14:.1f}">norm {number(norm)}</text></g>'
+            f'<text class="fact" x="{end + 100:.1f}" y="{y + 14:.1f}">norm {number(norm)}</text></g>'
         )
-    return _svg(lines, max(end + 170, width(title, SIZE)), (len(rows) + 1) * ROW + 4, title)
+    return _svg(lines, max(end + 200, width(title, SIZE)), (len(rows) + 1) * ROW + 4, title)
 
 
 def _joined(sizes: Mapping[str, tuple[float, float]]) -> list[tuple[str, float, float]]:
@@ -108,7 +108,7 @@ def time_map(parts: Mapping[str, Mapping[Hashable, Tensor]], title: str) -> str:
     lines.append(f'<text class="fact" x="{left:.1f}" y="{bottom + 16:.1f}">time 0</text>')
     lines.append(f'<text class="fact" x="{right:.1f}" y="{bottom + 16:.1f}" text-anchor="end">{longest - 1}</text>')
     lines += _scale(left, bottom + 30, largest)
-    return _svg(lines, max(right, left + 420, width(title, SIZE)) + GAP, bottom + 60, title)
+    return _svg(lines, max(right, left + 540, width(title, SIZE)) + GAP, bottom + 60, title)
 
 
 def _shade(value: float, largest: float) -> float:
@@ -122,7 +122,7 @@ def _scale(x: float, y: float, largest: float) -> list[str]:
     """What the shades mean."""
     found = []
     for k in range(DECADES + 1):
-        value, at = largest * 10.0 ** (k - DECADES), x + 84 * k
+        value, at = largest * 10.0 ** (k - DECADES), x + 104 * k
         found.append(
             f'<rect class="cell" x="{at:.1f}" y="{y:.1f}" width="14" height="14" fill-opacity="{k / DECADES:.2f}"/>'
             f'<text class="fact" x="{at + 18:.1f}" y="{y + 12:.1f}">{"≤ " * (k == 0)}{number(value)}</text>'

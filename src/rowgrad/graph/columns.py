@@ -3,7 +3,7 @@
 Note [straight where it matters]
     A row's places minimize the weighted sum of distances to where each would like to stand. As with a median, and
     unlike a mean, the heaviest stays exactly where it wants to be and others make room: chains of boxes are straight
-    lines, and trunks run straight beside them.
+    lines, and trunks run straight beside them. What joins a chain from the side stands beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from itertools import accumulate, pairwise
 from rowgrad.graph.layers import Rows
 
 ROUNDS = 6
-CHAIN, TRUNK, BRANCH = 16.0, 4.0, 1.0  # weights of a line from box to box, along a trunk, and from one to the other
+# Weights of a line from box to box, from one that begins a chain, along a trunk, and from a box to a trunk.
+CHAIN, START, TRUNK, BRANCH = 16.0, 8.0, 4.0, 1.0
 
 Wish = tuple[float, float]  # place, weight
 
@@ -35,8 +36,10 @@ def centers(rows: Rows, widths: Sequence[float], gap: float) -> list[float]:
 
 
 def _weight(rows: Rows, a: int, b: int) -> float:
-    n_boxes = rows.is_box(a) + rows.is_box(b)
-    return (TRUNK, BRANCH, CHAIN)[n_boxes]
+    if rows.is_box(a) and rows.is_box(b):
+        upper = a if rows.row_of[a] < rows.row_of[b] else b
+        return CHAIN if rows.above[upper] else START
+    return BRANCH if rows.is_box(a) or rows.is_box(b) else TRUNK
 
 
 def spread(
