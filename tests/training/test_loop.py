@@ -31,9 +31,11 @@ def make(optimizer: str = "adam", n: int = N, batch_size: int = BATCH, seed: int
         "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-2, centered=True),
     }[optimizer](model.parameters())
     scheduler = torch.optim.lr_scheduler.ExponentialLR(made, 0.9)
-    return Loop(
-        model, made, lambda i: F.cross_entropy(model(x[i]), y[i], reduction="none"), n, batch_size, seed, scheduler
-    )
+
+    def losses(index: Tensor) -> Tensor:
+        return F.cross_entropy(model(x[index]), y[index], reduction="none")
+
+    return Loop(model, made, losses, n, batch_size, seed, scheduler)
 
 
 def steps(loop: Loop, n: int, epochs: int = 3) -> list[Tensor]:

@@ -8,6 +8,7 @@ Note [no state of random numbers]
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,16 +18,11 @@ from torch import Tensor, nn
 
 from rowgrad.errors import InputError, NonFiniteError
 
-SPREAD = 0x9E3779B97F4A7C15  # an odd number whose multiples fill 64 bits evenly (Knuth 1998, section 6.4)
 
-
-def seed_of(seed: int, *numbers: int) -> int:
-    """A seed for one use among many of one run."""
-    mixed = seed
-    for number in numbers:
-        mixed = (mixed ^ (number + 1)) * SPREAD % 2**64
-        mixed ^= mixed >> 29
-    return mixed % 2**63
+def seed_of(*numbers: int) -> int:
+    """A seed for one use among many of one run: the run's own, what it is for, and which of them."""
+    digest = hashlib.blake2b(b"".join(n.to_bytes(8, "little") for n in numbers), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 2**63
 
 
 @dataclass
