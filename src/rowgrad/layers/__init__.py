@@ -1,0 +1,7 @@
+"""Layers that PyTorch lacks, how to start them, penalties on hidden units and batch normalization."""
+
+from rowgrad.layers.activations import ACTIVATIONS, activation
+from rowgrad.layers.maxout import Maxout
+from rowgrad.layers.tied import TiedLinear
+
+__all__ = ["ACTIVATIONS", "Maxout", "TiedLinear", "activation"]
