@@ -92,7 +92,9 @@ def test_one_piece_is_refused() -> None:
 @pytest.fixture
 def autoencoder() -> nn.Sequential:
     encoder = nn.Linear(5, 2)
-    return nn.Sequential(encoder, nn.Tanh(), TiedLinear(encoder)).double()
+    decoder = TiedLinear(encoder)
+    nn.init.normal_(decoder.bias)
+    return nn.Sequential(encoder, nn.Tanh(), decoder).double()
 
 
 def reconstruction(model: nn.Module, x: Tensor) -> Tensor:

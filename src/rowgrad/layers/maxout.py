@@ -15,8 +15,8 @@ class Maxout(nn.Module):
     """A linear layer and its activation in one: max(W_1 x + b_1, ..., W_k x + b_k), entry by entry.
 
     With two pieces, W_2 = 0 makes it a ReLU and W_2 = alpha W_1 (0 < alpha < 1) a leaky ReLU. It has k times the
-    parameters of `nn.Linear`; in each example a unit uses, and trains, one of its pieces. Where several are largest, one
-    of them gets all of the gradient, as the maximum in the table of section 3.2 copies to the maximal input.
+    parameters of `nn.Linear`; in each example a unit uses, and trains, one of its pieces. Where several are largest,
+    one of them gets all of the gradient, as the maximum in the table of section 3.2 copies to the maximal input.
 
     Args:
         in_features, out_features: as in `nn.Linear`.
