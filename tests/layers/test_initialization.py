@@ -151,9 +151,10 @@ def test_a_generator_repeats_the_draw_and_leaves_the_global_one_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_shared_layer_is_drawn_once() -> None:
-    layer = nn.Linear(4, 4)
-    assert list(initialize(nn.Sequential(layer, nn.Tanh(), layer), "lecun")) == ["0.weight"]
+def test_a_shared_weight_is_drawn_once() -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    assert list(initialize(nn.Sequential(first, nn.Tanh(), second), "lecun")) == ["0.weight"]
 
 
 # Symmetry
