@@ -320,6 +320,8 @@ def test_what_cannot_be_folded_stays_and_outputs_are_equal(make, shape: tuple[in
         nn.Linear(3, 3),
         nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()),
         nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.BatchNorm1d(3)),
+        nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 3)), nn.BatchNorm1d(3)),
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(3), nn.Linear(6, 4)),  # of (examples, 3, 4)
         nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)),
     ],
 )
