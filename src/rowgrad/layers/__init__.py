@@ -6,6 +6,7 @@ from rowgrad.layers.folding import fold
 from rowgrad.layers.hidden import NORMS, hidden_layer
 from rowgrad.layers.initialization import SCHEMES, initialize
 from rowgrad.layers.maxout import Maxout
+from rowgrad.layers.penalties import HiddenPenalties, hidden_penalties
 from rowgrad.layers.tied import TiedLinear
 
 __all__ = [
@@ -13,12 +14,14 @@ __all__ = [
     "NORMS",
     "SCHEMES",
     "BatchNorm",
+    "HiddenPenalties",
     "Maxout",
     "TiedLinear",
     "activation",
     "batch_norm_gradients",
     "fold",
     "hidden_layer",
+    "hidden_penalties",
     "initialize",
     "population_statistics",
 ]
