@@ -42,9 +42,10 @@ MAY_IMPORT = {
     "checking":         {"errors", "tape", "parameters", "repeat", "graph", "rows"},
     "diagnosis":        {"errors", "tape", "parameters", "repeat", "graph", "rows", "curvature"},
     "optim":            {"errors", "tape", "parameters", "rows", "curvature"},
+    "layers":           {"errors", "parameters", "graph"},
     "data":             {"errors"},
     "uses":             {"errors", "rows", "data"},
-    "training":         {"errors", "rows", "data", "curvature", "optim", "diagnosis", "uses"},
+    "training":         {"errors", "rows", "data", "curvature", "optim", "layers", "diagnosis", "uses"},
     "integrations":     {"errors", "rows", "data", "diagnosis", "uses"},
     "report":           {"*"},
     "cli":              {"*"},
@@ -55,7 +56,18 @@ MAY_IMPORT = {
 
 BUILT_FROM_RULES = {f"rows.{name}" for name in ("general", "plan", "block", "build", "matrix", "objective")}
 APPLICATION = {"cli", "report", "__main__"}  # what a user runs; no part of the library imports it
-NEEDS_TORCH_ALONE = {"__init__", "errors", "tape", "rows", "graph", "curvature", "repeat", "checking", "diagnosis"}
+NEEDS_TORCH_ALONE = {
+    "__init__",
+    "errors",
+    "tape",
+    "rows",
+    "graph",
+    "curvature",
+    "repeat",
+    "checking",
+    "diagnosis",
+    "layers",
+}
 
 PRIVATE_TO_AUTOGRAD = re.compile(
     r"_(raw_)?saved_\w*|next_functions|_input_metadata|_sequence_nr|register_prehook|GradientEdge|AccumulateGrad"

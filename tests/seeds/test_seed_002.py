@@ -1,4 +1,4 @@
-"""Seed 002: one hidden layer of ReLU under a softmax (CS 349-02, 2017), every intermediate by hand in NumPy.
+"""Seed 002: one hidden layer of ReLU under a softmax (CS 349-02, 2017), every intermediate against NumPy.
 
 Row vectors as in the text: a point x is 1 x D, a layer multiplies from the right, s = x.W + b.
 """
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from tests.seeds.hand import Array, assert_same, leaf, plain
+from tests.seeds.hand import assert_same, leaf, plain
+from tests.seeds.two_layers import OnePoint, Weights, algorithm_1, gradients, section_3
 from torch import Tensor
 
 import rowgrad as rg
@@ -29,6 +30,10 @@ class Net:
     @property
     def parameters(self) -> dict[str, Tensor]:
         return {"W1": self.W1, "b1": self.b1, "W2": self.W2, "b2": self.b2}
+
+    @property
+    def numbers(self) -> Weights:
+        return {name: plain(p).copy() for name, p in self.parameters.items()}
 
 
 @dataclass
@@ -50,38 +55,6 @@ def forward(net: Net, x: Tensor, y: int) -> Pass:
     return Pass(s1, a1, s2, a2, -a2[0, y].log())
 
 
-@dataclass
-class ByHand:
-    """The forward pass and section 3 in NumPy, as it is printed."""
-
-    s1: Array
-    a1: Array
-    s2: Array
-    a2: Array
-    J: float
-    ds2: Array
-    dW2: Array
-    db2: Array
-    ds1: Array
-    dW1: Array
-    db1: Array
-
-
-def section_3(net: Net, x: Array, y: int) -> ByHand:
-    W1, b1, W2, b2 = (plain(p) for p in net.parameters.values())
-    s1 = x @ W1 + b1  # (2)
-    a1 = np.maximum(s1, 0)  # (3)
-    s2 = a1 @ W2 + b2  # (4)
-    a2 = np.exp(s2) / np.exp(s2).sum()  # (5)
-    ds2 = np.array([[a2[0, c] - (y == c) for c in range(C)]])  # (6)
-    tmp = ds2 @ W2.T
-    for h in range(H):
-        if a1[0, h] <= 0:
-            tmp[0, h] = 0
-    J = -np.log(a2[0, y])
-    return ByHand(s1, a1, s2, a2, J, ds2, a1.T @ ds2, ds2, tmp, x.T @ tmp, tmp)  # (7) to (10)
-
-
 @pytest.fixture
 def net() -> Net:
     net = Net(leaf(D, H), leaf(H), leaf(H, C), leaf(C))
@@ -97,16 +70,16 @@ def data() -> tuple[Tensor, list[int]]:
 
 
 @pytest.fixture
-def point(net: Net, data: tuple[Tensor, list[int]]) -> tuple[Pass, rg.Graph, ByHand]:
+def point(net: Net, data: tuple[Tensor, list[int]]) -> tuple[Pass, rg.Graph, OnePoint]:
     """The first point: its live variables, its graph, and the same by hand."""
     x, y = data[0][:1], data[1][0]
     live = forward(net, x, y)
-    by_hand = section_3(net, plain(x), y)
+    by_hand = section_3(net.numbers, plain(x), y)
     assert 0 < (by_hand.a1 > 0).sum() < H
     return live, rg.Graph(live.loss, net.parameters), by_hand
 
 
-def test_eqs_2_to_5_the_forward_pass_is_read_from_the_graph(point: tuple[Pass, rg.Graph, ByHand]) -> None:
+def test_eqs_2_to_5_the_forward_pass_is_read_from_the_graph(point: tuple[Pass, rg.Graph, OnePoint]) -> None:
     live, graph, by_hand = point
     assert_same(graph.value(live.a1), by_hand.a1)
     assert_same(graph.value(live.a2), by_hand.a2)
@@ -115,14 +88,14 @@ def test_eqs_2_to_5_the_forward_pass_is_read_from_the_graph(point: tuple[Pass, r
     assert_same(live.loss, by_hand.J)
 
 
-def test_eqs_6_12_13_the_cotangent_of_the_top_layer(point: tuple[Pass, rg.Graph, ByHand]) -> None:
+def test_eqs_6_12_13_the_cotangent_of_the_top_layer(point: tuple[Pass, rg.Graph, OnePoint]) -> None:
     live, graph, by_hand = point
     found = graph.backward()[live.s2]
     assert_same(found, by_hand.ds2)
     assert found.shape == live.s2.shape == (1, C)
 
 
-def test_eqs_7_and_8_weights_and_biases_of_the_top_layer(point: tuple[Pass, rg.Graph, ByHand]) -> None:
+def test_eqs_7_and_8_weights_and_biases_of_the_top_layer(point: tuple[Pass, rg.Graph, OnePoint]) -> None:
     live, graph, by_hand = point
     flow = graph.backward()
     assert_same(flow["W2"], by_hand.a1.T @ plain(flow[live.s2]))
@@ -131,7 +104,7 @@ def test_eqs_7_and_8_weights_and_biases_of_the_top_layer(point: tuple[Pass, rg.G
     assert flow["W2"].shape == (H, C)
 
 
-def test_eqs_9_and_10_weights_and_biases_of_the_hidden_layer(point: tuple[Pass, rg.Graph, ByHand]) -> None:
+def test_eqs_9_and_10_weights_and_biases_of_the_hidden_layer(point: tuple[Pass, rg.Graph, OnePoint]) -> None:
     """With the loop of section 3.2 that sets tmp to 0 wherever a_1 is."""
     live, graph, by_hand = point
     flow = graph.backward()
@@ -141,7 +114,7 @@ def test_eqs_9_and_10_weights_and_biases_of_the_hidden_layer(point: tuple[Pass, 
     assert flow["W1"].shape == (D, H)
 
 
-def test_eq_11_through_the_softmax(point: tuple[Pass, rg.Graph, ByHand], data: tuple[Tensor, list[int]]) -> None:
+def test_eq_11_through_the_softmax(point: tuple[Pass, rg.Graph, OnePoint], data: tuple[Tensor, list[int]]) -> None:
     """The calculus the text leaves out: da_2[k]/ds_2[c] = a_2[k] (1(k = c) - a_2[c])."""
     live, graph, by_hand = point
     flow, a2, y = graph.backward(), by_hand.a2[0], data[1][0]
@@ -152,7 +125,7 @@ def test_eq_11_through_the_softmax(point: tuple[Pass, rg.Graph, ByHand], data: t
 
 
 def test_cross_entropy_has_eq_6_without_a_softmax(
-    net: Net, point: tuple[Pass, rg.Graph, ByHand], data: tuple[Tensor, list[int]]
+    net: Net, point: tuple[Pass, rg.Graph, OnePoint], data: tuple[Tensor, list[int]]
 ) -> None:
     """PyTorch's loss takes s_2: its graph goes through log-softmax and has no a_2."""
     by_hand = point[2]
@@ -169,7 +142,7 @@ def through_product(graph: rg.Graph, s: Tensor, slot: int) -> Tensor:
     return graph.local_jacobian(add.source, slot).matrix
 
 
-def test_eqs_14_and_15_the_top_layer_in_its_weights(point: tuple[Pass, rg.Graph, ByHand]) -> None:
+def test_eqs_14_and_15_the_top_layer_in_its_weights(point: tuple[Pass, rg.Graph, OnePoint]) -> None:
     """ds_2/dW_2 is C x HC, with a_1 repeated; the text's a_1^T is what multiplying with it amounts to."""
     live, graph, by_hand = point
     full = through_product(graph, live.s2, 1)
@@ -178,7 +151,7 @@ def test_eqs_14_and_15_the_top_layer_in_its_weights(point: tuple[Pass, rg.Graph,
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-def test_a_layer_in_its_bias_is_the_identity(point: tuple[Pass, rg.Graph, ByHand], layer: int) -> None:
+def test_a_layer_in_its_bias_is_the_identity(point: tuple[Pass, rg.Graph, OnePoint], layer: int) -> None:
     """Sections 4.1.4 and 4.2.4: ds/db = 1."""
     live, graph, by_hand = point
     s, ds = (live.s1, by_hand.ds1) if layer == 1 else (live.s2, by_hand.ds2)
@@ -188,7 +161,7 @@ def test_a_layer_in_its_bias_is_the_identity(point: tuple[Pass, rg.Graph, ByHand
     assert_same(graph.backward()[f"b{layer}"], 1 * ds[0])
 
 
-def test_eq_16_three_terms_with_the_diagonal_matrix(net: Net, point: tuple[Pass, rg.Graph, ByHand]) -> None:
+def test_eq_16_three_terms_with_the_diagonal_matrix(net: Net, point: tuple[Pass, rg.Graph, OnePoint]) -> None:
     """1 x C, C x H and H x H; the last is 0 off its diagonal, and on it where s_1 is not above 0."""
     live, graph, by_hand = point
     first = graph.backward()[live.s2]
@@ -204,7 +177,7 @@ def test_eq_16_three_terms_with_the_diagonal_matrix(net: Net, point: tuple[Pass,
 
 
 def test_eq_17_the_hidden_layer_in_its_weights(
-    point: tuple[Pass, rg.Graph, ByHand], data: tuple[Tensor, list[int]]
+    point: tuple[Pass, rg.Graph, OnePoint], data: tuple[Tensor, list[int]]
 ) -> None:
     """x has no gradient, so that the product reads W_1 alone."""
     live, graph, by_hand = point
@@ -224,21 +197,6 @@ def losses(net: Net, x: Tensor, y: list[int]) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, torch.tensor(y), reduction="none")
 
 
-def algorithm_1(net: Net, x: Array, y: list[int]) -> dict[str, Array]:
-    """Lines 5 to 15: accumulate point by point, divide by N, add alpha W."""
-    grad = {name: np.zeros(p.shape) for name, p in net.parameters.items()}
-    for i in range(N):
-        one = section_3(net, x[i : i + 1], y[i])
-        grad["W2"] += one.dW2
-        grad["b2"] += one.db2[0]
-        grad["W1"] += one.dW1
-        grad["b1"] += one.db1[0]
-    grad = {name: g / N for name, g in grad.items()}
-    grad["W2"] += ALPHA * plain(net.W2)
-    grad["W1"] += ALPHA * plain(net.W1)
-    return grad
-
-
 def total_loss(net: Net, x: Tensor, y: list[int]) -> Tensor:
     """Eq. 1: weights are regularized, biases are not."""
     return losses(net, x, y).mean() + ALPHA / 2 * (net.W2.square().sum() + net.W1.square().sum())
@@ -248,7 +206,7 @@ def test_each_row_is_the_gradient_of_one_point(net: Net, data: tuple[Tensor, lis
     x, y = data
     rows = rg.jacobian(losses(net, x, y), net.parameters).dense(as_dict=True)
     for i in range(N):
-        one = section_3(net, plain(x[i : i + 1]), y[i])
+        one = section_3(net.numbers, plain(x[i : i + 1]), y[i])
         by_hand = {"W1": one.dW1, "b1": one.db1[0], "W2": one.dW2, "b2": one.db2[0]}
         for name, gradient in by_hand.items():
             assert_same(rows[name][i], gradient)
@@ -256,7 +214,7 @@ def test_each_row_is_the_gradient_of_one_point(net: Net, data: tuple[Tensor, lis
 
 def test_algorithm_1_is_the_mean_of_the_rows_plus_alpha_w(net: Net, data: tuple[Tensor, list[int]]) -> None:
     x, y = data
-    by_hand = algorithm_1(net, plain(x), y)
+    by_hand = gradients(net.numbers, plain(x), y, ALPHA)
     mean = rg.jacobian(losses(net, x, y), net.parameters).weighted_sum(1 / N)
     for name, p in net.parameters.items():
         decay = ALPHA * p.detach() if name.startswith("W") else 0
@@ -266,7 +224,7 @@ def test_algorithm_1_is_the_mean_of_the_rows_plus_alpha_w(net: Net, data: tuple[
 def test_eq_1_the_regularized_loss_in_one_graph(net: Net, data: tuple[Tensor, list[int]]) -> None:
     """Sections 4.1.3 and 4.2.3: the paths through the regularization bring alpha W, all others the data's part."""
     x, y = data
-    by_hand = algorithm_1(net, plain(x), y)
+    by_hand = gradients(net.numbers, plain(x), y, ALPHA)
     graph = rg.Graph(total_loss(net, x, y), net.parameters)
     flow = graph.backward()
     for name in net.parameters:
@@ -281,12 +239,12 @@ def test_eq_1_the_regularized_loss_in_one_graph(net: Net, data: tuple[Tensor, li
 
 def test_lines_16_to_19_a_step_against_the_gradient(net: Net, data: tuple[Tensor, list[int]]) -> None:
     x, y = data
-    by_hand = {name: plain(p) - ETA * algorithm_1(net, plain(x), y)[name] for name, p in net.parameters.items()}
+    by_hand = algorithm_1(net.numbers, plain(x), y, eta=ETA, alpha=ALPHA, maxiter=1)
     loss = total_loss(net, x, y)
-    gradients = rg.Graph(loss, net.parameters).backward().gradients
+    found = rg.Graph(loss, net.parameters).backward().gradients
     with torch.no_grad():
         for name, p in net.parameters.items():
-            p -= ETA * gradients[name]
+            p -= ETA * found[name]
             assert_same(p, by_hand[name])
     assert total_loss(net, x, y) < loss
 
