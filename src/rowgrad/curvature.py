@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import pi, sqrt
@@ -10,8 +10,9 @@ from math import pi, sqrt
 import torch
 from torch import Tensor
 
-from rowgrad.errors import GraphError, InputError, NoGraphError, NonFiniteError
+from rowgrad.errors import GraphError, InputError, NoGraphError, NonFiniteError, ParameterError
 from rowgrad.parameters import Params, named
+from rowgrad.tape import engine_errors
 
 Direction = Mapping[str, Tensor]
 
@@ -54,6 +55,8 @@ def hvp(
         {parameter: tensor of its shape}, zeros where the gradient does not depend on it.
     Raises:
         GraphError: the loss is no scalar, a direction has a wrong shape, or `delta` came without a function.
+        FreedGraphError: a backward pass freed the graph.
+        ParameterError: the loss depends on none of the parameters.
         NoGraphError: the loss has no graph.
         RuntimeError: an operation has no second derivative in PyTorch (a fused LSTM): give `delta`.
     Source: Aggarwal 2018, part "Second-Order Gradient Descent Methods"; Pearlmutter 1994.
@@ -66,12 +69,12 @@ def hvp(
     parameters = named(params).by_name
     direction = _direction(parameters, v)
     if delta is None:
-        return _exact(parameters, _gradient(_scalar(loss), parameters, create_graph=True), direction)
+        return _exact(parameters, _loss_gradient(_scalar(loss), parameters, create_graph=True), direction)
     if not callable(loss):
         raise GraphError(f"delta={delta:g} needs a function that computes the loss anew, found a tensor")
-    here = _gradient(_scalar(loss), parameters)
+    here = _loss_gradient(_scalar(loss), parameters)
     with moved(parameters, direction, delta):
-        there = _gradient(_scalar(loss), parameters)
+        there = _loss_gradient(_scalar(loss), parameters)
     return {name: (there[name] - here[name]) / delta for name in parameters}
 
 
@@ -93,9 +96,18 @@ def quadratic_model(loss: Tensor | Callable[[], Tensor], params: Params, step: D
     parameters = named(params).by_name
     direction = _direction(parameters, step)
     value = _scalar(loss)
-    gradient = _gradient(value, parameters, create_graph=True)
+    gradient = _loss_gradient(value, parameters, create_graph=True)
     product = _exact(parameters, gradient, direction)
     return Quadratic(float(value.detach()), _dot(gradient, direction), _dot(product, direction))
+
+
+def gradient_of(loss: Tensor, params: Params) -> dict[str, Tensor]:
+    """The gradient of a scalar loss by parameter, zeros where it does not depend on it; `.grad` is left alone.
+
+    Raises:
+        GraphError, NoGraphError: as `hvp`.
+    """
+    return _loss_gradient(_scalar(loss), named(params).by_name)
 
 
 class Hessian:
@@ -121,7 +133,7 @@ class Hessian:
         self._parameters = named(params).by_name
         self._loss, self._delta = loss, delta
         value = _scalar(loss)
-        self._gradient = _gradient(value, self._parameters, create_graph=delta is None)
+        self._gradient = _loss_gradient(value, self._parameters, create_graph=delta is None)
         self.value = float(value.detach())
 
     @property
@@ -373,7 +385,8 @@ def _scalar(loss: Tensor | Callable[[], Tensor]) -> Tensor:
         raise GraphError(f"a Hessian belongs to one number, found {found}: pass losses.mean()")
     if not loss.requires_grad:
         raise NoGraphError("loss has no graph: it was detached or made under no_grad()")
-    return loss.reshape(())
+    with torch.enable_grad():
+        return loss.reshape(())
 
 
 def _direction(parameters: Mapping[str, Tensor], v: Direction) -> dict[str, Tensor]:
@@ -389,12 +402,26 @@ def _direction(parameters: Mapping[str, Tensor], v: Direction) -> dict[str, Tens
     return {name: t.detach() for name, t in v.items()}
 
 
-def _gradient(loss: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bool = False) -> dict[str, Tensor]:
-    with torch.enable_grad():
-        found = torch.autograd.grad(
-            loss, list(parameters.values()), retain_graph=True, create_graph=create_graph, allow_unused=True
+def _loss_gradient(loss: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bool = False) -> dict[str, Tensor]:
+    found = _parts(loss, parameters, create_graph)
+    if all(g is None for g in found):
+        raise ParameterError(
+            f"none of the {len(parameters)} parameters is in the graph of the loss (first: {next(iter(parameters))}). "
+            "Is this the model the loss came from, and not a copy of it?"
         )
+    return _filled(found, parameters)
+
+
+def _filled(found: Sequence[Tensor | None], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
+
+
+def _parts(value: Tensor, parameters: Mapping[str, Tensor], create_graph: bool) -> Sequence[Tensor | None]:
+    """Derivatives of a number by each parameter, None where it does not depend on it."""
+    with torch.enable_grad(), engine_errors():
+        return torch.autograd.grad(
+            value, list(parameters.values()), retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
 
 
 def _exact(parameters: Mapping[str, Tensor], gradient: Direction, direction: Direction) -> dict[str, Tensor]:
@@ -405,7 +432,7 @@ def _exact(parameters: Mapping[str, Tensor], gradient: Direction, direction: Dir
         slope = torch.stack([(g * d).sum() for g, d in live]).sum()
     if not slope.requires_grad:
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
-    return _gradient(slope, parameters)
+    return _filled(_parts(slope, parameters, False), parameters)
 
 
 def _dot(a: Direction, b: Direction) -> float:
