@@ -97,7 +97,8 @@ def _corrected(M: Tensor | None, s: Tensor, y: Tensor) -> Tensor | None:
     if M is None:
         M = torch.eye(len(s), dtype=s.dtype, device=s.device) * (bent / float(y @ y))
     My = M @ y
-    return M + torch.outer(s, s) * ((bent + float(y @ My)) / bent**2) - (torch.outer(My, s) + torch.outer(s, My)) / bent
+    s_share = s / bent
+    return M + torch.outer(s_share, s) * (1 + float(y @ My) / bent) - torch.outer(My, s_share) - torch.outer(s_share, My)
 
 
 class LBFGS(torch.optim.LBFGS):
