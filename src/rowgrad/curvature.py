@@ -10,9 +10,9 @@ from math import pi, sqrt
 import torch
 from torch import Tensor
 
-from rowgrad.errors import GraphError, InputError, NoGraphError, NonFiniteError, ParameterError
+from rowgrad.errors import GraphError, InputError, NoGraphError, NonFiniteError, OpaqueGraphError, ParameterError
 from rowgrad.parameters import Params, named
-from rowgrad.tape import engine_errors
+from rowgrad.tape import engine_errors, is_differentiable
 
 Direction = Mapping[str, Tensor]
 
@@ -58,7 +58,8 @@ def hvp(
         FreedGraphError: a backward pass freed the graph.
         ParameterError: the loss depends on none of the parameters.
         NoGraphError: the loss has no graph.
-        RuntimeError: an operation has no second derivative in PyTorch (a fused LSTM): give `delta`.
+        RuntimeError, OpaqueGraphError: an operation has no second derivative (an LSTM on CUDA, a custom function marked
+            `once_differentiable`): give `delta`.
     Source: Aggarwal 2018, part "Second-Order Gradient Descent Methods"; Pearlmutter 1994.
 
     >>> import torch
@@ -408,6 +409,11 @@ def _loss_gradient(loss: Tensor, parameters: Mapping[str, Tensor], *, create_gra
         raise ParameterError(
             f"none of the {len(parameters)} parameters is in the graph of the loss (first: {next(iter(parameters))}). "
             "Is this the model the loss came from, and not a copy of it?"
+        )
+    if create_graph and not is_differentiable(g for g in found if g is not None):
+        raise OpaqueGraphError(
+            "a custom function in the graph is marked once_differentiable: it has no second derivative. Give delta "
+            "for differences of two gradients"
         )
     return _filled(found, parameters)
 

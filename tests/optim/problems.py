@@ -28,11 +28,14 @@ class Problem:
     def at(self) -> Tensor:
         return parameters_to_vector(self.params).detach().clone()
 
+    def put(self, at: Tensor) -> None:
+        vector_to_parameters(at.clone(), self.params)
+
     def gradient(self) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(self.loss(), self.params)])
 
     def on_array(self, at: np.ndarray) -> tuple[float, np.ndarray]:
-        vector_to_parameters(torch.from_numpy(at), self.params)
+        self.put(torch.from_numpy(at))
         return float(self.loss().detach()), self.gradient().numpy()
 
     def optimum(self) -> scipy.optimize.OptimizeResult:
@@ -41,7 +44,7 @@ class Problem:
         found = scipy.optimize.minimize(
             self.on_array, start.numpy().copy(), jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 2000}
         )
-        vector_to_parameters(start, self.params)
+        self.put(start)
         return found
 
 

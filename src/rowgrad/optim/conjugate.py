@@ -107,7 +107,7 @@ class ConjugateGradient(SecondOrder):
     `step(closure)` is as for `Newton`.
     Raises:
         InputError, ParameterError, NonFiniteError, GraphError, NoGraphError, TypeError: as `Newton`.
-        RuntimeError: an operation has no second derivative: give `delta`.
+        RuntimeError, OpaqueGraphError: an operation has no second derivative: give `delta`.
     Source: Aggarwal 2018, eqs. 21 to 23; Martens 2010.
 
     >>> import torch
@@ -166,7 +166,9 @@ class ConjugateGradient(SecondOrder):
                 break
             t /= 2
         if float(p.norm()) > 0:
-            ratio = (H.value - value) / -(slope + curvature / 2) if t == 1 else 0.0
+            predicted, rounding = -slope - curvature / 2, ROUNDING * torch.finfo(p.dtype).eps * abs(H.value)
+            ratio = (H.value - value) / predicted if predicted > rounding else 1.0
+            ratio = ratio if t == 1 else 0.0
             self.memory["damping"] = _next_damping(damping, ratio, model.scale, least)
         if model.bend is None:
             return best

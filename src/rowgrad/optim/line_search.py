@@ -9,7 +9,7 @@ from math import isfinite
 from torch import Tensor
 
 LEAST_FALL = 1e-4  # of the loss, as a share of what its slope promises
-EVALUATIONS = 30
+EVALUATIONS = 60
 FURTHEST = 10.0  # times as far as before, while the loss still falls
 
 
@@ -56,7 +56,7 @@ def wolfe(at: Callable[[float], Place], start: Place, t: float, *, curvature: fl
             continue
         wanted, before, width = _crossing(low, high), width, abs(high.t - low.t)
         is_shrinking = width <= before / 2
-        t = wanted if wanted is not None and is_shrinking else (low.t + high.t) / 2
+        t = wanted if wanted is not None and wanted < high.t and is_shrinking else (low.t + high.t) / 2
     return low if low.t > 0 else None
 
 

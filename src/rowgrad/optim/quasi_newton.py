@@ -98,7 +98,9 @@ def _corrected(M: Tensor | None, s: Tensor, y: Tensor) -> Tensor | None:
         M = torch.eye(len(s), dtype=s.dtype, device=s.device) * (bent / float(y @ y))
     My = M @ y
     s_share = s / bent
-    return M + torch.outer(s_share, s) * (1 + float(y @ My) / bent) - torch.outer(My, s_share) - torch.outer(s_share, My)
+    return (
+        M + torch.outer(s_share, s) * (1 + float(y @ My) / bent) - torch.outer(My, s_share) - torch.outer(s_share, My)
+    )
 
 
 class LBFGS(torch.optim.LBFGS):
