@@ -193,6 +193,7 @@ def path_parts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "seconds",
                 f"seconds against levels, {paths.FAMILIES[name].title}",
             ),
+            "title": paths.FAMILIES[name].title,
             "table": paths.table(points),
             "summary": paths.summary(points),
         }

@@ -144,7 +144,9 @@ def shown(paths: int) -> str:
 
 def summary(points: Sequence[Point]) -> str:
     found = growth(points)
-    eq3 = f"one level more costs eq. 3 {found['enumeration']:.1f} times as much; " if "enumeration" in found else ""
+    eq3 = (
+        f"with one more level eq. 3 costs {found['enumeration']:.1f} times as much; " if "enumeration" in found else ""
+    )
     others = ", ".join(f"{METHODS[m]} {found[m]:.2f}" for m in METHODS if m in found and m != "enumeration")
     return eq3 + (f"exponents in the depth: {others}" if others else "")
 

@@ -196,7 +196,7 @@ def test_the_page_shows_everything() -> None:
         "too slow",
         "0.8",
         "1.6 (2",
-        "2.0 times as much",
+        "eq. 3 costs 2.0 times as much",
         "2.0e+90",
     ):
         assert shown in text, shown
