@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "layers":           {"errors", "parameters", "graph"},
     "data":             {"errors"},
     "uses":             {"errors", "rows", "data"},
-    "training":         {"errors", "rows", "data", "curvature", "optim", "layers", "diagnosis", "uses"},
+    "training":         {"errors", "rows", "data", "curvature", "optim", "layers", "diagnosis", "checking", "uses"},
     "integrations":     {"errors", "rows", "data", "diagnosis", "uses"},
     "report":           {"*"},
     "cli":              {"*"},

@@ -13,6 +13,7 @@ from rowgrad.cli.audit import audit
 from rowgrad.cli.check import check
 from rowgrad.cli.diagnosis import diagnose
 from rowgrad.cli.graph import graph
+from rowgrad.cli.train import predict, train
 from rowgrad.errors import RowgradError, UserCodeError
 
 # Typer brings its own copy of Click in some versions and imports Click in others; its errors are found through one.
@@ -27,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(audit)
+app.command()(train)
+app.command()(predict)
 app.command()(graph)
 app.command()(diagnose)
 app.command()(check)

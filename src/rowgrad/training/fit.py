@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rowgrad.checking.gradients import check_gradients
 from rowgrad.data.preparation import Preparation, prepare
 from rowgrad.data.table import Table
 from rowgrad.diagnosis.examine import diagnose
+from rowgrad.diagnosis.monitor import Monitor
 from rowgrad.errors import InputError, NonFiniteError, RowgradError
 from rowgrad.layers.initialization import initialize
 from rowgrad.optim.clipping import GradientClip
@@ -26,7 +28,8 @@ from rowgrad.training.loop import Loop, seed_of
 from rowgrad.training.recipe import Recipe, differences
 from rowgrad.training.step import Criterion, label_losses, squared_losses
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, MONITOR = "checkpoint.safetensors", "monitor.jsonl"
+CHECKED, N_ENTRIES = 16, 20  # examples and entries of a gradient check
 EVALUATED = 4096  # examples at a time
 SPLIT, WEIGHTS = 2, 3  # uses of the run's seed, beside the two of `Loop`
 
@@ -79,6 +82,7 @@ class Fitted:
     Attributes:
         recipe: as given.
         problem: the data as they were split and prepared.
+        monitor: what watched the training, if asked for.
         model: with the weights of the best epoch on the part held out, or of the last without one; in evaluation mode.
         epochs: one for each pass, in order.
         best: number of the epoch whose weights the model has.
@@ -88,6 +92,7 @@ class Fitted:
     recipe: Recipe
     problem: Problem
     model: nn.Module
+    monitor: Monitor | None = None
     epochs: list[Epoch] = field(default_factory=list)
     best: int = 0
     stopped: str = ""
@@ -143,6 +148,8 @@ def fit(
     *,
     directory: Path | None = None,
     resume: bool = False,
+    monitor: int = 0,
+    check_grad: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fitted:
     """Train on a table.
@@ -154,6 +161,8 @@ def fit(
         recipe: how; default `Recipe()`.
         directory: where a checkpoint is kept, replaced whole after each epoch; None keeps none.
         resume: go on from the checkpoint in `directory`, if there is one.
+        monitor: steps from one observation by `rowgrad.Monitor` to the next, logged to `directory`; 0 for none.
+        check_grad: epochs before which gradients are compared with differences of the loss, spread over the training.
         progress: called after every step with the steps done and the most there will be.
     Raises:
         InputError: options that do not fit the data, a checkpoint of another run, or a loss that is not finite: then
@@ -166,8 +175,11 @@ def fit(
         raise InputError("--model autoencoder learns its inputs, not a target; use rowgrad.layers.pretrain")
     problem = pose(table, recipe)
     run = _Run(recipe, problem, directory)
+    run.checked = {round(k * recipe.epochs / check_grad) for k in range(check_grad)}
     if resume and directory is not None and (directory / CHECKPOINT).exists():
         run.load(load_state(directory / CHECKPOINT))
+    if monitor:
+        run.watch(monitor)
     run.train(progress)
     return run.fitted()
 
@@ -187,18 +199,25 @@ class _Run:
             if bound is not None
         ]
         n = len(problem.train)
-        self.loop = Loop(
-            self.model, optimizer, self._losses, n, recipe.batch_size_for(n), recipe.seed, schedule, self._clip
-        )
+        size = recipe.batch_size_for(n)
+        self.loop = Loop(self.model, optimizer, self._losses, n, size, recipe.seed, schedule, between=self._clip)
         self.epochs: list[Epoch] = []
         self.best: dict[str, Any] | None = None
         self.best_epoch, self.stopped = 0, ""
+        self.checked: set[int] = set()
+        self.monitor: Monitor | None = None
+
+    def watch(self, every: int) -> None:
+        log = None if self.directory is None else self.directory / MONITOR
+        self.monitor = Monitor(self.model, self.loop.optimizer, every=every, log=log)
+        self.monitor.step = self.loop.step
+        self.loop.before, self.loop.after = self.monitor.observe, self.monitor.update
 
     def _losses(self, index: Tensor) -> Tensor:
         chosen = self.problem.train[index]
         return self.problem.criterion(self.model(self.problem.inputs[chosen]), self.problem.targets[chosen])
 
-    def _clip(self, losses: Tensor) -> None:
+    def _clip(self) -> None:
         for clip in self.clips:
             clip()
 
@@ -212,6 +231,8 @@ class _Run:
         self.stopped = self.stopped or f"all {self.recipe.epochs} epochs are done"
 
     def _epoch(self, progress: Callable[[int, int], None], total: int) -> None:
+        if self.loop.epoch in self.checked:
+            self._check()
         start, losses = time.perf_counter(), []
         rate = float(self.loop.optimizer.param_groups[0]["lr"])
         try:
@@ -225,6 +246,13 @@ class _Run:
         mean = float(torch.cat(losses).double().mean())
         seconds = time.perf_counter() - start
         self.epochs.append(Epoch(self.loop.epoch, mean, val_loss, val_score, rate, clipped, seconds))
+
+    def _check(self) -> None:
+        loop = self.loop
+        index = loop.order(loop.epoch)[: min(loop.batch_size, CHECKED)]
+        report = check_gradients(lambda: self._losses(index), self.model, N_ENTRIES)
+        if not report.ok:
+            raise InputError(f"before epoch {loop.epoch + 1} the gradients are wrong: {report}")
 
     def _diverged(self, error: Exception) -> str:
         """The message, with what the diagnosis finds on the batch of the step that was not taken."""
@@ -264,7 +292,7 @@ class _Run:
         if self.best is not None:
             self.model.load_state_dict(self.best)
         best = self.best_epoch or self.loop.epoch
-        return Fitted(self.recipe, self.problem, self.model.eval(), self.epochs, best, self.stopped)
+        return Fitted(self.recipe, self.problem, self.model.eval(), self.monitor, self.epochs, best, self.stopped)
 
     def state(self) -> dict[str, Any]:
         return {

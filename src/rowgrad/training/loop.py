@@ -37,7 +37,9 @@ class Loop:
         batch_size: examples in a step; the last of an epoch may have fewer.
         seed: of everything random.
         scheduler: stepped once at the end of each epoch, if there is one.
-        between: called with the losses before the optimizer's step, after `backward()`: clipping, for instance.
+        before: called with the losses and their graph, before `backward()`.
+        between: called after `backward()`, before the optimizer's step: clipping, for instance.
+        after: called after the optimizer's step.
         step: how many steps have been taken.
     """
 
@@ -48,7 +50,9 @@ class Loop:
     batch_size: int
     seed: int = 0
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-    between: Callable[[Tensor], None] = lambda losses: None
+    before: Callable[[Tensor], object] = lambda losses: None
+    between: Callable[[], object] = lambda: None
+    after: Callable[[], object] = lambda: None
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -92,10 +96,12 @@ class Loop:
                     f"step {self.step}: the loss of example {int(index[bad])} is {float(found[bad]):g}; the step was "
                     "not taken"
                 )
+            self.before(losses)
             self.optimizer.zero_grad()
             losses.mean().backward()
-            self.between(found)
+            self.between()
             self.optimizer.step()
+            self.after()
         self.step += 1
         if self.scheduler is not None and self.step % self.steps_per_epoch == 0:
             self.scheduler.step()

@@ -1,0 +1,162 @@
+"""`rowgrad train` and `rowgrad predict`: a model of the seeds' making on a table, and what it says of another."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import polars as pl
+import torch
+import typer
+from rich.console import Console
+
+from rowgrad.cli.output import kind_of, write_text
+from rowgrad.cli.progress import progress_bar
+from rowgrad.data.readers import read_table
+from rowgrad.data.table import Table
+from rowgrad.errors import InputError
+from rowgrad.report.history import history_page
+from rowgrad.report.metrics import versions
+from rowgrad.training.fit import CHECKPOINT, Fitted, fit
+from rowgrad.training.recipe import Recipe
+from rowgrad.training.saved import load_model, save_model
+
+DATA_HELP = "digits, breast_cancer, wine, iris, diabetes, or a CSV, Parquet or NPZ file."
+MODEL = "model.safetensors"
+
+
+def train(
+    context: typer.Context,
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    target: Annotated[str | None, typer.Option(help="Column (or NPZ array) to predict.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the results; default rowgrad-train-NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run in --out was stopped.")] = False,
+    model: Annotated[str, typer.Option(help="mlp:WIDTHS or cnn:CHANNELS, such as mlp:64,64.")] = Recipe.model,
+    act: Annotated[str, typer.Option(help="Activation of hidden layers, or maxout.")] = Recipe.act,
+    alpha: Annotated[float | None, typer.Option(help="Slope of leaky_relu below 0.")] = None,
+    norm: Annotated[str, typer.Option(help="batch-pre, batch-post, layer or none.")] = Recipe.norm,
+    dropout: Annotated[float, typer.Option(help="Share of hidden units left out in a step.")] = Recipe.dropout,
+    init: Annotated[str | None, typer.Option(help="lecun, he or glorot; default PyTorch's.")] = None,
+    optimizer: Annotated[str, typer.Option(help="By name: sgd, momentum, nesterov, adam, ...")] = Recipe.optimizer,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default by the optimizer.")] = None,
+    decay: Annotated[str | None, typer.Option(help="Of the rate by the epoch: exponential or inverse.")] = None,
+    decay_rate: Annotated[float, typer.Option(help="How fast the rate falls, per epoch.")] = Recipe.decay_rate,
+    l2: Annotated[float, typer.Option(help="Penalty on weights; not on biases and norms.")] = Recipe.l2,
+    clip_norm: Annotated[float | None, typer.Option(help="Bound on the norm of the gradient.")] = None,
+    clip_value: Annotated[float | None, typer.Option(help="Bound on each entry of the gradient.")] = None,
+    standardize: Annotated[bool, typer.Option(help="Features of mean 0 and variance 1.")] = True,
+    whiten: Annotated[bool, typer.Option("--whiten", help="Principal directions of variance 1.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples in a step; default 32 to 256 by their number.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the data, at most.")] = Recipe.epochs,
+    val: Annotated[float, typer.Option(help="Share of the examples held out.")] = Recipe.val,
+    patience: Annotated[
+        int, typer.Option(help="Epochs without improvement before it stops; 0: never.")
+    ] = Recipe.patience,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    monitor: Annotated[int, typer.Option(help="Steps between diagnoses of the training; 0 for none.")] = 0,
+    check_grad: Annotated[int, typer.Option(help="How often gradients are checked during training.")] = 0,
+) -> None:
+    """Train a model on DATA.
+
+    Writes model.safetensors (for `rowgrad predict`), history.parquet, config.json and report.html, and keeps a
+    checkpoint after each epoch: a run that is stopped goes on with --resume to the same bits.
+    """
+    prepare = "whiten" if whiten else "standardize" if standardize else "none"
+    recipe = Recipe(
+        model, act, alpha, norm, dropout, init, optimizer, lr, decay, decay_rate, l2, clip_norm, clip_value, prepare,
+        batch_size, epochs, val, patience, seed,
+    )  # fmt: skip
+    if monitor < 0 or check_grad < 0:
+        raise InputError(f"--monitor {monitor} --check-grad {check_grad}: at least 0")
+    directory = out or Path(f"rowgrad-train-{Path(data).stem}")
+    table = read_table(data, target=target)
+    _begin(directory, resume)
+    with progress_bar("training") as progress:
+        found = fit(
+            table, recipe, directory=directory, resume=resume, monitor=monitor, check_grad=check_grad, progress=progress
+        )
+    _write(found, table, directory, ["rowgrad", *context.obj])
+    _summarize(found, directory)
+
+
+def _begin(directory: Path, resume: bool) -> None:
+    if (directory / CHECKPOINT).exists() and not resume:
+        raise InputError(f"--out {directory}: holds a run; go on with --resume, or name another directory")
+    if resume and not (directory / CHECKPOINT).exists():
+        raise InputError(f"--resume: there is no {CHECKPOINT} in {directory}; start without it, or name its --out")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {directory}: cannot be written ({error.strerror}); name another directory") from error
+
+
+def _write(found: Fitted, table: Table, directory: Path, command: list[str]) -> None:
+    save_model(found, table, directory / MODEL)
+    stage = directory / ".history.parquet"
+    pl.DataFrame([asdict(epoch) for epoch in found.epochs]).write_parquet(stage)
+    stage.replace(directory / "history.parquet")
+    problem = found.problem
+    config = {
+        "data": table.name,
+        "recipe": found.recipe.to_dict(),
+        "resolved": {
+            "lr": found.epochs[0].lr,
+            "batch_size": found.recipe.batch_size_for(len(problem.train)),
+            "n_parameters": sum(p.numel() for p in found.model.parameters()),
+            "best_epoch": found.best,
+            "stopped": found.stopped,
+        },
+        "split": {"train": problem.train.tolist(), "val": problem.val.tolist()},
+        "versions": versions(),
+    }
+    write_text("--out", directory / "config.json", json.dumps(config, indent=2))
+    write_text("--out", directory / "report.html", history_page(found, table.name, command))
+
+
+def _summarize(found: Fitted, directory: Path) -> None:
+    best, is_classes = found.epochs[found.best - 1], found.problem.classes is not None
+    console = Console()
+    lines = [f"Stopped after {len(found.epochs)} epochs: {found.stopped}."]
+    if best.val_loss is not None and best.val_score is not None:
+        name = "accuracy" if is_classes else "R²"
+        lines.append(
+            f"Best epoch {found.best}: loss {best.val_loss:.4g}, {name} {best.val_score:.4g} on "
+            f"{len(found.problem.val):,} examples held out."
+        )
+    if found.monitor is not None:
+        lines.append(str(found.monitor))
+    lines.append(f"Report: {(directory / 'report.html').resolve()}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="model.safetensors of a training, or its directory.")],
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    target: Annotated[str | None, typer.Option(help="The column that was predicted in training.")] = None,
+    out: Annotated[Path, typer.Option(help="File for the predictions: .csv or .parquet.")] = Path("predictions.csv"),
+) -> None:
+    """Predict the target of each example of DATA with a trained model; its preparation of features comes with it."""
+    kind = kind_of("--out", out, ("csv", "parquet"))
+    predictor = load_model(model / MODEL if model.is_dir() else model)
+    table = read_table(data, target=target)
+    outputs = predictor.of_table(table)
+    frame = _frame(outputs, predictor.classes, table)
+    stage = out.with_name(f".{out.name}.part")
+    try:
+        frame.write_csv(stage) if kind == "csv" else frame.write_parquet(stage)
+        stage.replace(out)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror}); name another file") from error
+    Console().print(f"{len(frame):,} predictions: {out.resolve()}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _frame(outputs: torch.Tensor, classes: tuple[str, ...] | None, table: Table) -> pl.DataFrame:
+    columns: dict[str, np.ndarray | list] = {"index": np.arange(len(table))}
+    if classes is None:
+        return pl.DataFrame(columns | {"prediction": outputs.numpy()})
+    columns |= {"prediction": [classes[k] for k in outputs.argmax(1).tolist()]}
+    return pl.DataFrame(columns | {f"probability of {name}": outputs[:, k].numpy() for k, name in enumerate(classes)})

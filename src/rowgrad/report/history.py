@@ -1,0 +1,37 @@
+"""The page of a training: loss and score by epoch, and all options."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from markupsafe import escape
+
+from rowgrad.report.charts import Line, line_chart
+from rowgrad.report.plain import plain_page
+from rowgrad.training.fit import Fitted
+
+WIDTH, HEIGHT = 720, 260
+
+
+def history_page(found: Fitted, name: str, command: Sequence[str] = ()) -> str:
+    """HTML that needs nothing else."""
+    losses = [Line(np.array([e.train_loss for e in found.epochs]), "usual")]
+    key = '<span class="key usual"></span>training part'
+    sections = [f"<p>Best epoch {found.best} of {len(found.epochs)}; {escape(found.stopped)}.</p>"]
+    if found.epochs[0].val_loss is not None:
+        losses.append(Line(np.array([e.val_loss for e in found.epochs]), "marked"))
+        key += ', <span class="key marked"></span>held out'
+    sections.append(_figure("Loss by epoch", key, losses, "loss"))
+    if found.epochs[0].val_score is not None:
+        score = "accuracy" if found.problem.classes is not None else "R²"
+        values = np.array([max(e.val_score or 0.0, 0.0) for e in found.epochs])
+        sections.append(_figure(f"{score} on the part held out", "", [Line(values, "marked")], score))
+    if found.monitor is not None:
+        sections.append(found.monitor.to_html())
+    rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in found.recipe.to_dict().items())
+    sections.append(f"<h2>Options</h2><table>{rows}</table>")
+    return plain_page(f"Training on {name}", sections, command)
+
+
+def _figure(title: str, key: str, lines: list[Line], unit: str) -> str:
+    chart = line_chart(lines, None, width=WIDTH, height=HEIGHT, x_label="epoch", y_label=unit, title=title)
+    return f"<h2>{escape(title)}</h2><p>{key}</p>{chart}"

@@ -1,0 +1,106 @@
+"""A trained model in one file: weights, how it is built, how features are prepared, what its outputs mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rowgrad.data.preparation import Preparation
+from rowgrad.data.table import Table
+from rowgrad.errors import InputError
+from rowgrad.training.architectures import Form, build
+from rowgrad.training.checkpoint import load_state, save_state
+from rowgrad.training.fit import Fitted, outputs_of
+from rowgrad.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that takes features as they are read.
+
+    Attributes:
+        model: in evaluation mode.
+        prepared: what is done to features first.
+        feature_names: of the data it was trained on, in order.
+        shape: of one example as the model takes it.
+        classes: what its outputs stand for; None for a regression.
+        center, scale: of a regression's targets.
+    """
+
+    model: nn.Module
+    prepared: Preparation
+    feature_names: tuple[str, ...]
+    shape: tuple[int, ...]
+    classes: tuple[str, ...] | None
+    center: float
+    scale: float
+
+    def outputs(self, features: Tensor) -> Tensor:
+        """Of examples' features, shape (N, d): probabilities of the classes, shape (N, K), or values, shape (N,)."""
+        inputs = self.prepared(features)
+        if len(self.shape) == 3:
+            inputs = inputs.view(len(inputs), *self.shape[1:], self.shape[0]).movedim(-1, 1).contiguous()
+        found = outputs_of(self.model, inputs)
+        return found[:, 0].double() * self.scale + self.center if self.classes is None else found.softmax(1)
+
+    def of_table(self, table: Table) -> Tensor:
+        """As `outputs`, of a table with the same features.
+
+        Raises:
+            InputError: features are missing, or there are others.
+        """
+        if table.feature_names != self.feature_names:
+            missing = [n for n in self.feature_names if n not in table.feature_names]
+            extra = [n for n in table.feature_names if n not in self.feature_names]
+            said = f"without {missing[0]!r}" if missing else f"with {extra[0]!r}" if extra else "in another order"
+            raise InputError(
+                f"{table.name}: its features, {said}, are not those the model was trained on: "
+                f"{', '.join(self.feature_names[:8])}{' ...' if len(self.feature_names) > 8 else ''}"
+            )
+        return self.outputs(table.features)
+
+
+def save_model(fitted: Fitted, table: Table, path: Path) -> None:
+    """Write a fitted model; see `load_model`."""
+    problem = fitted.problem
+    state: dict[str, Any] = {
+        "recipe": fitted.recipe.to_dict(),
+        "weights": dict(fitted.model.state_dict()),
+        "prepared": problem.prepared.state_dict(),
+        "feature_names": table.feature_names,
+        "shape": problem.shape,
+        "classes": problem.classes,
+        "center": problem.center,
+        "scale": problem.scale,
+    }
+    save_state(path, state)
+
+
+def load_model(path: Path) -> Predictor:
+    """Read what `save_model` wrote; nothing is unpickled.
+
+    Raises:
+        InputError: no such file, or another kind of file.
+    """
+    state = load_state(path)
+    if "weights" not in state:
+        raise InputError(f"{path}: a checkpoint of a training, not a model; take model.safetensors of the same folder")
+    recipe, classes = Recipe(**state["recipe"]), state["classes"]
+    n_outputs = 1 if classes is None else len(classes)
+    form = Form(state["shape"], n_outputs, recipe.act, recipe.alpha, recipe.norm, recipe.dropout)
+    with torch.random.fork_rng(devices=[]):
+        model = build(recipe.model, form)
+    model.load_state_dict(state["weights"])
+    return Predictor(
+        model.eval(),
+        Preparation(**state["prepared"]),
+        state["feature_names"],
+        state["shape"],
+        classes,
+        state["center"],
+        state["scale"],
+    )
