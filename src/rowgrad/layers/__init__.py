@@ -7,6 +7,7 @@ from rowgrad.layers.hidden import NORMS, hidden_layer
 from rowgrad.layers.initialization import SCHEMES, initialize
 from rowgrad.layers.maxout import Maxout
 from rowgrad.layers.penalties import HiddenPenalties, hidden_penalties
+from rowgrad.layers.pretraining import pretrain
 from rowgrad.layers.tied import TiedLinear
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "hidden_penalties",
     "initialize",
     "population_statistics",
+    "pretrain",
 ]
