@@ -94,6 +94,13 @@ def test_an_input_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
         BatchNorm(3)(torch.ones(shape))
 
 
+def test_an_empty_batch_counts_for_nothing() -> None:
+    norm = BatchNorm(3)
+    before = copy.deepcopy(norm.state_dict())
+    assert norm(torch.ones(0, 3)).shape == (0, 3)
+    assert all(torch.equal(before[name], t) for name, t in norm.state_dict().items())
+
+
 # Gradients
 
 
