@@ -146,7 +146,8 @@ def test_a_frozen_layer_stays_as_it_is() -> None:
 
 
 class Other(nn.Sequential):
-    pass
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return super().forward(input) + 1
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,8 @@ def _pooled(norm: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any]) 
     def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal n, mean, squares
         v = args[0].double().transpose(0, 1).flatten(1)
+        if v.shape[1] == 0:
+            return
         own_variance, own_mean = torch.var_mean(v, 1, correction=0)
         m, apart = v.shape[1], own_mean - mean.to(own_mean)
         total = n + m
@@ -204,6 +206,8 @@ def _pooled(norm: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any]) 
     with _watched([norm], add):
         for batch in batches:
             run(batch)
+    if n == 0:
+        raise InputError("population_statistics: no examples in the batches")
     return mean, squares / n
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rowgrad.errors import InputError, NonFiniteError
 from rowgrad.layers.batchnorm import BATCH_NORMS
+from rowgrad.layers.chains import is_chain
 from rowgrad.layers.tied import TiedLinear
 
 NORMALIZING = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
@@ -99,7 +100,7 @@ def _check(epochs: int, lr: float, batch_size: int, noise: float) -> None:
 
 def _blocks(model: nn.Sequential) -> tuple[list[nn.Module], dict[str, list[Any]]]:
     """What comes before the first linear layer, and each linear layer but the last with what follows it, by name."""
-    if type(model) is not nn.Sequential:
+    if not is_chain(model):
         raise InputError(f"pretrain goes through an nn.Sequential layer by layer, found a {type(model).__name__}")
     prefix: list[nn.Module] = []
     blocks: dict[str, list[Any]] = {}
@@ -122,7 +123,7 @@ def _blocks(model: nn.Sequential) -> tuple[list[nn.Module], dict[str, list[Any]]
 def _leaves(chain: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     children = [(n, m) for n, m in chain.named_modules(remove_duplicate=False) if n and "." not in n]
     for name, module in children:
-        if type(module) is nn.Sequential:
+        if is_chain(module):
             yield from _leaves(module, f"{prefix}{name}.")
         else:
             yield prefix + name, module
