@@ -66,6 +66,7 @@ endif
 bench-growth: $(BENCH_INSTALLED)
 	$(BENCH) benchmarks.sweep $(ARGS)
 	$(BENCH) benchmarks.growth $(ARGS)
+	$(BENCH) benchmarks.paths $(ARGS)
 	$(BENCH) benchmarks.page
 
 format: $(INSTALLED)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from rowgrad.report.charts import number
+from rowgrad.graph.lettering import number
 
 WIDTH = 1072
 ROW, DOT = 30, 5  # height of a row and radius of a dot, in pixels

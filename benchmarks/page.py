@@ -11,11 +11,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from benchmarks import growth, results, sweep
+from benchmarks import growth, paths, results, sweep
 from benchmarks.charts import Dot, Series, dots_by_row, lines
 from benchmarks.ours import FIRST
 from benchmarks.task import OURS, OUTPUTS, PLAIN
-from rowgrad.report.charts import number
+from rowgrad.graph.lettering import number
 
 FAMILIES = {
     "rowgrad": "rowgrad",
@@ -177,6 +177,30 @@ def sweep_charts(found: Mapping[str, Any]) -> list[Markup]:
 SWEEP_STYLES = {"plain": "step", "naive": "plain", "both": "rowgrad", "norms": "rowgrad dashed"}
 
 
+PATH_STYLES = {"enumeration": "plain", "sweep": "rowgrad", "count": "rowgrad dashed", "engine": "step"}
+
+
+def path_parts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """By graph: seconds by depth as a chart and a table, and how they grow."""
+    return [
+        {
+            "svg": _chart(
+                [
+                    Series(title, PATH_STYLES[m], [(p["depth"], p["seconds"][m]) for p in points if m in p["seconds"]])
+                    for m, title in paths.METHODS.items()
+                ],
+                f"levels, {paths.FAMILIES[name].title}",
+                "seconds",
+                f"seconds against levels, {paths.FAMILIES[name].title}",
+            ),
+            "title": paths.FAMILIES[name].title,
+            "table": paths.table(points),
+            "summary": paths.summary(points),
+        }
+        for name, points in found.get("graphs", {}).items()
+    ]
+
+
 def _chart(series: list[Series], x_label: str, y_label: str, title: str) -> Markup:
     return lines(series, x_label=x_label, y_label=y_label, title=title, width=CHART[0], height=CHART[1])
 
@@ -220,7 +244,9 @@ def _range(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def render(cpu: Mapping[str, Any], grown: Mapping[str, Any], swept: Mapping[str, Any]) -> str:
+def render(
+    cpu: Mapping[str, Any], grown: Mapping[str, Any], swept: Mapping[str, Any], walked: Mapping[str, Any]
+) -> str:
     """The page; each part may be empty."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -252,6 +278,7 @@ def render(cpu: Mapping[str, Any], grown: Mapping[str, Any], swept: Mapping[str,
         slopes=swept.get("slopes", {}),
         verdicts=verdicts(swept),
         naive_examples=swept.get("naive_examples"),
+        paths=path_parts(walked),
     )
 
 
@@ -264,7 +291,7 @@ def main() -> None:
     folder = arguments.folder
     out = arguments.out or folder / "page.html"
     cpu = results.read(arguments.cpu or folder / "cpu.json")
-    page = render(cpu, results.read(folder / "growth.json"), results.read(folder / "sweep.json"))
+    page = render(cpu, *(results.read(folder / f"{name}.json") for name in ("growth", "sweep", "paths")))
     out.write_text(page, encoding="utf-8")
     print(out)
 

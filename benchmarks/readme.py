@@ -15,7 +15,7 @@ from benchmarks import results
 from benchmarks.ours import FIRST
 from benchmarks.page import standings
 from benchmarks.task import OUTPUTS
-from rowgrad.report.charts import number
+from rowgrad.graph.lettering import number
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- begin of the figures from benchmarks/readme.py -->\n", "<!-- end of those figures -->\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import counting, page, readme, results, sweep
+from benchmarks import counting, page, paths, readme, results, sweep
 from benchmarks.methods import METHODS
 from benchmarks.ours import FIRST
 from benchmarks.reference import TINY_TOLERANCE, TOLERANCE, Reference, make_reference
@@ -150,6 +150,32 @@ def made_up() -> dict:
     return {"about": results.about(2), "workloads": {"a": workload, "b": other}}
 
 
+def made_up_point(depth: int) -> paths.Point:
+    """Twice the seconds for each level by enumeration, in proportion to the depth by the others."""
+    seconds = {"enumeration": 1e-5 * 2.0**depth} if depth < 10 else {}
+    seconds |= dict.fromkeys(("sweep", "count", "engine"), 1e-05 * depth)
+    return {"depth": depth, "paths": 2**depth, "edges": 2 * depth, "seconds": seconds, "errors": {}}
+
+
+def test_the_growth_by_depth_is_fitted_and_shown() -> None:
+    points = [made_up_point(depth) for depth in (1, 2, 4, 300)]
+    assert paths.growth(points) == pytest.approx({"enumeration": 2, "sweep": 1, "count": 1, "engine": 1})
+    assert paths.table(points).splitlines()[-1].split() == ["300", "2.0e+90", "600", "-", "3", "3", "3"]
+    assert paths.shown(10**5000) == "1e5000"
+    assert paths.growth(points[:2]) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "n_paths"), [("products", 5, 2**5), ("products", 40, 2**40), ("net", 2, 100)]
+)
+def test_the_sum_over_paths_and_the_sweep_are_the_engines(name: str, depth: int, n_paths: int, monkeypatch) -> None:
+    monkeypatch.setattr(paths, "SECONDS", 0.0)
+    point = paths.measure(name, depth)
+    assert point["paths"] == n_paths
+    assert set(point["seconds"]) == set(paths.METHODS) - (set() if n_paths < 1000 else {"enumeration"})
+    assert max(point["errors"].values()) < 1e-12
+
+
 def test_the_page_shows_everything() -> None:
     point = {"p": 8, "m": 4, "seconds": {}, "products": {}, "entries": {}}
     points = []
@@ -160,15 +186,26 @@ def test_the_page_shows_everything() -> None:
     seconds = {PLAIN: 0.1, f"{OURS}: norms": 0.2}
     axis = [{"value": v, "seconds": seconds if v < 4 else {}, "reason": "" if v < 4 else "too slow"} for v in (1, 2, 4)]
     grown = {"axes": {"b": axis}, "base": {"b": 1, "t": 2, "width": 3, "depth": 4, "vocabulary": 5}}
-    text = page.render(made_up(), grown, swept)
-    for shown in ("made up too", "Opacus hooks", "not within rounding", "no &lt;tag&gt;", "too slow", "0.8", "1.6 (2"):
+    walked = {"graphs": {name: [made_up_point(depth) for depth in (1, 2, 4, 300)] for name in paths.FAMILIES}}
+    text = page.render(made_up(), grown, swept, walked)
+    for shown in (
+        "made up too",
+        "Opacus hooks",
+        "not within rounding",
+        "no &lt;tag&gt;",
+        "too slow",
+        "0.8",
+        "1.6 (2",
+        "eq. 3 costs 2.0 times as much",
+        "2.0e+90",
+    ):
         assert shown in text, shown
     charts = [part.split("</svg>")[0] for part in text.split("<svg")[1:]]
-    assert len(charts) == 5 + 2 + 1 + 4
+    assert len(charts) == 5 + 2 + 1 + 4 + 2
     for chart in charts:
         ET.fromstring(f"<svg{chart}</svg>")
     assert "http://" not in text
-    assert page.render({}, {}, {})
+    assert page.render({}, {}, {}, {})
 
 
 def test_the_readme_has_the_figures_of_the_results() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
+import scipy.optimize
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rowgrad.curvature import hvp, moved, quadratic_model
-from rowgrad.errors import GraphError, NoGraphError
+from rowgrad.curvature import Hessian, critical_point, flat, hvp, moved, quadratic_model, spectrum
+from rowgrad.errors import GraphError, InputError, NoGraphError, NonFiniteError
 
 F64 = torch.float64
 
@@ -22,10 +26,6 @@ def regression() -> tuple[nn.Module, Callable[[], Tensor]]:
 
 def direction(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.randn_like(p) for name, p in model.named_parameters()}
-
-
-def flat(parts: dict[str, Tensor]) -> Tensor:
-    return torch.cat([t.flatten() for t in parts.values()])
 
 
 def hessian(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
@@ -101,3 +101,126 @@ def test_errors_say_what_was_found() -> None:
         hvp(loss(), model, {}, delta=0.1)
     with pytest.raises(NoGraphError, match="loss has no graph"):
         hvp(loss().detach(), model, {})
+
+
+# The Hessian, its spectrum, critical points
+
+
+def test_the_hessian_as_products_and_dense() -> None:
+    model, loss = regression()
+    expected, v = hessian(model, loss), torch.randn(21, dtype=F64)
+    H = Hessian(loss, model)
+    torch.testing.assert_close(H.dense(), expected)
+    torch.testing.assert_close(H @ v, expected @ v)
+    torch.testing.assert_close(
+        H.gradient, torch.cat([g.flatten() for g in torch.autograd.grad(loss(), list(model.parameters()))])
+    )
+    torch.testing.assert_close(Hessian(loss, model, delta=1e-6) @ v, expected @ v, rtol=1e-5, atol=1e-5)
+    assert (Hessian(loss, model, delta=1e-6) @ torch.zeros_like(v)).tolist() == [0] * 21
+
+
+def diagonal(values: list[float]) -> tuple[Tensor, Tensor]:
+    w = torch.zeros(len(values), dtype=F64, requires_grad=True)
+    return w, (torch.tensor(values, dtype=F64) * w.square()).sum() / 2
+
+
+def test_all_steps_give_the_spectrum_itself() -> None:
+    model, loss = regression()
+    expected = torch.linalg.eigvalsh(hessian(model, loss))
+    found = spectrum(loss, model, n=21, probes=1)
+    torch.testing.assert_close(found.nodes, expected)
+    assert found.error < 1e-12
+    assert float(found.weights.sum()) == pytest.approx(1)
+    lowest = flat(found.lowest)
+    torch.testing.assert_close(hessian(model, loss) @ lowest, expected[0] * lowest)
+
+
+def test_few_steps_give_the_extremes() -> None:
+    values = [-5.0, *torch.linspace(0, 1, 300).tolist(), 9.0]
+    w, loss = diagonal(values)
+    found = spectrum(loss, {"w": w}, n=25)
+    assert found.smallest == pytest.approx(-5, abs=found.error + 1e-9)
+    assert found.largest == pytest.approx(9, abs=found.error + 1e-9)
+    assert found.error < 1e-6
+    rough = spectrum(loss, {"w": w}, n=4)
+    assert -5 - 1e-9 <= rough.smallest <= -5 + rough.error
+    assert 9 - rough.error <= rough.largest <= 9 + 1e-9
+
+
+def test_the_density_is_that_of_the_eigenvalues() -> None:
+    """Half of 1000 eigenvalues at 1, half at 3: two equal hills; the mean of the nodes is the mean eigenvalue."""
+    w, loss = diagonal([1.0, 3.0] * 500)
+    found = spectrum(loss, {"w": w}, n=20, probes=8)
+    hills = found.density(torch.tensor([1.0, 2.0, 3.0], dtype=F64), width=0.1)
+    top = 0.5 / (0.1 * math.sqrt(2 * math.pi))
+    assert hills.tolist() == pytest.approx([top, 0, top], abs=0.04 * top)
+    assert float(found.weights @ found.nodes) == pytest.approx(2, rel=0.03)
+    grid = torch.linspace(0, 4, 4001, dtype=F64)
+    assert float(found.density(grid, 0.1).sum() * 0.001) == pytest.approx(1, rel=1e-6)
+
+
+def test_the_spectrum_draws_from_its_own_generator() -> None:
+    w, loss = diagonal([1.0, 2.0, 3.0])
+    before = torch.get_rng_state()
+    first, second = (spectrum(loss, {"w": w}, n=2) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first.nodes, second.nodes)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1, 2], "minimum"),
+        ([-1, -2], "maximum"),
+        ([1, -1e-3], "saddle"),
+        ([1, 0], "degenerate"),
+        ([-1, 0], "degenerate"),
+        ([0, 0], "degenerate"),
+        ([*range(1, 301)], "minimum"),
+        ([*range(-300, 0)], "maximum"),
+        ([*range(1, 300), -1], "saddle"),
+    ],
+)
+def test_the_kind_of_a_critical_point(values: list[float], kind: str) -> None:
+    w, loss = diagonal(values)
+    found = critical_point(loss, {"w": w})
+    assert found.kind == kind
+    assert found.grad_norm == 0
+    assert found.smallest == pytest.approx(min(values), abs=1e-9)
+    assert found.largest == pytest.approx(max(values), abs=1e-9)
+
+
+def test_where_the_gradient_is_not_0_there_is_no_critical_point() -> None:
+    w, _ = diagonal([1.0, 2.0])
+    assert critical_point((w + 1).square().sum(), {"w": w}).kind == "none"
+    assert critical_point((w + 1e-7).square().sum(), {"w": w}).kind == "minimum"
+    assert critical_point(w.sum(), {"w": w}).kind == "none"
+
+
+def test_a_minimum_of_a_trained_net_and_its_mirror() -> None:
+    """Where scipy found a minimum of a regularized loss there is one; there its negative has a maximum."""
+    w = torch.zeros(3, dtype=F64, requires_grad=True)
+    x, y = torch.randn(30, 3, dtype=F64), torch.randint(2, (30,)).double()
+
+    def loss() -> Tensor:
+        return F.binary_cross_entropy_with_logits(x @ w, y) + 0.01 * w.square().sum()
+
+    def on_array(at: np.ndarray) -> tuple[float, np.ndarray]:
+        with torch.no_grad():
+            w.copy_(torch.from_numpy(at))
+        value = loss()
+        return float(value.detach()), torch.autograd.grad(value, w)[0].numpy()
+
+    on_array(scipy.optimize.minimize(on_array, np.zeros(3), jac=True, options={"gtol": 1e-10}).x)
+    assert critical_point(loss, {"w": w}).kind == "minimum"
+    assert critical_point(lambda: -loss(), {"w": w}).kind == "maximum"
+
+
+def test_spectra_of_what_is_not_finite_or_not_asked_for() -> None:
+    w = torch.tensor([0.0, 1.0], dtype=F64, requires_grad=True)
+    with pytest.raises(NonFiniteError, match="product with the Hessian holds inf or nan"):
+        spectrum(w.sqrt().sum(), {"w": w})
+    with pytest.raises(NonFiniteError, match="the Hessian holds inf or nan"):
+        critical_point(w.sqrt().sum(), {"w": w})
+    with pytest.raises(InputError, match="n=0, probes=2; both must be at least 1"):
+        spectrum(w.sum(), {"w": w}, n=0)

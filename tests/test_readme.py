@@ -13,14 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import rowgrad
 
 ROOT = Path(__file__).parents[1]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_the_code_of_the_readme_runs() -> None:
@@ -33,6 +34,18 @@ def test_the_code_of_the_readme_runs() -> None:
     assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
     assert names["hardest"].shape == (5,)  # type: ignore[attr-defined]
     assert names["losses"].shape == (32,)  # type: ignore[attr-defined]
+
+
+def test_the_code_of_the_page_on_seeing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = blocks("python", "docs/seeing.md")
+    assert len(found) >= 6
+    names: dict[str, object] = {}
+    with torch.random.fork_rng():
+        for block in found:
+            exec(compile(block, "seeing.md", "exec"), names)
+    written = {"graph.html", "diagnosis.html", "run.jsonl", "monitor.html"}
+    assert {p.name for p in tmp_path.iterdir()} == written
 
 
 def test_links_lead_somewhere() -> None:

@@ -3,6 +3,7 @@
 from rowgrad.checking.during import GradientChecks
 from rowgrad.checking.gradients import check_gradients
 from rowgrad.checking.rows import check_rows
+from rowgrad.curvature import critical_point, hvp, quadratic_model, spectrum
 from rowgrad.diagnosis.examine import diagnose
 from rowgrad.diagnosis.findings import Finding
 from rowgrad.diagnosis.limits import Limits
@@ -35,9 +36,13 @@ __all__ = [
     "check_rows",
     "clip_weights",
     "clipped_loss",
+    "critical_point",
     "diagnose",
     "grad_norms",
+    "hvp",
     "jacobian",
     "per_example",
+    "quadratic_model",
+    "spectrum",
     "trace",
 ]

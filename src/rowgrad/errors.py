@@ -9,7 +9,7 @@ RowgradError
 ├── ParameterError               what was passed as `params` cannot have rows
 │   └── HookedParameterError     a tensor hook on a parameter may change its gradient
 ├── IndependenceError            examples are mixed where independent ones are needed
-├── NonFiniteError               an example's gradient is inf or nan
+├── NonFiniteError               a loss, or a derivative of it, is inf or nan
 ├── InputError                   a file, a column or an option given by the user cannot be used
 │   └── UserCodeError            a function given by the user raised
 ├── WrongGradientError           a check during training found a gradient that is not the derivative of the loss
@@ -57,7 +57,7 @@ class IndependenceError(RowgradError, ValueError):
 
 
 class NonFiniteError(RowgradError, ArithmeticError):
-    """An example's gradient holds inf or nan."""
+    """A loss, or a derivative of it, holds inf or nan."""
 
 
 class InputError(RowgradError, ValueError):

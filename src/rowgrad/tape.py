@@ -12,7 +12,7 @@ Note [a node called by itself]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -332,6 +332,13 @@ def gradients(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, 
     seed = torch.ones_like(output)
     run = torch.autograd.graph._engine_run_backward
     return run((output,), (seed,), False, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False)
+
+
+def is_differentiable(tensors: Iterable[Tensor]) -> bool:
+    """False where a custom function marked `once_differentiable` stands in the graph: the engine goes around it, and
+    what it would have added is missing without an error."""
+    roots = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    return all(fn.name() != "torch::autograd::Error" for fn in _topological_order(roots))
 
 
 def _node(fn: Any, index: int, index_of: Mapping[Any, int]) -> Node:

@@ -184,6 +184,10 @@ def test_more_paths_than_the_limit_are_refused_before_the_first() -> None:
     with pytest.raises(GraphError, match=r"w: 1048576 paths lead to the losses, more than limit=10000"):
         graph.paths("w")
     assert len(list(islice(graph.paths("w", limit=None), 5))) == 5
+    for _ in range(20_000):
+        o = o * o
+    with pytest.raises(GraphError, match=r"w: about 10\^6026 paths lead"):  # more digits than Python writes out
+        rg.Graph(o, {"w": w}).paths("w")
     assert math.isclose(graph.path_gradient(next(graph.paths("w", limit=2**20))), 1.0)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from rowgrad.report.charts import Line, line_chart, log_histogram, number
+from rowgrad.graph.lettering import number
+from rowgrad.report.charts import Line, line_chart, log_histogram
 from rowgrad.report.thumbnails import data_uri
 
 # fmt: off

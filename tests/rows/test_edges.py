@@ -534,3 +534,14 @@ def test_in_place_operations_take_rules(name: str) -> None:
     J = rg.jacobian(losses, setup.model)
     assert_rows_close(J.dense(as_dict=True), rows)
     assert J.explain().slow_uses() == []
+
+
+# -- no dimension ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
+def test_losses_stacked_from_single_numbers() -> None:
+    w = torch.tensor([3.0, -2.0], dtype=torch.float64, requires_grad=True)
+    x, y = w.unbind()
+    J = rg.jacobian(torch.stack([2 * x**2, (1 - x) * y]), {"w": w})
+    assert J.dense().tolist() == [[12, 0], [2, -2]]

@@ -68,7 +68,10 @@ class Report(Generic[L]):
     def to_html(self) -> str:
         """The same table as HTML, for notebooks and pages."""
         head, *rows = self._table()
-        lines = [f"<tr>{_row('th', head)}</tr>", *(f"<tr>{_row('td', row)}</tr>" for row in rows)]
+        lines = [f"<tr>{_cells('th', head)}</tr>"]
+        for finding, row in zip(self.findings, rows, strict=True):
+            start = "<tr>" if finding.ok else '<tr class="failed">'
+            lines.append(f"{start}{_cells('td', row)}</tr>")
         notes = "".join(f"<p>{escape(note)}</p>" for note in (*self.notes, *self.remarks))
         return f"<p>{escape(self.verdict)}</p><table>{''.join(lines)}</table>{notes}"
 
@@ -88,5 +91,5 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
-def _row(tag: str, cells: Sequence[str]) -> str:
+def _cells(tag: str, cells: Sequence[str]) -> str:
     return "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)

@@ -11,6 +11,8 @@ import typer
 from rowgrad import __version__
 from rowgrad.cli.audit import audit
 from rowgrad.cli.check import check
+from rowgrad.cli.diagnosis import diagnose
+from rowgrad.cli.graph import graph
 from rowgrad.errors import RowgradError, UserCodeError
 
 # Typer brings its own copy of Click in some versions and imports Click in others; its errors are found through one.
@@ -25,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(audit)
+app.command()(graph)
+app.command()(diagnose)
 app.command()(check)
 
 

@@ -12,7 +12,7 @@ from rowgrad.cli.output import staged
 from rowgrad.cli.progress import progress_bar
 from rowgrad.data.readers import read_table
 from rowgrad.errors import InputError
-from rowgrad.report.charts import number
+from rowgrad.graph.lettering import number
 from rowgrad.report.metrics import write_metrics
 from rowgrad.report.page import write_page
 from rowgrad.report.scores import readable, targets_text, write_scores

@@ -34,11 +34,15 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Live:
-    """A model and the forward pass to be looked at; `closure` tells errors of the user's code from ours."""
+    """A model and the forward pass to be looked at; `closure` tells errors of the user's code from ours.
+
+    `is_new` says whether the weights are known to be as they were drawn.
+    """
 
     name: str
     model: nn.Module
     closure: Callable[[], Tensor]
+    is_new: bool = False
 
 
 def load(source: str) -> Live:
@@ -140,4 +144,4 @@ def _bundled(name: str) -> Live:
         torch.default_generator.manual_seed(settings.seed)
         model = mlp(inputs.shape[1], settings.hidden, table.n_outputs, dropout=0.0)
     losses: Criterion = squared_losses if table.classes is None else label_losses
-    return Live(name, model, lambda: losses(model(inputs[chosen]), targets))
+    return Live(name, model, lambda: losses(model(inputs[chosen]), targets), is_new=True)

@@ -113,14 +113,15 @@ class Flow(Mapping[str, Tensor]):
         z, value = self.cotangents[vertex.index, 0], self.graph.value(vertex)
         return Size(
             vertex,
-            float("nan") if value is None else _rms(value),
-            _rms(z),
+            float("nan") if value is None else rms(value),
+            rms(z),
             float((z == 0).double().mean()) if z.numel() else 0.0,
             bool(z.isfinite().all()),
         )
 
 
-def _rms(t: Tensor) -> float:
+def rms(t: Tensor) -> float:
+    """Root mean square, in float64."""
     return (
         float(torch.linalg.vector_norm(t, dtype=torch.float64 if t.dtype.is_floating_point else None))
         / max(t.numel(), 1) ** 0.5

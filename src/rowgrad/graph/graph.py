@@ -10,6 +10,7 @@ from torch import Tensor
 from rowgrad.errors import GraphError
 from rowgrad.graph import paths
 from rowgrad.graph.decomposition import By, decompose
+from rowgrad.graph.draw import Drawable
 from rowgrad.graph.flow import Flow
 from rowgrad.graph.levels import Level, Vectors
 from rowgrad.graph.local import LocalJacobian, local_jacobian
@@ -18,13 +19,13 @@ from rowgrad.graph.scopes import Scopes
 from rowgrad.graph.shares import Shares, shares
 from rowgrad.graph.sweep import Cotangents, sweep
 from rowgrad.graph.units import Unit, Units
-from rowgrad.graph.variables import Key, Variables
+from rowgrad.graph.variables import Key
 from rowgrad.graph.vertices import Edge
 from rowgrad.parameters import Params
 from rowgrad.tape import Node
 
 
-class Graph(Variables):
+class Graph(Drawable):
     """The computational graph behind a loss: vector variables joined by local derivatives (Aggarwal 2018, ch. 3.2).
 
     Reads the graph that the forward pass left behind; runs no hook, changes nothing, frees nothing. Make it before

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import log10
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -115,8 +116,9 @@ def paths(level: Level, key: Any, limit: int | None) -> Iterator[Path]:
     count = count_paths(level, key)
     if limit is not None and count > limit:
         raise GraphError(
-            f"{_shown(key)}: {count} paths lead to the losses, more than limit={limit}. `count_paths`, `backward` and "
-            "`decompose` answer without walking them; the first n are itertools.islice(graph.paths(..., limit=None), n)"
+            f"{_shown(key)}: {_number(count)} paths lead to the losses, more than limit={limit}. `count_paths`, "
+            "`backward` and `decompose` answer without walking them; the first n are "
+            "itertools.islice(graph.paths(..., limit=None), n)"
         )
     edge = level.find(key)
     return iter(()) if edge is None else _walk(level, edge)
@@ -124,6 +126,10 @@ def paths(level: Level, key: Any, limit: int | None) -> Iterator[Path]:
 
 def _shown(key: Any) -> str:
     return f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else str(key)
+
+
+def _number(count: int) -> str:
+    return str(count) if count < 10**15 else f"about 10^{int(log10(count))}"
 
 
 def _walk(level: Level, target: Edge) -> Iterator[Path]:

@@ -28,6 +28,7 @@ class Variables:
         losses = [loss] if isinstance(loss, Tensor) else list(loss)
         _check(losses)
         self.tape = Tape(*losses)
+        self.scopes = trace
         found = {} if model is None else named(model).by_name
         names = {self.tape.leaves[id(p)]: name for name, p in found.items() if id(p) in self.tape.leaves}
         self.vertices: tuple[Vertex, ...] = vertices(self.tape, names, trace)

@@ -11,6 +11,8 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from rowgrad.graph.lettering import number
+
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 22, 36  # margins around the plot, in pixels
 
 
@@ -156,17 +158,3 @@ def _decades(low: float, high: float) -> list[float]:
     ticks = [float(tick) for tick in LogLocator(base=10, subs=subs).tick_values(low, high) if low <= tick <= high]
     step = -(-len(ticks) // 7)
     return ticks[::step]
-
-
-def number(value: float) -> str:
-    """A number for a reader: three significant digits, thousands separated, no trailing zeros."""
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size >= 1e6 or size < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    if size >= 999.5:
-        return f"{value:,.0f}"
-    text = f"{value:.3g}"
-    return text.rstrip("0").rstrip(".") if "." in text else text

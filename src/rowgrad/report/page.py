@@ -9,7 +9,8 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rowgrad.report.charts import Line, line_chart, log_histogram, number
+from rowgrad.graph.lettering import number, percent
+from rowgrad.report.charts import Line, line_chart, log_histogram
 from rowgrad.report.metrics import versions
 from rowgrad.report.scores import readable, targets_text
 from rowgrad.report.thumbnails import data_uri
@@ -108,11 +109,6 @@ def loss_unit(run: AuditRun) -> str:
 def norm_unit(run: AuditRun) -> str:
     """The unit of the gradient norm: the loss's, per unit of weight."""
     return f"{loss_unit(run)} per unit of weight"
-
-
-def percent(share: float) -> str:
-    """A share as `12.3%`, with three significant digits and no trailing zeros."""
-    return f"{100 * share:.3g}%"
 
 
 def _planted(run: AuditRun) -> PlantedScores | None:

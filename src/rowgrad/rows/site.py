@@ -74,7 +74,7 @@ def grouping_of(
     if isinstance(layout, Axis) and n_examples > 1:
         layout = Axis(list(order).index(layout.dim), layout.inner)
     elif isinstance(layout, Entries):
-        layout = Entries(layout.owner.permute(*order))
+        layout = Entries(layout.owner.permute(tuple(order)))
     return Grouping.of(layout, [shape[d] for d in order], n_positions, n_examples)
 
 

@@ -1,0 +1,87 @@
+"""Features as a model takes them: centered and scaled, or whitened, by what the training part alone says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rowgrad.errors import InputError
+
+LEAST_VARIANCE = 1e-6  # of a direction, over the largest, below which whitening drops it
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """(features - center) @ axes, in float32.
+
+    Attributes:
+        kind: "none", "center", "standardize" or "whiten".
+        center: shape (d,).
+        axes: shape (d,) to scale each feature by itself, or (d, k) to turn them into k directions.
+    """
+
+    kind: str
+    center: Tensor
+    axes: Tensor
+
+    @property
+    def n_outputs(self) -> int:
+        """How many numbers the model gets for an example."""
+        return self.axes.shape[-1]
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Of any number of examples, shape (N, d).
+
+        Raises:
+            InputError: another number of features.
+        """
+        if features.ndim != 2 or features.shape[1] != len(self.center):
+            raise InputError(
+                f"features of shape {tuple(features.shape)}; the model was made for (N, {len(self.center)})"
+            )
+        centered = features.double() - self.center
+        return (centered * self.axes if self.axes.ndim == 1 else centered @ self.axes).float()
+
+    def state_dict(self) -> dict[str, object]:
+        """Tensors and plain values."""
+        return {"kind": self.kind, "center": self.center, "axes": self.axes}
+
+
+def prepare(features: Tensor, kind: str = "standardize", least_variance: float = LEAST_VARIANCE) -> Preparation:
+    """What to do with features, from those of the training part (Aggarwal 2018, section 3.3).
+
+    Args:
+        features: of the training part, shape (N, d).
+        kind: "none"; "center" (mean 0); "standardize" (mean 0, variance 1, by the population's deviation; a constant
+            feature becomes 0); "whiten" (principal directions, each of variance 1).
+        least_variance: directions of less variance over the largest are dropped by "whiten": they are noise, and
+            would be blown up.
+    Raises:
+        InputError: an unknown kind, no examples, or nothing left after whitening.
+    """
+    if kind not in {"none", "center", "standardize", "whiten"}:
+        raise InputError(f"preparation {kind!r}: expected none, center, standardize or whiten")
+    if len(features) == 0:
+        raise InputError("there are no training examples to take means and deviations from")
+    values = features.double()
+    center = torch.zeros(values.shape[1], dtype=torch.float64) if kind == "none" else values.mean(0)
+    ones = torch.ones_like(center)
+    if kind in {"none", "center"}:
+        return Preparation(kind, center, ones)
+    deviation = values.std(0, correction=0)
+    deviation[deviation <= 1e-12 * center.abs()] = 0  # a constant whose mean was rounded
+    if kind == "standardize":
+        return Preparation(kind, center, torch.where(deviation > 0, 1 / deviation, 0))
+    return Preparation(kind, center, _whitening(values - center, least_variance))
+
+
+def _whitening(centered: Tensor, least_variance: float) -> Tensor:
+    """Principal directions over their deviations, the largest variance first."""
+    _, singular, directions = torch.linalg.svd(centered, full_matrices=False)
+    variances = singular.square() / len(centered)
+    kept = variances > least_variance * variances.max()
+    if not bool(kept.any()):
+        raise InputError("every feature is constant in the training part: whitening leaves nothing; use --standardize")
+    return directions[kept].T / variances[kept].sqrt()
