@@ -94,6 +94,13 @@ def test_an_input_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
         BatchNorm(3)(torch.ones(shape))
 
 
+def test_an_empty_batch_counts_for_nothing() -> None:
+    norm = BatchNorm(3)
+    before = copy.deepcopy(norm.state_dict())
+    assert norm(torch.ones(0, 3)).shape == (0, 3)
+    assert all(torch.equal(before[name], t) for name, t in norm.state_dict().items())
+
+
 # Gradients
 
 
@@ -136,7 +143,7 @@ def network() -> nn.Sequential:
     return randomized(nn.Sequential(*layers, hidden_layer(5, 3, norm="batch-pre"), nn.Linear(3, 2)))
 
 
-@pytest.mark.parametrize("sizes", [[40], [1, 39], [13, 14, 13], [10, 10, 10, 10]])
+@pytest.mark.parametrize("sizes", [[40], [1, 39], [13, 14, 13], [0, 40]])
 def test_population_statistics_are_those_of_one_batch_of_everything(sizes: list[int]) -> None:
     model, x = network(), 3 * torch.randn(40, 4, dtype=F64) + 5
     found = population_statistics(model, x.split(sizes))
@@ -211,6 +218,7 @@ def stream() -> Iterator[Tensor]:
         (nn.Linear(4, 4), [torch.ones(5, 4)], "no batch normalization in the Linear"),
         (nn.BatchNorm1d(4), stream(), "once for each layer: pass a list or a DataLoader"),
         (nn.BatchNorm1d(4), [], "no batches"),
+        (nn.BatchNorm1d(4), [torch.ones(0, 4)], "no examples in the batches"),
         (nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)), [torch.ones(5, 4)], "0 keeps no statistics"),
         (twice(), [torch.ones(5, 4)], "0 runs several times in a forward pass"),
         (Unused(), [torch.ones(5, 4)], "no batch normalization ran"),
@@ -281,6 +289,21 @@ def test_pytorch_folds_pre_activation_to_the_same_weights() -> None:
     torch.testing.assert_close(ours.bias, theirs.bias)
 
 
+class Block(nn.Sequential):
+    """As torchvision makes them: a sequence under another name."""
+
+
+class Skip(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return input + super().forward(input)
+
+
+def skipping() -> nn.Sequential:
+    """Only the block is one layer after the other all the way."""
+    linear, norm = nn.Linear(4, 4), BatchNorm(4)
+    return nn.Sequential(Block(nn.Linear(4, 4), BatchNorm(4)), Skip(BatchNorm(4), nn.ReLU(), linear), norm)
+
+
 def padded() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3, padding=1)
@@ -303,7 +326,8 @@ def repeated() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    ("make", "shape", "left"), [(padded, (2, 5, 5), 1), (tied, (4,), 0), (shared, (4,), 0), (repeated, (4,), 1)]
+    ("make", "shape", "left"),
+    [(padded, (2, 5, 5), 1), (tied, (4,), 0), (shared, (4,), 0), (repeated, (4,), 1), (skipping, (4,), 2)],
 )
 def test_what_cannot_be_folded_stays_and_outputs_are_equal(make, shape: tuple[int, ...], left: int) -> None:
     """A border of zeros would not be shifted; a layer used elsewhere too keeps its weight there."""

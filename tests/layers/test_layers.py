@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rowgrad as rg
 from rowgrad.errors import InputError
-from rowgrad.layers import ACTIVATIONS, Maxout, TiedLinear, activation
+from rowgrad.layers import ACTIVATIONS, Maxout, TiedLinear, activation, autoencoder
 
 F64 = torch.float64
 
@@ -90,7 +90,7 @@ def test_one_piece_is_refused() -> None:
 
 
 @pytest.fixture
-def autoencoder() -> nn.Sequential:
+def small() -> nn.Sequential:
     encoder = nn.Linear(5, 2)
     decoder = TiedLinear(encoder)
     nn.init.normal_(decoder.bias)
@@ -101,33 +101,33 @@ def reconstruction(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) - x).square().sum(1)
 
 
-def test_eq_7_pretend_the_copies_are_different_and_add(autoencoder: nn.Sequential) -> None:
+def test_eq_7_pretend_the_copies_are_different_and_add(small: nn.Sequential) -> None:
     """dL/dw = dL/dw_1 + dL/dw_2, each from a net whose decoder has a weight of its own."""
     x = torch.randn(6, 5, dtype=F64)
-    encoder, _, decoder = autoencoder
+    encoder, _, decoder = small
     W1, W2 = (encoder.weight.detach().clone().requires_grad_() for _ in range(2))
     apart = F.linear(F.linear(x, W1, encoder.bias).tanh(), W2.t(), decoder.bias)
     copies = torch.autograd.grad((apart - x).square().sum(), [W1, W2])
-    losses = reconstruction(autoencoder, x)
-    graph = rg.Graph(losses.sum(), autoencoder)
+    losses = reconstruction(small, x)
+    graph = rg.Graph(losses.sum(), small)
     for found, expected in zip(graph.decompose("0.weight", by="use").values(), copies, strict=True):
         torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(rg.jacobian(losses, autoencoder).weighted_sum(1)["0.weight"], sum(copies))
+    torch.testing.assert_close(rg.jacobian(losses, small).weighted_sum(1)["0.weight"], sum(copies))
 
 
-def test_rows_of_a_tied_autoencoder(autoencoder: nn.Sequential) -> None:
+def test_rows_of_a_tied_autoencoder(small: nn.Sequential) -> None:
     x = torch.randn(4, 5, dtype=F64)
-    found = rg.jacobian(reconstruction(autoencoder, x), autoencoder).dense(as_dict=True)
-    assert_rows_close(found, rows_by_loop(autoencoder, [x], reconstruction))
+    found = rg.jacobian(reconstruction(small, x), small).dense(as_dict=True)
+    assert_rows_close(found, rows_by_loop(small, [x], reconstruction))
 
 
-def test_the_weight_is_there_once_and_stays_tied(autoencoder: nn.Sequential) -> None:
-    assert list(autoencoder.state_dict()) == ["0.weight", "0.bias", "2.bias"]
+def test_the_weight_is_there_once_and_stays_tied(small: nn.Sequential) -> None:
+    assert list(small.state_dict()) == ["0.weight", "0.bias", "2.bias"]
     x = torch.randn(3, 5, dtype=F64)
-    copied = copy.deepcopy(autoencoder)
+    copied = copy.deepcopy(small)
     assert copied[2].encoder is copied[0]
-    assert copied[2].encoder is not autoencoder[0]
-    for model in (autoencoder, copied):
+    assert copied[2].encoder is not small[0]
+    for model in (small, copied):
         model[0].weight = nn.Parameter(torch.randn(2, 5, dtype=F64))
         torch.testing.assert_close(model(x), model[0](x).tanh() @ model[0].weight + model[2].bias)
 
@@ -142,6 +142,30 @@ def test_a_tied_layer_without_bias() -> None:
 def test_only_a_linear_layer_can_be_tied() -> None:
     with pytest.raises(InputError, match=r"needs the torch\.nn\.Linear it undoes, found a Conv2d"):
         TiedLinear(nn.Conv2d(1, 2, 3))  # type: ignore[arg-type]
+
+
+def test_an_autoencoder_mirrors_its_layers() -> None:
+    model, x = autoencoder((5, 4, 2), "leaky_relu", alpha=0.2).double(), torch.randn(3, 5, dtype=F64)
+    phi = activation("leaky_relu", alpha=0.2)
+    first, second = model.encoder[0], model.encoder[2]
+    code = phi(second(phi(first(x))))
+    torch.testing.assert_close(model.encoder(x), code)
+    back = phi(code @ second.weight + model.decoder[0].bias)
+    torch.testing.assert_close(model(x), back @ first.weight + model.decoder[2].bias)
+
+
+def test_an_autoencoder_that_is_not_tied_has_twice_the_weights() -> None:
+    def n_weights(*, tied: bool) -> int:
+        return sum(p.numel() for p in autoencoder((5, 4, 2), tied=tied).parameters() if p.dim() == 2)
+
+    assert n_weights(tied=False) == 2 * n_weights(tied=True) == 2 * (20 + 8)
+    assert autoencoder((5, 4, 2), tied=False)(torch.ones(3, 5)).shape == (3, 5)
+
+
+@pytest.mark.parametrize("widths", [(5,), (), (5, 0)])
+def test_widths_that_are_refused(widths: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"widths \(.*, expected those of the input and of at least one layer"):
+        autoencoder(widths)
 
 
 # Activations

@@ -6,22 +6,24 @@ from rowgrad.layers.folding import fold
 from rowgrad.layers.hidden import NORMS, hidden_layer
 from rowgrad.layers.initialization import SCHEMES, initialize
 from rowgrad.layers.maxout import Maxout
-from rowgrad.layers.penalties import HiddenPenalties, hidden_penalties
-from rowgrad.layers.tied import TiedLinear
+from rowgrad.layers.penalties import hidden_penalties
+from rowgrad.layers.pretraining import pretrain
+from rowgrad.layers.tied import TiedLinear, autoencoder
 
 __all__ = [
     "ACTIVATIONS",
     "NORMS",
     "SCHEMES",
     "BatchNorm",
-    "HiddenPenalties",
     "Maxout",
     "TiedLinear",
     "activation",
+    "autoencoder",
     "batch_norm_gradients",
     "fold",
     "hidden_layer",
     "hidden_penalties",
     "initialize",
     "population_statistics",
+    "pretrain",
 ]

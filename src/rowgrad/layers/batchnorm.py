@@ -31,7 +31,8 @@ class BatchNorm(nn.BatchNorm1d):
         running_mean, running_var: averages of mu and of sigma^2 - epsilon.
     Shapes: input and output (m, num_features) or (examples, num_features, ...): positions count like examples.
     Raises:
-        ValueError: one value per unit in training (PyTorch's): it has no variance.
+        InputError: an input of another shape.
+        ValueError: one value per unit in training (PyTorch's): it has no variance. An empty batch counts for nothing.
 
     Source: Aggarwal 2018, section 3.6, "Batch Normalization Node" and "Issues in Inference".
 
@@ -58,7 +59,8 @@ class BatchNorm(nn.BatchNorm1d):
         mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)  # receive the batch's own, at momentum 1
         output = F.batch_norm(input, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
         m = input.numel() // self.num_features
-        self._average(mean, variance * ((m - 1) / m))
+        if m > 0:
+            self._average(mean, variance * ((m - 1) / m))
         return output
 
     @torch.no_grad()
@@ -192,6 +194,8 @@ def _pooled(norm: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any]) 
     def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal n, mean, squares
         v = args[0].double().transpose(0, 1).flatten(1)
+        if v.shape[1] == 0:
+            return
         own_variance, own_mean = torch.var_mean(v, 1, correction=0)
         m, apart = v.shape[1], own_mean - mean.to(own_mean)
         total = n + m
@@ -202,6 +206,8 @@ def _pooled(norm: nn.Module, batches: Iterable[Any], run: Callable[[Any], Any]) 
     with _watched([norm], add):
         for batch in batches:
             run(batch)
+    if n == 0:
+        raise InputError("population_statistics: no examples in the batches")
     return mean, squares / n
 
 

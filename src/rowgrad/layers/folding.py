@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rowgrad.errors import InputError
 from rowgrad.layers.batchnorm import BATCH_NORMS
+from rowgrad.layers.chains import is_chain
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # do nothing at inference
@@ -51,7 +52,7 @@ def fold(model: nn.Module) -> nn.Module:
     """
     folded = copy.deepcopy(model).eval()
     n_uses = Counter(id(m) for _, m in folded.named_modules(remove_duplicate=False))
-    places = [_places(m, n_uses) for m in folded.modules() if type(m) is nn.Sequential]
+    places = [_places(m, n_uses) for m in folded.modules() if is_chain(m)]
     if not sum([_fold_chain(chain) for chain in places]):
         raise InputError(
             f"fold: no batch normalization in the {type(model).__name__} stands beside a linear layer or convolution "
@@ -79,7 +80,7 @@ def _places(chain: nn.Sequential, n_uses: Counter[int]) -> list[_Place]:
     """All that runs one after the other, chains within the chain looked into; one that is used twice is not."""
     found = []
     for index, module in enumerate(chain):
-        if type(module) is nn.Sequential and n_uses[id(module)] == 1:
+        if is_chain(module) and n_uses[id(module)] == 1:
             found += _places(module, n_uses)
         elif not isinstance(module, TRANSPARENT):
             found.append(_Place(chain, index))

@@ -1,12 +1,17 @@
-"""A decoder that shares its encoder's weight."""
+"""Autoencoders whose decoder shares the weights of the encoder."""
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rowgrad.errors import InputError
+from rowgrad.layers.activations import activation
 
 
 class TiedLinear(nn.Module):
@@ -52,3 +57,39 @@ class TiedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.encoder.out_features}, {self.encoder.in_features}, bias={self.bias is not None}"
+
+
+def autoencoder(
+    widths: Sequence[int], name: str = "relu", *, tied: bool = True, alpha: float | None = None
+) -> nn.Sequential:
+    """A network that reproduces its input through layers that get narrower and wider again.
+
+    Args:
+        widths: of the input, of each hidden layer and last of the code: (64, 32, 8) is 64-32-8-32-64.
+        name: of the activation behind every layer but the output's, one of `ACTIVATIONS`.
+        tied: whether each decoding layer uses the transpose of its encoding layer's weight (`TiedLinear`); default
+            True, half of the weights.
+        alpha: for "leaky_relu", the slope for v <= 0.
+    Returns:
+        `nn.Sequential` of `encoder` and `decoder`.
+    Raises:
+        InputError: fewer than two widths, one below 1, or an activation that does not exist.
+
+    Source: Aggarwal 2018, section 3.2, "Handling Shared Weights".
+
+    >>> model = autoencoder((5, 3, 2), "tanh")
+    >>> model.encoder(torch.ones(4, 5)).shape, model(torch.ones(4, 5)).shape
+    (torch.Size([4, 2]), torch.Size([4, 5]))
+    """
+    if len(widths) < 2 or min(widths) < 1:
+        raise InputError(f"autoencoder: widths {tuple(widths)}, expected those of the input and of at least one layer")
+    encoder: list[nn.Module] = []
+    decoder: list[nn.Module] = []
+    for n_in, n_out in pairwise(widths):
+        layer = nn.Linear(n_in, n_out)
+        encoder += [layer, activation(name, alpha=alpha)]
+        back = TiedLinear(layer) if tied else nn.Linear(n_out, n_in)
+        decoder = [back, activation(name, alpha=alpha), *decoder]
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    parts["encoder"], parts["decoder"] = nn.Sequential(*encoder), nn.Sequential(*decoder[:-1])
+    return nn.Sequential(parts)
