@@ -184,7 +184,7 @@ def test_paths_that_nobody_could_walk_are_counted_and_summed() -> None:
     graph = rg.Graph(product_graph(w, 100)[0], {"w": w})
     assert graph.count_paths("w") == 2**100
     assert float(graph.backward()["w"]) == 2.0**100
-    with pytest.raises(GraphError, match=f"w: {2**100} paths"):
+    with pytest.raises(GraphError, match=r"w: about 10\^30 paths"):
         graph.paths("w")
 
 

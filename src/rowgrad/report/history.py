@@ -14,17 +14,17 @@ WIDTH, HEIGHT = 720, 260
 
 def history_page(found: Fitted, name: str, command: Sequence[str] = ()) -> str:
     """HTML that needs nothing else."""
-    losses = [Line(np.array([e.train_loss for e in found.epochs]), "usual")]
-    key = '<span class="key usual"></span>training part'
+    losses = [Line(np.array([e.train_loss for e in found.epochs]), "course")]
+    key = '<span><i style="border-color: var(--course)"></i>training part</span>'
     sections = [f"<p>Best epoch {found.best} of {len(found.epochs)}; {escape(found.stopped)}.</p>"]
     if found.epochs[0].val_loss is not None:
-        losses.append(Line(np.array([e.val_loss for e in found.epochs]), "marked"))
-        key += ', <span class="key marked"></span>held out'
+        losses.append(Line(np.array([e.val_loss for e in found.epochs]), "suspect"))
+        key += '<span><i style="border-color: var(--mark)"></i>held out</span>'
     sections.append(_figure("Loss by epoch", key, losses, "loss"))
     if found.epochs[0].val_score is not None:
         score = "accuracy" if found.problem.classes is not None else "R²"
         values = np.array([max(e.val_score or 0.0, 0.0) for e in found.epochs])
-        sections.append(_figure(f"{score} on the part held out", "", [Line(values, "marked")], score))
+        sections.append(_figure(f"{score} on the part held out", "", [Line(values, "suspect")], score))
     if found.monitor is not None:
         sections.append(found.monitor.to_html())
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in found.recipe.to_dict().items())
@@ -34,4 +34,4 @@ def history_page(found: Fitted, name: str, command: Sequence[str] = ()) -> str:
 
 def _figure(title: str, key: str, lines: list[Line], unit: str) -> str:
     chart = line_chart(lines, None, width=WIDTH, height=HEIGHT, x_label="epoch", y_label=unit, title=title)
-    return f"<h2>{escape(title)}</h2><p>{key}</p>{chart}"
+    return f'<h2>{escape(title)}</h2><p class="legend">{key}</p>{chart}'

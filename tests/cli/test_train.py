@@ -1,0 +1,98 @@
+"""`rowgrad train` and `predict`: files, resumed runs, and predictions by the saved model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+from sklearn.datasets import load_diabetes, load_wine
+
+from rowgrad.cli import main
+from rowgrad.training.checkpoint import load_state, same
+
+FILES = {"checkpoint.safetensors", "config.json", "history.parquet", "model.safetensors", "report.html"}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_leaves_its_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "wine", "--epochs", "5", "--monitor", "2", "--check-grad", "2", "--clip-norm", "1"]) == 0
+    out = folder / "rowgrad-train-wine"
+    assert {p.name for p in out.iterdir()} == FILES | {"monitor.jsonl"}
+    said = capsys.readouterr().out
+    assert "Stopped after 5 epochs: all 5 epochs are done." in said
+    config = json.loads((out / "config.json").read_text())
+    assert config["recipe"]["clip_norm"] == 1
+    assert config["resolved"]["batch_size"] == 32
+    assert len(config["split"]["train"]) + len(config["split"]["val"]) == 178
+    history = pl.read_parquet(out / "history.parquet")
+    assert history["number"].to_list() == [1, 2, 3, 4, 5]
+    assert 0 <= history["clipped"][-1] <= 1
+    page = (out / "report.html").read_text()
+    assert "Loss by epoch" in page
+    assert "rowgrad train wine --epochs 5" in page
+
+
+def test_a_resumed_run_ends_with_the_same_bits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "wine", "--epochs", "6", "--out", "whole"]) == 0
+    assert main(["train", "wine", "--epochs", "2", "--out", "parts"]) == 0
+    assert main(["train", "wine", "--epochs", "6", "--out", "parts"]) == 2
+    assert "--out parts: holds a run; go on with --resume" in capsys.readouterr().err
+    assert main(["train", "wine", "--epochs", "6", "--out", "parts", "--resume"]) == 0
+    states = [load_state(folder / name / "model.safetensors") for name in ("whole", "parts")]
+    assert same(*states)
+
+
+@pytest.mark.parametrize("options", [[], ["--whiten"], ["--no-standardize", "--norm", "batch-pre"]])
+def test_predictions_are_the_models(options: list[str], folder: Path) -> None:
+    assert main(["train", "wine", "--epochs", "40", "--out", "run", *options]) == 0
+    assert main(["predict", "run", "wine", "--out", "p.parquet"]) == 0
+    found = pl.read_parquet(folder / "p.parquet")
+    given = [str(load_wine().target_names[k]) for k in load_wine().target]
+    assert (found["prediction"] == pl.Series(given)).mean() > 0.9  # pyright: ignore[reportOperatorIssue]
+    probabilities = found.select(pl.sum_horizontal(pl.selectors.starts_with("probability"))).to_series()
+    assert probabilities.is_between(0.999, 1.001).all()
+
+
+def test_images_and_values(folder: Path) -> None:
+    assert main(["train", "digits", "--model", "cnn:4", "--epochs", "2", "--out", "images"]) == 0
+    assert main(["predict", "images/model.safetensors", "digits"]) == 0
+    assert len(pl.read_csv(folder / "predictions.csv")) == 1797
+    assert main(["train", "diabetes", "--epochs", "60", "--out", "values"]) == 0
+    assert main(["predict", "values", "diabetes", "--out", "values.csv"]) == 0
+    found = pl.read_csv(folder / "values.csv")["prediction"].to_numpy()
+    target = load_diabetes().target
+    assert ((found - target) ** 2).mean() < 0.7 * target.var()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "wine", "--resume"], "--resume: there is no checkpoint.safetensors"),
+        (["train", "wine", "--model", "cnn:8"], "needs images"),
+        (["train", "wine", "--optimizer", "addam"], "optimizer 'addam': expected one of"),
+        (["train", "wine", "--monitor", "-1"], "--monitor -1"),
+        (["train", "wines"], "wines: no such file"),
+        (["predict", "nowhere.safetensors", "wine"], "no such checkpoint"),
+        (["predict", "nowhere", "wine", "--out", "p.xlsx"], "a name ends in .csv or .parquet"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_data_of_other_features_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "wine", "--epochs", "1", "--out", "run"]) == 0
+    assert main(["predict", "run", "iris"]) == 2
+    assert "its features, without 'alcohol', are not those the model was trained on" in capsys.readouterr().err
+    assert main(["predict", "run/checkpoint.safetensors", "wine"]) == 2
+    assert "a checkpoint of a training, not a model" in capsys.readouterr().err
