@@ -224,7 +224,7 @@ def second_order_on_a_bowl() -> Story:
 def second_order_in_a_valley() -> Story:
     start = (-1.2, 1.0)
     paths = {
-        "gradient descent, 2000 steps": descent(curved_valley, start, 2000, 1e-3),
+        "gradient descent": descent(curved_valley, start, 2000, 1e-3),
         "Newton": trail(Newton, curved_valley, start, 40),
         "conjugate gradient": trail(ConjugateGradient, curved_valley, start, 40),
         "BFGS": trail(BFGS, curved_valley, start, 60),
@@ -329,7 +329,7 @@ td { padding: 2px 18px 2px 0; border-bottom: 1px solid #e2dfd9; } p { margin: 0 
 def svg(story: Story) -> str:
     """The paths over the contour lines of the surface."""
     x0, x1, y0, y1 = story.window
-    x, y = torch.meshgrid(torch.linspace(x0, x1, 300), torch.linspace(y0, y1, 300), indexing="xy")
+    x, y = torch.meshgrid(torch.linspace(x0, x1, 160), torch.linspace(y0, y1, 160), indexing="xy")
     z = story.surface(x, y)
     levels = torch.quantile(z.flatten(), torch.linspace(0.01, 0.97, 14)).unique()
     figure = Figure(figsize=(8, 8 * max(0.4, min(0.75, (y1 - y0) / (x1 - x0)))), layout="constrained")

@@ -71,7 +71,7 @@ def test_second_order_needs_one_step_two_directions_or_a_few(measured: dict[str,
     assert bowl["steps, Newton"] == 1
     assert bowl["steps, conjugate directions"] == 2
     assert 2 <= bowl["steps, BFGS"] <= 10
-    assert rosenbrock["steps, gradient descent, 2000 steps"] == math.inf
+    assert rosenbrock["steps, gradient descent"] == math.inf
     assert max(rosenbrock[f"steps, {name}"] for name in ("Newton", "conjugate gradient", "BFGS")) <= 45
 
 
