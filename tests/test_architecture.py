@@ -67,6 +67,7 @@ NEEDS_TORCH_ALONE = {
     "checking",
     "diagnosis",
     "layers",
+    "optim",
 }
 
 PRIVATE_TO_AUTOGRAD = re.compile(

@@ -71,6 +71,25 @@ def test_the_quadratic_model_is_the_taylor_polynomial() -> None:
     assert found(0) == float(loss().detach())
 
 
+def test_eq_19_the_error_falls_as_the_cube_of_the_step() -> None:
+    model, loss = regression()
+    params, step, errors = dict(model.named_parameters()), direction(model), []
+    found = quadratic_model(loss, model, step)
+    for t in (8e-4, 4e-4, 2e-4):
+        with moved(params, step, t):
+            errors.append(abs(found(t) - float(loss().detach())))
+    assert errors[0] / errors[1] == pytest.approx(8, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(8, rel=0.1)
+
+
+def test_eq_23_the_error_falls_with_delta() -> None:
+    model, loss = regression()
+    v = direction(model)
+    exact = flat(hvp(loss, model, v))
+    errors = [float((flat(hvp(loss, model, v, delta=d)) - exact).norm()) for d in (1e-3, 5e-4)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.02)
+
+
 def test_the_best_part_of_a_step_on_a_parabola() -> None:
     w = torch.tensor([3.0], dtype=F64, requires_grad=True)
     found = quadratic_model((2 * w.square()).sum(), {"w": w}, {"w": torch.tensor([-12.0], dtype=F64)})

@@ -48,7 +48,11 @@ def closure_for(optimizer: torch.optim.Optimizer, problem: Problem) -> Callable[
 
 
 def run(optimizer: Any, closure: Callable[[], Tensor], n: int) -> list[float]:
-    return [float(optimizer.step(closure)) for _ in range(n)]
+    """The losses before each of n steps, or until three times the same."""
+    losses: list[float] = []
+    while len(losses) < n and not (len(losses) > 3 and losses[-1] == losses[-2] == losses[-3]):
+        losses.append(float(optimizer.step(closure)))
+    return losses
 
 
 # Where they end
