@@ -6,9 +6,9 @@ drawings, with a number for each (Aggarwal 2018, ch. 3.4 and 3.5).
 The page needs nothing from outside. `stories()` gives the paths and `numbers()` what is measured on them.
 """
 
+import argparse
 import io
 import math
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
@@ -372,7 +372,9 @@ def _table(values: dict[str, float]) -> str:
 
 
 def main() -> None:
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else "descent.html")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", nargs="?", type=Path, default=Path("descent.html"), help="file to be written")
+    target = parser.parse_args().target
     target.write_text(page(stories()), encoding="utf-8")
     print(target)
 

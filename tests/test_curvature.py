@@ -162,6 +162,8 @@ def test_few_steps_give_the_extremes() -> None:
     assert found.largest == pytest.approx(9, abs=found.error + 1e-9)
     assert found.error < 1e-6
     rough = spectrum(loss, {"w": w}, n=4)
+    assert rough.smallest == float(rough.nodes.min())
+    assert rough.largest == float(rough.nodes.max())
     assert -5 - 1e-9 <= rough.smallest <= -5 + rough.error
     assert 9 - rough.error <= rough.largest <= 9 + 1e-9
 
@@ -194,6 +196,8 @@ def test_the_spectrum_draws_from_its_own_generator() -> None:
         ([1, -1e-3], "saddle"),
         ([1, 0], "degenerate"),
         ([-1, 0], "degenerate"),
+        ([1, -1e-9], "degenerate"),
+        ([-1, 1e-9], "degenerate"),
         ([0, 0], "degenerate"),
         ([*range(1, 301)], "minimum"),
         ([*range(-300, 0)], "maximum"),

@@ -170,6 +170,17 @@ def test_the_weights_come_back_bit_for_bit() -> None:
     assert torch.equal(w, before)
 
 
+def test_a_look_at_the_weights_changes_no_later_step() -> None:
+    ends = []
+    for is_looked_at in (False, True):
+        w, optimizer = trained(lambda params: Momentum(params, 0.05, nesterov=True), 3)
+        if is_looked_at:
+            at_weights(w, optimizer)
+        optimizer.step()
+        ends.append(w.clone())
+    assert torch.equal(*ends)
+
+
 def test_a_loss_falls_in_an_ordinary_loop_with_a_closure() -> None:
     w = nn.Parameter(torch.tensor([3.0, -2.0], dtype=F64))
     optimizer = RMSProp([w], 0.05, beta=0.5)

@@ -30,6 +30,7 @@ from rowgrad.errors import (
 from rowgrad.optim import BFGS, LBFGS, ConjugateGradient, GaussNewton, Newton
 from rowgrad.optim.conjugate import conjugate_gradient
 from rowgrad.optim.line_search import Place, wolfe
+from rowgrad.optim.second_order import along
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no rule for how the examples meet:rowgrad.RowgradWarning")
 
@@ -226,8 +227,25 @@ def test_plain_newton_would_be_caught() -> None:
     w, loss = saddle(1.0, 0.1)
     H = Hessian(loss, [w])
     plain = w.detach() - torch.linalg.solve(H.dense(), H.gradient)
+    turned = w.detach() - H.gradient / H.dense().diag().abs()
     run(Newton([w]), loss, 1)
     assert abs(float(plain[1])) < 0.1 < abs(float(w[1].detach()))
+    torch.testing.assert_close(w.detach(), turned)
+
+
+def test_conjugate_gradients_go_down_negative_curvature_in_the_same_step() -> None:
+    w, loss = saddle(1.0, 0.1)
+    run(ConjugateGradient([w]), loss, 1)
+    assert abs(float(w[1].detach())) > 0.5
+
+
+@pytest.mark.parametrize(("first", "expected"), [(1.0, 8.0), (100.0, 12.5), (8.0, 8.0)])
+def test_a_direction_is_followed_by_doubling_or_halving(first: float, expected: float) -> None:
+    """The loss falls to t = 10 and is above its start from 20 on."""
+    found = along(lambda step: float((step - 10).abs().sum()), torch.ones(1), 10.0, first)
+    assert found is not None
+    assert found.tolist() == [expected]
+    assert along(lambda step: 10.0, torch.ones(1), 10.0, first) is None
 
 
 def test_a_maximum_is_left_too() -> None:
