@@ -56,24 +56,8 @@ MAY_IMPORT = {
 
 BUILT_FROM_RULES = {f"rows.{name}" for name in ("general", "plan", "block", "build", "matrix", "objective")}
 APPLICATION = {"cli", "report", "__main__"}  # what a user runs; no part of the library imports it
-<<<<<<< HEAD
-NEEDS_TORCH_ALONE = {
-    "__init__",
-    "errors",
-    "tape",
-    "rows",
-    "graph",
-    "curvature",
-    "repeat",
-    "checking",
-    "diagnosis",
-    "layers",
-    "optim",
-}
-=======
-LIBRARY = {"tape", "rows", "graph", "curvature", "repeat", "checking", "diagnosis", "optim"}
+LIBRARY = {"tape", "rows", "graph", "curvature", "repeat", "checking", "diagnosis", "layers", "optim"}
 NEEDS_TORCH_ALONE = {"__init__", "errors"} | LIBRARY
->>>>>>> optim
 
 PRIVATE_TO_AUTOGRAD = re.compile(
     r"_(raw_)?saved_\w*|next_functions|_input_metadata|_sequence_nr|register_prehook|GradientEdge|AccumulateGrad"
