@@ -61,7 +61,7 @@ class Parameters:
         return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
 
 
-def named(params: Params) -> Parameters:
+def named(params: Params, *, complex_too: bool = False) -> Parameters:
     """Name the parameters of a module, of `optimizer.param_groups`, of an iterable or mapping of tensors.
 
     Frozen tensors are left out. Names are dotted; a module's are without the prefixes of the wrappers around it and in
@@ -80,7 +80,7 @@ def named(params: Params) -> Parameters:
             raise ParameterError(f"{label} is a {type(p).__name__}, expected a tensor")
         if not p.requires_grad:
             continue
-        _check(label, p)
+        _check(label, p, complex_too)
         if id(p) in first:
             aliases[name] = first[id(p)]
         elif name in by_name:
@@ -157,14 +157,16 @@ def _wrapped_attribute(module: nn.Module) -> str | None:
     return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None
 
 
-def _check(name: str, p: Tensor) -> None:
+def _check(name: str, p: Tensor, complex_too: bool) -> None:
     if not p.is_leaf:
         raise ParameterError(
             f"{name} is not a leaf: it was computed by {p.grad_fn.name() if p.grad_fn else '?'}. Pass the trained "
             "tensor from which it was computed"
         )
-    if p.is_complex():
-        raise ParameterError(f"{name} is complex ({p.dtype}); rows are defined for real parameters. Use view_as_real")
+    if p.is_complex() and not complex_too:
+        raise ParameterError(
+            f"{name} is complex ({p.dtype}); rows and checks are for real parameters. Use view_as_real"
+        )
     if p.is_inference():
         raise ParameterError(f"{name} was made in inference mode and has no gradient; make it outside")
     hooks: Mapping[int, object] | None = p._backward_hooks

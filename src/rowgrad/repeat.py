@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,7 @@ class Repeated:
         self.closure, self.model = closure, model
         self.draws = False  # whether any run drew random numbers
         self._start = random_state()
+        self._last: Callable[[], Tensor | None] = lambda: None
 
     def __call__(self) -> Tensor:
         """The losses, with their graph.
@@ -43,11 +45,18 @@ class Repeated:
         Raises:
             GraphError: the closure returned no tensor.
         """
+        if self._start["numpy"] is None:
+            self._start["numpy"] = random_state()["numpy"]  # NumPy may have been loaded since
         with same_randomness(self._start), own_buffers(self.model), torch.enable_grad():
             losses = self.closure()
-            self.draws = self.draws or not _equal(random_state(), self._start)
+            self.draws = self.draws or _differ(random_state(), self._start)
         if not isinstance(losses, Tensor):
             raise GraphError(f"closure returned a {type(losses).__name__}, expected the losses as a tensor")
+        if losses is self._last():
+            raise GraphError(
+                "closure returned the same tensor twice: it has to run the forward pass each time it is called"
+            )
+        self._last = weakref.ref(losses)
         return losses
 
 
@@ -97,9 +106,12 @@ def set_random_state(state: dict[str, Any]) -> None:
         _numpy_random().set_state(state["numpy"])
 
 
+def _differ(now: dict[str, Any], start: dict[str, Any]) -> bool:
+    """Whether a generator that was in use at the start has moved."""
+    return not all(_equal(now[name], state) for name, state in start.items() if state is not None)
+
+
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return all(_equal(a[k], b[k]) for k in a)
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, Tensor):

@@ -147,6 +147,18 @@ class Tape:
     def __len__(self) -> int:
         return len(self.nodes)
 
+    def refuse_hidden(self) -> None:
+        """
+        Raises:
+            OpaqueGraphError: a node runs a graph of its own when it is called, which nothing here can see.
+        """
+        for node in self.nodes:
+            if node.kind == "CheckpointFunctionBackward":
+                raise OpaqueGraphError(
+                    f"{node!r}: reentrant checkpointing hides the parameters inside it. Use "
+                    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                )
+
     def edge_of(self, tensor: Tensor) -> tuple[int, int] | None:
         """(node index, output number) of a tensor of this graph, None for any other."""
         index = self.leaves.get(id(tensor)) if tensor.grad_fn is None else self._index.get(tensor.grad_fn)

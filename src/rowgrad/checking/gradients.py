@@ -290,7 +290,9 @@ def _own_gradient(run: Repeated, parameters: Mapping[str, Tensor]) -> tuple[dict
         losses = run()
         if losses.grad_fn is None:
             return {}, torch.float64
-        return gradient_of(losses, parameters), narrowest(Tape(losses))
+        tape = Tape(losses)
+        tape.refuse_hidden()
+        return gradient_of(losses, parameters), narrowest(tape)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def load(source: str) -> Live:
     if source in BUNDLED:
         return _bundled(source)
     module_name, colon, function_name = source.partition(":")
-    if not (module_name and colon and function_name):
+    if not (colon and function_name.isidentifier() and all(map(str.isidentifier, module_name.split(".")))):
         raise InputError(
             f"{source}: name a function as package.module:function, or one of the data sets {', '.join(BUNDLED)}"
         )
@@ -109,7 +109,10 @@ def _called(source: str, function: Callable[[], Any]) -> Any:
 def _guarded(name: str, closure: Callable[..., Any]) -> Callable[..., Tensor]:
     def guarded(*args: Any) -> Tensor:
         with _user_code(name):
-            return closure(*args)
+            losses = closure(*args)
+        if not isinstance(losses, Tensor):
+            raise InputError(f"{name} returned {_kind(losses)}, expected the loss as a tensor")
+        return losses
 
     return guarded
 
@@ -119,7 +122,7 @@ def _user_code(what: str) -> Iterator[None]:
     """Whatever is raised inside is the user's: one clear line, and their frames of the traceback under it."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_ours(f)]
         shown = ["Traceback (most recent call last):\n", *traceback.format_list(frames)]
         shown += traceback.format_exception_only(error)

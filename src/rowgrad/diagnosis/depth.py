@@ -69,10 +69,11 @@ def _until_underflow(sizes: list[tuple[int, str, float]]) -> list[tuple[int, str
 def depth_findings(reading: Reading, limits: Limits) -> Iterator[Finding]:
     """Where a size falls or grows beyond the limits, over all layers and in their mean."""
     for trend in trends(reading):
-        if trend.total < limits.fall and trend.per_layer < limits.per_layer:
-            yield _finding("vanishing", trend, reading, limits.fall)
-        elif trend.total > 1 / limits.fall and trend.per_layer > 1 / limits.per_layer:
-            yield _finding("exploding", trend, reading, 1 / limits.fall)
+        limit = limits.fall if not limits.per_layer <= trend.per_layer <= 1 / limits.per_layer else limits.far
+        if trend.total < limit:
+            yield _finding("vanishing", trend, reading, limit)
+        elif trend.total > 1 / limit:
+            yield _finding("exploding", trend, reading, 1 / limit)
 
 
 def _finding(kind: str, trend: Trend, reading: Reading, limit: float) -> Finding:

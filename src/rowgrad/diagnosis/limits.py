@@ -16,6 +16,7 @@ class Limits:
         fall: a cotangent or an activation shrinks by this over all layers, or grows by 1 / fall. Float16 ends at 6e-8,
             and a default ReLU perceptron of six layers, which learns, is at 1e-2.
         per_layer: and by this in the geometric mean of the layers, so that depth alone is not reported.
+        far: or by this over all layers, however many: beyond it float16 holds nothing and clipping decides every step.
         slope: an activation is saturated where its slope is below this part of its largest (o(1-o) of 1/4, 1-o^2 of 1).
         saturated: share of saturated entries in a layer.
         dead: share of a layer's rectifiers that are 0 for every example. Deep default networks start with up to 64%,
@@ -44,6 +45,7 @@ class Limits:
 
     fall: float = 1e-3
     per_layer: float = 0.7
+    far: float = 1e-5
     slope: float = 0.1
     saturated: float = 0.7
     dead: float = 0.75

@@ -18,6 +18,7 @@ from rowgrad.errors import ParameterError
 from rowgrad.repeat import Repeated
 
 USUAL_UPDATE = 1e-3  # size of a step over the size of the weight (Bottou 2015)
+ENOUGH = 0.1  # of the decrease that the slope promises
 POINTS = 9  # of the curve along a step
 HALVINGS = 12  # in search of a part of the step for which the model holds
 
@@ -98,8 +99,12 @@ class Along:
     def error_at(self, t: float, loss: float) -> float:
         """What a loss is too high by after a part of the step, over the loss or the decrease that the slope promises.
 
-        Too high is above what the model says, or above where it started if the model itself says that it rises.
+        Too high is above what the model says, or above where it started if the model itself says that it rises. A loss
+        that falls by a good part of what the slope promises is not too high, whatever a model of negative curvature
+        says (Armijo 1966).
         """
+        if loss <= self.model.value + ENOUGH * t * min(self.model.slope, 0.0) < self.model.value:
+            return 0.0
         promised = min(self.model(t), self.model.value)
         return (max(loss - promised, 0.0) if isfinite(loss) else float("inf")) / max(
             abs(t * self.model.slope), abs(self.model.value), 1e-300
@@ -123,9 +128,9 @@ def _model(closure: Callable[[], Tensor], parameters: Mapping[str, Tensor], step
     try:
         return quadratic_model(closure, parameters, step)
     except RuntimeError as error:
-        if "not implemented" not in str(error):
+        if not any(words in str(error) for words in ("not implemented", "double backward")):
             raise
-        # An operation without a second derivative (a fused LSTM): a difference of gradients, eq. 23.
+        # Without a second derivative (a fused LSTM, a compiled region): a difference of gradients, eq. 23.
         loss = closure()
         slope = torch.autograd.grad(loss, [parameters[n] for n in step], allow_unused=True)
         product = hvp(closure, parameters, step, delta=1e-3)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,11 @@ class Variables:
     def __init__(
         self, loss: Tensor | Sequence[Tensor], model: Params | None = None, *, trace: Scopes | None = None
     ) -> None:
-        losses = [loss] if isinstance(loss, Tensor) else list(loss)
-        _check(losses)
+        losses = _losses(loss)
         self.tape = Tape(*losses)
+        self.tape.refuse_hidden()
         self.scopes = trace
-        found = {} if model is None else named(model).by_name
+        found = {} if model is None else named(model, complex_too=True).by_name
         names = {self.tape.leaves[id(p)]: name for name, p in found.items() if id(p) in self.tape.leaves}
         self.vertices: tuple[Vertex, ...] = vertices(self.tape, names, trace)
         self.parameters: dict[str, Vertex] = {name: self.vertices[i] for i, name in names.items()}
@@ -63,12 +64,14 @@ class Variables:
             return found
         if isinstance(key, str):
             return self._named(key).index, 0
-        if isinstance(key, tuple):
-            return key
-        index = key.index if isinstance(key, Vertex) else key
-        if not 0 <= index < len(self):
-            raise KeyError(f"variable {index}: this graph has {len(self)}")
-        return index, 0
+        index, nr = key if isinstance(key, tuple) else (key.index if isinstance(key, Vertex) else key, 0)
+        if isinstance(index, bool) or not isinstance(index, int) or not isinstance(nr, int):
+            raise KeyError(
+                f"{key!r} is a {type(key).__name__}; a variable is named by its name, index, vertex or live tensor"
+            )
+        if not (0 <= index < len(self) and 0 <= nr < self.vertices[index].n_outputs):
+            raise KeyError(f"variable {key!r}: this graph has {len(self)}, numbered from 0, and no such output")
+        return index, nr
 
     def find(self, key: Key | Edge) -> Edge | None:
         """As `edge`, but None for a parameter of the model that no path reaches."""
@@ -88,8 +91,8 @@ class Variables:
             return self._by_name[name]
         if name in self.leaves:
             raise KeyError(f"{name}: no path leads from the loss to this parameter")
-        near = get_close_matches(name, self._by_name, 5, 0.3)
-        raise KeyError(f"{name!r} is no variable of this graph; near it: {', '.join(map(repr, near)) or 'nothing'}")
+        near = get_close_matches(name, self._by_name, 5, 0.3) or [*self.parameters, *self._by_name][:5]
+        raise KeyError(f"{name!r} is no variable of this graph; near it: {', '.join(map(repr, near))}")
 
     def value(self, key: Key | Edge) -> Tensor | None:
         """A variable's value in the forward pass; None where no operation kept it."""
@@ -104,7 +107,11 @@ class Variables:
         return above(self.tape, [self.edge(key)[0]])
 
 
-def _check(losses: Sequence[Tensor]) -> None:
+def _losses(loss: Any) -> list[Tensor]:
+    if isinstance(loss, (Mapping, str)) or not isinstance(loss, Iterable):
+        known = f" with the keys {', '.join(map(repr, loss))}" if isinstance(loss, Mapping) else ""
+        raise GraphError(f"loss is a {type(loss).__name__}{known}, expected a tensor or a sequence of tensors")
+    losses = [loss] if isinstance(loss, Tensor) else list(loss)
     if not losses:
         raise GraphError("Graph needs a loss, found an empty sequence")
     for loss in losses:
@@ -115,3 +122,4 @@ def _check(losses: Sequence[Tensor]) -> None:
                 f"loss of shape {tuple(loss.shape)} has no graph: it was detached, made under no_grad() or "
                 "inference_mode(), or is a parameter itself. Pass the loss as the forward pass returned it"
             )
+    return losses

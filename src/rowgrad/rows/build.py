@@ -199,7 +199,7 @@ def _read(
     parameters = named(params)
     with _plain_numbers(losses):
         tape = Tape(losses)
-        _refuse_hidden(tape)
+        tape.refuse_hidden()
         leaves = {tape.leaves[id(p)]: name for name, p in parameters.by_name.items() if id(p) in tape.leaves}
         if not leaves:
             raise ParameterError(
@@ -210,15 +210,6 @@ def _read(
         with _grad_untouched(parameters):
             plan = make_plan(tape, seed, leaves, rules, verify) if len(losses) else None
     return _Reading(tape, parameters, leaves, plan, seed, loss_scale)
-
-
-def _refuse_hidden(tape: Tape) -> None:
-    for node in tape.nodes:
-        if node.kind == "CheckpointFunctionBackward":
-            raise OpaqueGraphError(
-                f"{node!r}: reentrant checkpointing hides the parameters inside it. Use "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
 
 
 @contextmanager
