@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.cases import CASES
 from tests.graph.test_decompose import Residual, residual
 from tests.graph.test_paths import LINES, ROUNDING, narrowest, program, scalar
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import rowgrad as rg
 from rowgrad.errors import GraphError, NonFiniteError, RowgradWarning
@@ -188,23 +190,59 @@ def test_through_a_recurrent_layer_in_both_precisions() -> None:
             assert_right(graph, name)
 
 
-def attention(entries: int) -> rg.Graph:
+MASK = torch.tensor([[True, False, True], [True, True, True], [False, True, True]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"attn_mask": MASK},
+        {"attn_mask": MASK.double().log().clamp(min=-2.0)},
+    ],
+    ids=str,
+)
+def test_fused_attention(options: dict[str, Any]) -> None:
     w = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(1, 2, entries // 16, 8, dtype=torch.float64)
-    h = F.scaled_dot_product_attention(x @ w, x @ w.T, x)
-    return rg.Graph(h.square().sum() + (x @ w).sin().sum(), {"w": w})
+    x = torch.randn(2, 2, 3, 8, dtype=torch.float64)
+    h = F.scaled_dot_product_attention(x @ w, x @ w.T, x @ (w * w), **options)
+    graph = rg.Graph(h.square().sum() + (x @ w).sin().sum(), {"w": w})
+    assert any(v.op.startswith("scaled_dot_product") for v in graph.vertices)
+    assert_right(graph, "w", most=1000)
 
 
-def test_a_fused_attention_is_asked_entry_by_entry_and_says_so() -> None:
-    graph = attention(160)
-    with pytest.warns(RowgradWarning, match=r"ScaledDot\w+#\d+ cannot be differentiated twice .*160 calls") as said:
+class Once(torch.autograd.Function):
+    """A sine whose derivative cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, z: Tensor) -> Tensor:
+        return z * ctx.saved_tensors[0].cos()
+
+
+def once(entries: int) -> rg.Graph:
+    w = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(entries // 8, 8, dtype=torch.float64)
+    return rg.Graph(Once.apply(x @ w).square().sum() + (x @ w).sin().sum(), {"w": w})
+
+
+def test_what_cannot_be_differentiated_twice_is_asked_entry_by_entry_and_says_so() -> None:
+    graph = once(160)
+    with pytest.warns(RowgradWarning, match=r"Once\w+#\d+ cannot be differentiated twice .*160 calls") as said:
         assert_right(graph, "w", most=1000)
     assert said[0].filename == __file__
 
 
-def test_a_fused_attention_that_is_large_is_refused() -> None:
+def test_what_is_large_and_cannot_be_differentiated_twice_is_refused() -> None:
     with pytest.raises(GraphError, match=r"have 16000 entries; at most 10000 .* Use an unfused form"):
-        attention(16000).shares("w")
+        once(16000).shares("w")
 
 
 class Square(torch.autograd.Function):

@@ -150,7 +150,7 @@ def test_values_are_found_where_an_operation_kept_them() -> None:
     [
         (lambda m, t: rg.Graph(t.detach(), m), NoGraphError, "has no graph"),
         (lambda m, t: rg.Graph([], m), GraphError, "empty sequence"),
-        (lambda m, t: rg.Graph(3.0, m), TypeError, "float"),
+        (lambda m, t: rg.Graph(3.0, m), GraphError, "loss is a float"),
         (lambda m, t: rg.Graph([3.0], m), GraphError, "loss is a float"),
         (lambda m, t: rg.Graph(t, m)["weigth"], KeyError, "near it: 'weight'"),
         (lambda m, t: rg.Graph(t, m)[99], KeyError, "this graph has"),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rowgrad.cli.live import SOURCE_HELP, Live, load
 from rowgrad.cli.output import kind_of, write_text
 from rowgrad.diagnosis.examine import diagnose as examine
+from rowgrad.diagnosis.findings import KINDS
 from rowgrad.diagnosis.result import Diagnosis
 from rowgrad.errors import InputError
 from rowgrad.graph.scopes import trace
@@ -88,7 +89,8 @@ def _examined(live: Live, initial: bool, method: Method | None, lr: float | None
         losses = live.closure()
     closure = None if optimizer is None else live.closure
     found = examine(losses, live.model, trace=scopes, optimizer=optimizer, closure=closure, initial=initial)
-    return replace(found, not_looked_at={kind: NEEDS.get(kind, needs) for kind, needs in found.not_looked_at.items()})
+    unseen = {k: NEEDS[k] if k in NEEDS and needs == KINDS[k] else needs for k, needs in found.not_looked_at.items()}
+    return replace(found, not_looked_at=unseen)
 
 
 def _write(found: Diagnosis, out: Path, kind: str | None) -> None:

@@ -142,6 +142,8 @@ class _Examination:
             self.add(look(self.reading, self.limits))
         if initial and any(cross_entropies(self.graph)):
             self.add(start_findings(self.graph, self.reading, self.limits), "start")
+        elif initial:
+            self.unseen["start"] = "a loss that is a cross-entropy"
         self.moments = self.reading.moments()
         if earlier is not None:
             self.add(drift_findings(self.moments, earlier.moments, self.limits), "drift")
@@ -152,12 +154,14 @@ class _Examination:
         for losses in batches:
             graph = read_graph(losses, self.model)
             silences.add(_read(graph, Flow(graph, {})))
-        if silences.batches > 1:
-            self.unseen.pop("dead")
-        self.add(dead_findings(silences, self.reading, self.limits))
+        found = list(dead_findings(silences, self.reading, self.limits))
+        self.add(iter(found), *(["dead"] if found or silences.batches > 1 else []))
 
     def step(self, optimizer: torch.optim.Optimizer | None, closure: Callable[[], Tensor] | None) -> None:
         if optimizer is None:
+            return
+        if not self.losses.numel():
+            self.unseen |= dict.fromkeys(("update", "cliff"), "at least one example")
             return
         step = next_step(optimizer, self.parameters, self.flow.gradients)
         rate = rate_of(optimizer)

@@ -21,6 +21,7 @@ class Limits:
         saturated: share of saturated entries in a layer.
         dead: share of a layer's rectifiers that are 0 for every example. Deep default networks start with up to 64%,
             most of which come alive as the layers below them change.
+        dead_note: the same, over several batches, from which on it is worth a note.
         dead_still: the same for units that were 0 at an earlier time too and whose weights kept their direction since.
             Forty percent is what too high a rate leaves (Karpathy, CS231n).
         copies: distance between two units, weights and gradients, over their size, below which they are the same.
@@ -49,6 +50,7 @@ class Limits:
     slope: float = 0.1
     saturated: float = 0.7
     dead: float = 0.75
+    dead_note: float = 0.25
     dead_still: float = 0.4
     copies: float = 1e-6
     input_spread: float = 100.0

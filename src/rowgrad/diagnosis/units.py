@@ -119,6 +119,8 @@ def dead_findings(silences: Silences, reading: Reading, limits: Limits) -> Itera
         share = float(silence.silent.double().mean())
         if share > limits.dead:
             yield _dead(silence, share, reading, limits)
+        elif silences.batches > 1 and share > limits.dead_note:
+            yield replace(_dead(silence, share, reading, limits), severity="note", limit=limits.dead_note)
 
 
 def _dead(silence: Silence, share: float, reading: Reading, limits: Limits) -> Finding:

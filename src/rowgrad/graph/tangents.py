@@ -42,6 +42,8 @@ def push(tape: Tape, node: Node, cotangents: Tensors, tangents: Tensors) -> Push
     except RuntimeError as error:
         found, reason = None, str(error).partition("\n")[0]
     if found is None or not _agree(cotangents, found, sent, tangents):
+        found = _by_formula(node, cotangents, tangents)
+    if found is None or not _agree(cotangents, found, sent, tangents):
         found = _by_basis(tape, node, cotangents, tangents, reason)
     if not _agree(cotangents, found, sent, tangents):
         raise GraphError(
@@ -63,6 +65,35 @@ def _by_double_backward(tape: Tape, node: Node, cotangents: Tensors, tangents: T
         made = iter(torch.autograd.grad(total, [c for c in own if c is not None], allow_unused=True))
     found = [None if c is None else _filled(next(made, None), c) for c in own]
     return found if _agree(own, found, sent, tangents) else None
+
+
+def _by_formula(node: Node, cotangents: Tensors, tangents: Tensors) -> list[Tensor | None] | None:
+    """J t of fused attention, which cannot be differentiated twice; None for other operations, and with dropout.
+
+    With S = scale q k^T, P = softmax(S) and o = P v: dP = P . (dS - sum(P . dS)) along each row, do = dP v + P dv.
+    """
+    if not node.kind.startswith("ScaledDotProduct") or node.attribute("dropout_p") != 0:
+        return None
+    q, k, v = (node.saved(name) for name in ("query", "key", "value"))
+    if q.shape[:-2] != k.shape[:-2]:
+        return None
+    given = zip((q, k, v), tangents, strict=False)
+    dq, dk, dv = (torch.zeros_like(x) if t is None else t.to(x.dtype) for x, t in given)
+    scale = node.attribute("scale") or q.shape[-1] ** -0.5
+    weights = _masked(node, scale * q @ k.transpose(-1, -2)).softmax(-1)
+    moved = scale * (dq @ k.transpose(-1, -2) + q @ dk.transpose(-1, -2))
+    moved = weights * (moved - (weights * moved).sum(-1, keepdim=True))
+    found = moved @ v + weights @ dv
+    return [found if nr == 0 and c is not None else None for nr, c in enumerate(cotangents)]
+
+
+def _masked(node: Node, scores: Tensor) -> Tensor:
+    if node.attribute("is_causal"):
+        return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+    mask = node.saved("attn_mask") if node.has_saved("attn_mask") else None
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
 
 
 def _by_basis(tape: Tape, node: Node, cotangents: Tensors, tangents: Tensors, reason: str) -> list[Tensor | None]:
