@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +23,14 @@ from torch.utils.checkpoint import checkpoint
 import rowgrad as rg
 from rowgrad.checking.landscape import Landscape
 from rowgrad.checking.precision import in_float64
-from rowgrad.errors import GraphError, NoGraphError, NonFiniteError, ParameterError, WrongGradientError
+from rowgrad.errors import (
+    GraphError,
+    NoGraphError,
+    NonFiniteError,
+    OpaqueGraphError,
+    ParameterError,
+    WrongGradientError,
+)
 from rowgrad.repeat import Repeated
 
 Losses = Callable[[], Tensor]
@@ -533,6 +544,43 @@ def test_bad_closures() -> None:
         rg.check_gradients(lambda: loss_of(model).detach(), model)
     with pytest.raises(ParameterError, match="no tensor that requires grad"):
         rg.check_gradients(lambda: loss_of(model), nn.ReLU())
+
+
+def test_a_closure_that_does_not_run_the_forward_pass_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    losses = loss_of(model)
+    with pytest.raises(GraphError, match="the same tensor twice: it has to run the forward pass each time"):
+        rg.check_gradients(lambda: losses, model)
+
+
+def test_a_check_is_the_first_thing_in_a_process() -> None:
+    """NumPy may be loaded by the very forward pass that is checked."""
+    program = """
+import torch, rowgrad
+model, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+def closure():
+    import numpy.random
+    return model(x).square().sum(1)
+assert rowgrad.check_gradients(closure, model, 4).ok
+"""
+    environment = dict(os.environ, PYTHONPATH=str(Path(rg.__file__).parents[1]))
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), torch.randn(4, 6, requires_grad=True)
+
+    def closure() -> Tensor:
+        return checkpoint(model, x, use_reentrant=True).square().sum(1)
+
+    for call in (
+        lambda: rg.check_gradients(closure, model),
+        lambda: rg.Graph(closure(), model),
+        lambda: rg.diagnose(closure(), model),
+    ):
+        with pytest.raises(OpaqueGraphError, match=r"reentrant checkpointing hides .*use_reentrant=False"):
+            call()
 
 
 # The report, and checks during training

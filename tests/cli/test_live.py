@@ -27,6 +27,10 @@ def late():
         return helper()
     return nn.Linear(1, 1), closure
 def helper(): raise KeyError("batch")
+def nothing():
+    return nn.Linear(1, 1), lambda: None
+def leaves():
+    raise SystemExit(5)
 constant = 3
 """
 
@@ -98,3 +102,18 @@ def test_an_error_of_the_closure_is_told_apart(module: str) -> None:
 def test_a_missing_import_of_the_users_module_is_theirs(module: str) -> None:
     with pytest.raises(UserCodeError, match=r"importing users_broken raised ModuleNotFoundError: .*not_installed"):
         load("users_broken:f")
+
+
+def test_a_closure_without_a_loss_is_named(module: str) -> None:
+    with pytest.raises(InputError, match="the closure of users_module:nothing returned a value of type NoneType"):
+        load(f"{module}:nothing").closure()
+
+
+def test_a_function_that_leaves_the_process_is_told(module: str) -> None:
+    with pytest.raises(UserCodeError, match=r"users_module:leaves\(\) raised SystemExit: 5"):
+        load(f"{module}:leaves")
+
+
+def test_a_path_is_no_module_name(module: str) -> None:
+    with pytest.raises(InputError, match=r"name a function as package\.module:function"):
+        load("./users_module:make")

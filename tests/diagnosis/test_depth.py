@@ -175,3 +175,30 @@ def test_a_product_with_zero_lets_nothing_pass() -> None:
     nn.init.constant_(model[2].bias, -1e3)
     finding = rg.diagnose(model(torch.randn(5, 3, dtype=F64)).squeeze(1), model).of("vanishing")[0]
     assert (finding.value, finding.severity) == (0.0, "error")
+
+
+@pytest.mark.parametrize(
+    ("gain", "n", "kind"), [(1.4, 60, "exploding"), (1.4, 100, "exploding"), (0.75, 60, "vanishing")]
+)
+def test_a_slow_change_over_many_uses_is_reported(gain: float, n: int, kind: str) -> None:
+    """Each step alone is within the limit of a layer; all together are not."""
+    w = nn.Parameter(torch.eye(16, dtype=F64) * gain)
+    out = nn.Linear(16, 5).double()
+    h = torch.randn(32, 16, dtype=F64)
+    for _ in range(n):
+        h = h @ w
+    found = rg.diagnose(out(h).logsumexp(1), {"w": w, "out.weight": out.weight, "out.bias": out.bias})
+    finding = found.of(kind)[0]
+    assert finding.value == pytest.approx(gain ** (n - 1), rel=0.5)
+    assert f"through {n} uses of w" in finding.evidence
+
+
+@pytest.mark.parametrize(("gain", "kind"), [(1.4, "exploding"), (0.72, "vanishing")])
+def test_a_slow_change_over_forty_layers_is_reported(gain: float, kind: str) -> None:
+    layers = [nn.Linear(16, 16, bias=False) for _ in range(40)]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, gain)
+    model = nn.Sequential(*layers).double()
+    found = rg.diagnose(model(torch.randn(8, 16, dtype=F64)).sum(1), model)
+    assert found.of(kind)
+    assert found.of(kind)[0].value == pytest.approx(gain**39, rel=1e-5)  # orthogonal in float32

@@ -10,6 +10,8 @@ from tests.diagnosis.healthy import batches, losses_of, made
 from torch import Tensor, nn
 
 import rowgrad as rg
+from rowgrad.curvature import Quadratic
+from rowgrad.diagnosis.steps import Along
 from rowgrad.errors import GraphError, ParameterError
 
 F64 = torch.float64
@@ -110,6 +112,41 @@ def test_near_a_minimum_a_promise_of_nothing_is_not_a_cliff() -> None:
     found = rg.diagnose(closure(), [w], optimizer=torch.optim.SGD([w], lr=1.3e5), closure=closure)
     assert abs(found.along.points[-1][1] - found.along.model(1)) > 1e4 * abs(found.along.model.slope)
     assert not found.of("cliff")
+
+
+def test_a_loss_that_falls_is_no_cliff_whatever_a_model_of_negative_curvature_says() -> None:
+    model = Quadratic(value=2.66, slope=-1.2, curvature=-530.0)
+    assert model(1) < -200
+    assert Along(model, ((0.0, 2.66), (1.0, 2.22))).error == 0
+    assert Along(model, ((0.0, 2.66), (1.0, 2.65))).error > 4  # a tenth of what the slope promises is asked for
+
+
+def test_a_compiled_model_has_a_difference_in_place_of_its_second_derivative() -> None:
+    model = nn.Linear(4, 3)
+    compiled = torch.compile(model, backend="aot_eager")
+    x, y = torch.randn(10, 4), torch.arange(10) % 3
+
+    def closure() -> Tensor:
+        return nn.functional.cross_entropy(compiled(x), y, reduction="none")
+
+    found = rg.diagnose(closure(), model, optimizer=torch.optim.SGD(model.parameters(), 0.1), closure=closure)
+    plain = rg.diagnose(
+        nn.functional.cross_entropy(model(x), y, reduction="none"),
+        model,
+        optimizer=torch.optim.SGD(model.parameters(), 0.1),
+        closure=lambda: nn.functional.cross_entropy(model(x), y, reduction="none"),
+    )
+    assert found.along is not None
+    assert plain.along is not None
+    assert found.along.model.curvature == pytest.approx(plain.along.model.curvature, rel=1e-2)
+
+
+def test_an_empty_batch_has_no_step_to_look_at() -> None:
+    model, x = nn.Linear(4, 1), torch.randn(0, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    found = rg.diagnose(model(x).squeeze(1), model, optimizer=optimizer, closure=lambda: model(x).squeeze(1))
+    assert not found.of("cliff")
+    assert found.not_looked_at["cliff"] == "at least one example"
 
 
 def test_a_step_that_ends_in_nan_is_a_cliff() -> None:

@@ -98,12 +98,23 @@ def test_a_unit_is_dead_only_if_no_batch_wakes_it() -> None:
     asleep[:, 0], awake[:, 0] = 0, 2
     alone = rg.diagnose(model(asleep), model)
     assert alone.of("dead")[0].value == 0.8
-    assert "dead" in alone.not_looked_at
+    assert "dead" not in alone.not_looked_at
+    assert "dead" in rg.diagnose(model(awake), model).not_looked_at
     both = rg.diagnose(model(asleep), model, batches=[model(awake)])
     assert not both.of("dead")
     assert "dead" not in both.not_looked_at
     again = rg.diagnose(model(asleep), model, batches=[model(asleep), model(asleep)])
     assert "192 examples" in again.of("dead")[0].evidence
+
+
+def test_a_third_dead_on_the_whole_data_is_a_note() -> None:
+    model = Rectified(0).double()
+    with torch.no_grad():
+        model.first.weight[:7], model.first.bias[:7] = 0, -1
+    found = rg.diagnose(model(data()), model, batches=[model(data()) for _ in range(3)])
+    assert [(f.severity, f.value) for f in found.of("dead")] == [("note", 0.35)]
+    assert found.ok
+    assert not rg.diagnose(model(data()), model).of("dead")  # one batch says too little
 
 
 def test_all_dead_is_an_error() -> None:

@@ -152,6 +152,13 @@ def test_values_are_found_where_an_operation_kept_them() -> None:
         (lambda m, t: rg.Graph([], m), GraphError, "empty sequence"),
         (lambda m, t: rg.Graph(3.0, m), GraphError, "loss is a float"),
         (lambda m, t: rg.Graph([3.0], m), GraphError, "loss is a float"),
+        (lambda m, t: rg.Graph(None, m), GraphError, "loss is a NoneType, expected a tensor"),
+        (lambda m, t: rg.Graph({"loss": t}, m), GraphError, "loss is a dict with the keys 'loss'"),
+        (lambda m, t: rg.Graph(t, m)[True], KeyError, "True is a bool"),
+        (lambda m, t: rg.Graph(t, m)[1.5], KeyError, "1.5 is a float"),
+        (lambda m, t: rg.Graph(t, m).count_paths((99, 0)), KeyError, "this graph has"),
+        (lambda m, t: rg.Graph(t, m).edge((0, 7)), KeyError, "no such output"),
+        (lambda m, t: rg.Graph(t, m)["zzz"], KeyError, "near it: 'weight'"),
         (lambda m, t: rg.Graph(t, m)["weigth"], KeyError, "near it: 'weight'"),
         (lambda m, t: rg.Graph(t, m)[99], KeyError, "this graph has"),
         (lambda m, t: rg.Graph(t, m)[torch.ones(2)], KeyError, "no variable of this graph"),
@@ -188,3 +195,10 @@ def test_under_a_trace_an_operation_of_the_model_itself_belongs_to_no_module() -
     graph = rg.Graph(out.sum(), model, trace=scopes)
     assert (graph[out].name, graph[out].module, graph[out].inferred) == ("after a: add", "", False)
     assert rg.Graph(out.sum(), model)[out].module == "a"
+
+
+def test_complex_parameters_are_named_in_a_graph() -> None:
+    w = torch.randn(3, dtype=torch.complex128, requires_grad=True)
+    loss = (w * w).abs().sum()
+    (expected,) = torch.autograd.grad(loss, w, retain_graph=True)
+    torch.testing.assert_close(rg.Graph(loss, {"w": w}).backward()["w"], expected)
