@@ -119,6 +119,8 @@ def test_a_loss_that_falls_is_no_cliff_whatever_a_model_of_negative_curvature_sa
     assert model(1) < -200
     assert Along(model, ((0.0, 2.66), (1.0, 2.22))).error == 0
     assert Along(model, ((0.0, 2.66), (1.0, 2.65))).error > 4  # a tenth of what the slope promises is asked for
+    steep = Quadratic(value=2.66, slope=-45.0, curvature=-440.0)  # promises more than there is
+    assert Along(steep, ((0.0, 2.66), (1.0, 2.22))).error == 0
 
 
 def test_a_compiled_model_has_a_difference_in_place_of_its_second_derivative() -> None:

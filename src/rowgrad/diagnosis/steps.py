@@ -18,7 +18,7 @@ from rowgrad.errors import ParameterError
 from rowgrad.repeat import Repeated
 
 USUAL_UPDATE = 1e-3  # size of a step over the size of the weight (Bottou 2015)
-ENOUGH = 0.1  # of the decrease that the slope promises
+ENOUGH = 0.1  # of the decrease that the slope promises, or of the loss if that is less
 POINTS = 9  # of the curve along a step
 HALVINGS = 12  # in search of a part of the step for which the model holds
 
@@ -100,10 +100,11 @@ class Along:
         """What a loss is too high by after a part of the step, over the loss or the decrease that the slope promises.
 
         Too high is above what the model says, or above where it started if the model itself says that it rises. A loss
-        that falls by a good part of what the slope promises is not too high, whatever a model of negative curvature
-        says (Armijo 1966).
+        that falls by a good part of what the slope promises, or of itself, is not too high, whatever a model of
+        negative curvature says (Armijo 1966).
         """
-        if loss <= self.model.value + ENOUGH * t * min(self.model.slope, 0.0) < self.model.value:
+        value, fall = self.model.value, min(-t * self.model.slope, abs(self.model.value))
+        if 0 < ENOUGH * fall <= value - loss:
             return 0.0
         promised = min(self.model(t), self.model.value)
         return (max(loss - promised, 0.0) if isfinite(loss) else float("inf")) / max(
