@@ -37,15 +37,17 @@ MAY_IMPORT = {
     "rows.frontier":    {"errors", "tape", "rows.ownership", "rows.placement"},
     "rows":             {"errors", "tape", "parameters"},
     "repeat":           {"errors"},
-    "graph":            {"errors", "tape", "parameters"},
+    "files":            set(),
+    "graph":            {"errors", "files", "tape", "parameters"},
     "curvature":        {"errors", "tape", "parameters"},
     "checking":         {"errors", "tape", "parameters", "repeat", "graph", "rows"},
-    "diagnosis":        {"errors", "tape", "parameters", "repeat", "graph", "rows", "curvature"},
+    "diagnosis":        {"errors", "files", "tape", "parameters", "repeat", "graph", "rows", "curvature"},
     "optim":            {"errors", "tape", "parameters", "rows", "curvature"},
     "layers":           {"errors", "parameters", "graph"},
     "data":             {"errors"},
     "uses":             {"errors", "rows", "data"},
-    "training":         {"errors", "rows", "data", "curvature", "optim", "layers", "diagnosis", "checking", "uses"},
+    "training":         {"errors", "files", "rows", "data", "curvature", "optim", "layers", "diagnosis", "checking",
+                         "uses"},
     "integrations":     {"errors", "rows", "data", "diagnosis", "uses"},
     "report":           {"*"},
     "cli":              {"*"},
@@ -56,7 +58,7 @@ MAY_IMPORT = {
 
 BUILT_FROM_RULES = {f"rows.{name}" for name in ("general", "plan", "block", "build", "matrix", "objective")}
 APPLICATION = {"cli", "report", "__main__"}  # what a user runs; no part of the library imports it
-LIBRARY = {"tape", "rows", "graph", "curvature", "repeat", "checking", "diagnosis", "layers", "optim"}
+LIBRARY = {"tape", "files", "rows", "graph", "curvature", "repeat", "checking", "diagnosis", "layers", "optim"}
 NEEDS_TORCH_ALONE = {"__init__", "errors"} | LIBRARY
 
 PRIVATE_TO_AUTOGRAD = re.compile(

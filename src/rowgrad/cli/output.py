@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rowgrad.errors import InputError
+from rowgrad.files import whole
 
 
 @contextlib.contextmanager
@@ -54,16 +55,12 @@ def write_text(option: str, path: Path, text: str) -> None:
     Raises:
         InputError: `path` cannot be written; `option` is what the user gave it as.
     """
-    stage = path.with_name(f".rowgrad-{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stage.write_text(text, encoding="utf-8")
-        stage.replace(path)
+        with whole(path) as stage:
+            stage.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{option} {path}: cannot be written ({error.strerror}); name another file") from error
-    finally:
-        with contextlib.suppress(OSError):
-            stage.unlink()
 
 
 def kind_of(option: str, path: Path, kinds: tuple[str, ...]) -> str:

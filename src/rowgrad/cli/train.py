@@ -16,6 +16,7 @@ from rowgrad.cli.progress import progress_bar
 from rowgrad.data.readers import read_table
 from rowgrad.data.table import Table
 from rowgrad.errors import InputError
+from rowgrad.files import whole
 from rowgrad.report.history import history_page
 from rowgrad.report.metrics import versions
 from rowgrad.training.fit import CHECKPOINT, Fitted, fit
@@ -95,9 +96,8 @@ def _begin(directory: Path, resume: bool) -> None:
 
 def _write(found: Fitted, table: Table, directory: Path, command: list[str]) -> None:
     save_model(found, table, directory / MODEL)
-    stage = directory / ".history.parquet"
-    pl.DataFrame([asdict(epoch) for epoch in found.epochs]).write_parquet(stage)
-    stage.replace(directory / "history.parquet")
+    with whole(directory / "history.parquet") as stage:
+        pl.DataFrame([asdict(epoch) for epoch in found.epochs]).write_parquet(stage)
     problem = found.problem
     config = {
         "data": table.name,
@@ -145,12 +145,11 @@ def predict(
     table = read_table(data, target=target)
     outputs = predictor.of_table(table)
     frame = _frame(outputs, predictor.classes, table)
-    stage = out.with_name(f".{out.name}.part")
     try:
-        frame.write_csv(stage) if kind == "csv" else frame.write_parquet(stage)
-        stage.replace(out)
+        with whole(out) as stage:
+            frame.write_csv(stage) if kind == "csv" else frame.write_parquet(stage)
     except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror}); name another file") from error
+        raise InputError(f"--out {out}: cannot be written ({error.strerror or error}); name another file") from error
     Console().print(f"{len(frame):,} predictions: {out.resolve()}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -8,11 +8,11 @@ from html import escape
 from itertools import groupby
 from math import ceil, floor, isfinite, log10
 from os import PathLike
-from pathlib import Path
 
 from rowgrad.diagnosis.findings import Finding
 from rowgrad.diagnosis.reading import Point
 from rowgrad.diagnosis.steps import Along
+from rowgrad.files import whole
 
 WIDTH, HEIGHT = 760, 280
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 46  # margins around the plot
@@ -130,8 +130,9 @@ def page(title: str, body: str) -> str:
 
 
 def write_page(path: str | PathLike[str], title: str, body: str) -> None:
-    """Write a page."""
-    Path(path).write_text(page(title, body), encoding="utf-8")
+    """Write a page, whole or not at all."""
+    with whole(path) as stage:
+        stage.write_text(page(title, body), encoding="utf-8")
 
 
 # One chart

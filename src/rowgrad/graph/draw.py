@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping, Sequence
-from pathlib import Path as File
 
+from rowgrad.files import whole
 from rowgrad.graph.boxes import EdgeKey, Marks, Picture, drawn, marks, picture
 from rowgrad.graph.detail import MAX_BOXES, level, levels
 from rowgrad.graph.flow import Flow
@@ -107,7 +106,8 @@ class Drawable(Variables):
         first = self._picture(depth, max_boxes, found)
         text = page(first, self._pictures(first, found), facts(self), below)
         if path is not None:
-            write_whole(File(path), text)
+            with whole(path) as stage:
+                stage.write_text(text, encoding="utf-8")
         return text
 
     def _repr_svg_(self) -> str:
@@ -130,13 +130,3 @@ def facts(graph: Variables) -> str:
     """How large the graph is, in words."""
     n_edges = sum(t is not None for v in graph.vertices for t in v.inputs)
     return f"{len(graph)} variables, {n_edges} edges, {len(graph.parameters)} parameters"
-
-
-def write_whole(path: File, text: str) -> None:
-    """The file has its new content or its old one, never a part."""
-    stage = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        stage.write_text(text, encoding="utf-8")
-        stage.replace(path)
-    finally:
-        stage.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rowgrad.errors import InputError
+from rowgrad.files import whole
 
 FORMAT = "rowgrad-1"
 _PLAIN = (int, float, str, bool, type(None))
@@ -34,14 +34,10 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = _packed(state, "", tensors)
-    stage = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
+    with whole(path) as stage:
         save_file(tensors, stage, metadata={"format": FORMAT, "state": json.dumps(tree)})
         with stage.open("rb") as file:
             os.fsync(file.fileno())
-        stage.replace(path)
-    finally:
-        stage.unlink(missing_ok=True)
 
 
 def load_state(path: Path) -> dict[str, Any]:
