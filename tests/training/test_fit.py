@@ -37,6 +37,7 @@ def weights(fitted: Fitted) -> dict[str, torch.Tensor]:
         ("breast_cancer", Recipe(prepare="whiten"), 0.9),
         ("diabetes", Recipe(), 0.3),
         ("digits", Recipe(epochs=15, norm="batch-pre", act="leaky_relu", alpha=0.1, init="he"), 0.95),
+        ("digits", Recipe(epochs=10, init="pretrain"), 0.95),
         ("digits", Recipe(epochs=15, optimizer="momentum", decay="inverse", decay_rate=0.1, clip_norm=1.0), 0.93),
     ],
 )
@@ -111,6 +112,15 @@ def test_a_run_killed_at_random_moments_ends_the_same(tmp_path: Path) -> None:
     assert same(whole["best"], killed["best"])
 
 
+def test_pretraining_repeats_bit_for_bit() -> None:
+    table = read_table("digits")
+    recipe = Recipe(model="mlp:64", epochs=1, init="pretrain")
+    first = fit(table, recipe)
+    assert same(weights(fit(table, recipe)), weights(first))
+    with pytest.raises(InputError, match="--init pretrain is for mlp, not for --model cnn:8"):
+        fit(table, replace(recipe, model="cnn:8"))
+
+
 def test_training_stops_when_it_gets_no_better() -> None:
     found = fit(read_table("wine"), Recipe(epochs=400, patience=3))
     assert len(found.epochs) < 400
@@ -179,6 +189,7 @@ def test_bad_recipes(options: dict[str, object], said: str) -> None:
         (Recipe(optimizer="newton"), "--optimizer newton takes the loss as a function"),
         (Recipe(optimizer="adamm"), "optimizer 'adamm': expected one of"),
         (Recipe(model="cnn:8"), "needs images"),
+        (Recipe(model="cnn:8", init="pretrain"), "needs images"),
         (Recipe(val=0.995), "examples are left to train on; lower --val"),
         (Recipe(decay="linear"), "decay: kind='linear'"),
     ],

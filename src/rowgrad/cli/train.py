@@ -38,7 +38,7 @@ def train(
     alpha: Annotated[float | None, typer.Option(help="Slope of leaky_relu below 0.")] = None,
     norm: Annotated[str, typer.Option(help="batch-pre, batch-post, layer or none.")] = Recipe.norm,
     dropout: Annotated[float, typer.Option(help="Share of hidden units left out in a step.")] = Recipe.dropout,
-    init: Annotated[str | None, typer.Option(help="lecun, he or glorot; default PyTorch's.")] = None,
+    init: Annotated[str | None, typer.Option(help="lecun, he, glorot or pretrain; default PyTorch's.")] = None,
     optimizer: Annotated[str, typer.Option(help="By name: sgd, momentum, nesterov, adam, ...")] = Recipe.optimizer,
     lr: Annotated[float | None, typer.Option(help="Learning rate; default by the optimizer.")] = None,
     decay: Annotated[str | None, typer.Option(help="Of the rate by the epoch: exponential or inverse.")] = None,

@@ -19,6 +19,7 @@ from rowgrad.diagnosis.examine import diagnose
 from rowgrad.diagnosis.monitor import Monitor
 from rowgrad.errors import InputError, NonFiniteError, RowgradError
 from rowgrad.layers.initialization import initialize
+from rowgrad.layers.pretraining import pretrain
 from rowgrad.optim.clipping import GradientClip
 from rowgrad.optim.factory import SECOND_ORDER, make
 from rowgrad.optim.rates import decay
@@ -137,7 +138,11 @@ def model_for(problem: Problem, recipe: Recipe) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(recipe.seed, WEIGHTS))
         model = build(recipe.model, form)
-        if recipe.init is not None:
+        if recipe.init == "pretrain":
+            if not isinstance(model, nn.Sequential) or not recipe.model.startswith("mlp"):
+                raise InputError(f"--init pretrain is for mlp, not for --model {recipe.model}")
+            pretrain(model, problem.inputs[problem.train])
+        elif recipe.init is not None:
             initialize(model, recipe.init)
     return model
 

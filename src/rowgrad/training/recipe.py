@@ -11,6 +11,7 @@ from rowgrad.errors import InputError
 from rowgrad.layers.hidden import NORMS
 from rowgrad.layers.initialization import SCHEMES
 
+INITS = (*SCHEMES, "pretrain")
 BATCH_SIZES = (32, 256)  # powers of two between which the default lies
 MIN_STEPS = 20  # in an epoch, as long as the smallest batch allows
 RATES = {"sgd": 0.1, "momentum": 0.05, "nesterov": 0.05, "adagrad": 0.01, "rmsprop": 1e-3, "rmsprop-nesterov": 1e-3}
@@ -23,7 +24,8 @@ class Recipe:
     Attributes:
         model: see `rowgrad.training.architectures.build`.
         act, alpha, norm, dropout: of its hidden layers.
-        init: how its weights are drawn, see `rowgrad.layers.initialize`; None as PyTorch draws them.
+        init: how its weights begin: drawn by a scheme of `rowgrad.layers.initialize`, or "pretrain", each hidden layer
+            as an autoencoder of the training part (`rowgrad.layers.pretrain`); None as PyTorch draws them.
         optimizer, lr: by name, see `rowgrad.optim.make`; lr None takes one that suits the optimizer.
         decay, decay_rate: of the rate by the epoch, "exponential" or "inverse"; None keeps it.
         l2: penalty on weights, not on biases and norms.
@@ -72,8 +74,8 @@ class Recipe:
             raise InputError(f"--batch-size {self.batch_size}: at least 1")
         if self.norm not in NORMS:
             raise InputError(f"--norm {self.norm}: there are {', '.join(NORMS)}")
-        if self.init is not None and self.init not in SCHEMES:
-            raise InputError(f"--init {self.init}: there are {', '.join(SCHEMES)}")
+        if self.init is not None and self.init not in INITS:
+            raise InputError(f"--init {self.init}: there are {', '.join(INITS)}")
         if self.patience and not self.val:
             raise InputError("--patience needs examples held out: give --val a share, or set --patience 0")
 
