@@ -202,3 +202,11 @@ def test_a_slow_change_over_forty_layers_is_reported(gain: float, kind: str) -> 
     found = rg.diagnose(model(torch.randn(8, 16, dtype=F64)).sum(1), model)
     assert found.of(kind)
     assert found.of(kind)[0].value == pytest.approx(gain**39, rel=1e-5)  # orthogonal in float32
+
+
+def test_a_fused_recurrence_says_that_its_steps_are_not_seen() -> None:
+    x = torch.randn(3, 20, 4)
+    for dtype, seen in ((torch.float32, False), (F64, True)):
+        model = nn.LSTM(4, 8, batch_first=True).to(dtype)
+        found = rg.diagnose(model(x.to(dtype))[0][:, -1].sum(1), model)
+        assert ("time" not in found.not_looked_at) == seen

@@ -38,6 +38,7 @@ from rowgrad.parameters import Params, named
 from rowgrad.rows.build import Prepared
 
 LIMITS = Limits()
+FUSED_IN_TIME = ("mkldnn_rnn", "cudnn_rnn", "miopen_rnn")  # operations that hold all steps of a recurrence
 
 
 def diagnose(
@@ -144,6 +145,8 @@ class _Examination:
             self.add(start_findings(self.graph, self.reading, self.limits), "start")
         elif initial:
             self.unseen["start"] = "a loss that is a cross-entropy"
+        if any(v.op.startswith(FUSED_IN_TIME) for v in self.graph.vertices):
+            self.unseen["time"] = "the steps of a recurrence one by one: nn.LSTMCell in place of the fused nn.LSTM"
         self.moments = self.reading.moments()
         if earlier is not None:
             self.add(drift_findings(self.moments, earlier.moments, self.limits), "drift")
