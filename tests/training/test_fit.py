@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +19,9 @@ import rowgrad
 from rowgrad.data.readers import read_table
 from rowgrad.errors import InputError
 from rowgrad.training.checkpoint import load_state, same
-from rowgrad.training.fit import CHECKPOINT, Fitted, fit, pose
+from rowgrad.training.fit import CHECKPOINT, Fitted, fit, outputs_of, pose
 from rowgrad.training.recipe import Recipe
+from rowgrad.training.saved import load_model, save_model
 
 QUICK = Recipe(model="mlp:16", epochs=6, dropout=0.2)
 
@@ -197,3 +199,60 @@ def test_bad_recipes(options: dict[str, object], said: str) -> None:
 def test_recipes_that_do_not_fit_the_data(recipe: Recipe, said: str) -> None:
     with pytest.raises(InputError, match=said):
         fit(read_table("wine"), recipe)
+
+
+# Sequences
+
+
+def sequences(path: Path, n: int = 300, steps: int = 7) -> Path:
+    """Whether the last step that is there is above 0; behind it stands what must not be looked at."""
+    rng = np.random.default_rng(0)
+    x, lengths = rng.normal(3, 5, (n, steps, 2)), rng.integers(1, steps + 1, n)
+    y = (x[np.arange(n), lengths - 1, 0] > 3).astype(int)
+    for k, length in enumerate(lengths):
+        x[k, length:] = 1e6
+    np.savez(path, X=x, y=y, lengths=lengths)
+    return path
+
+
+def test_sequences_are_read_to_their_ends(tmp_path: Path) -> None:
+    table = read_table(sequences(tmp_path / "s.npz"))
+    assert table.steps == (7, 2)
+    found = fit(table, Recipe(model="lstm:16", epochs=60, lr=1e-2, patience=0))
+    assert max(e.val_score or 0 for e in found.epochs) > 0.9
+    problem, there = found.problem, torch.arange(7) < table.lengths[:, None]  # pyright: ignore[reportOptionalSubscript]
+    assert float(problem.inputs.abs().max()) < 10
+    assert float(problem.inputs[~there].abs().max()) == 0
+    inside = problem.inputs[problem.train][there[problem.train]]
+    torch.testing.assert_close(inside.mean(0), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inside.std(0, correction=0), torch.ones(2), atol=1e-5, rtol=0)
+    save_model(found, table, tmp_path / "model")
+    outputs = load_model(tmp_path / "model").of_table(table)
+    torch.testing.assert_close(outputs, outputs_of(found.model, problem.inputs, problem.lengths).softmax(1))  # pyright: ignore[reportArgumentType]
+
+
+def test_sequences_resume_and_suit_other_models_too(tmp_path: Path) -> None:
+    table = read_table(sequences(tmp_path / "s.npz", 100))
+    recipe = Recipe(model="lstm:8", epochs=4)
+    fit(table, replace(recipe, epochs=2), directory=tmp_path)
+    assert same(weights(fit(table, recipe, directory=tmp_path, resume=True)), weights(fit(table, recipe)))
+    assert fit(table, Recipe(model="mlp:8", epochs=1)).epochs
+    with pytest.raises(InputError, match="would mix the steps of a sequence"):
+        fit(table, Recipe(model="lstm:8", prepare="whiten"))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"lengths": np.array([1, 9, 2, 1])}, "row 1 has length 9; a sequence has 1 to 4 steps here"),
+        ({"lengths": np.array([1, 0, 2, 1])}, "row 1 has length 0"),
+        ({"lengths": np.array([1.5, 2, 2, 1])}, "expected a whole number for each of the 4 examples"),
+        ({"lengths": np.array([1, 2])}, r"lengths has shape \(2,\)"),
+        ({"lengths": np.array([1, 2, 3, 4]), "X": np.zeros((4, 4, 2, 2))}, "with lengths the examples are sequences"),
+        ({"lengths": np.array([4, 2, 3, 1]), "X": np.full((4, 4), np.nan)}, "hold NaN or infinite values"),
+    ],
+)
+def test_bad_sequences(arrays: dict[str, np.ndarray], said: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", **{"X": np.zeros((4, 4)), "y": np.array([0, 1, 0, 1])} | arrays)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match=said):
+        read_table(tmp_path / "s.npz")

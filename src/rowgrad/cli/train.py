@@ -33,7 +33,9 @@ def train(
     target: Annotated[str | None, typer.Option(help="Column (or NPZ array) to predict.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the results; default rowgrad-train-NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run in --out was stopped.")] = False,
-    model: Annotated[str, typer.Option(help="mlp:WIDTHS or cnn:CHANNELS, such as mlp:64,64.")] = Recipe.model,
+    model: Annotated[
+        str, typer.Option(help="mlp:WIDTHS, cnn:CHANNELS for images, lstm:UNITS for sequences.")
+    ] = Recipe.model,
     act: Annotated[str, typer.Option(help="Activation of hidden layers, or maxout.")] = Recipe.act,
     alpha: Annotated[float | None, typer.Option(help="Slope of leaky_relu below 0.")] = None,
     norm: Annotated[str, typer.Option(help="batch-pre, batch-post, layer or none.")] = Recipe.norm,

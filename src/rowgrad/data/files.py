@@ -15,6 +15,7 @@ from rowgrad.errors import InputError
 CHUNK = 20_000  # records held as Python strings at a time
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 FEATURE_KEYS = ("X", "x", "data", "images", "features")
+LENGTH_KEYS = ("lengths", "length")
 TARGET_KEYS = ("y", "target", "targets", "label", "labels")
 
 
@@ -96,6 +97,7 @@ def read_npz(path: Path, target: str | None) -> Raw:
         with np.load(path, allow_pickle=False) as archive:
             key_x, key_y = _keys(path, archive.files, target)
             features, targets = archive[key_x], archive[key_y]
+            lengths = next((archive[key] for key in LENGTH_KEYS if key in archive.files and key != key_y), None)
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -104,6 +106,10 @@ def read_npz(path: Path, target: str | None) -> Raw:
     _check_arrays(path, key_x, features, key_y, targets)
     column = pl.Series(key_y, targets.reshape(-1))
     rows = np.arange(len(column))
+    if lengths is not None:
+        sequences = features[:, :, None] if features.ndim == 2 else features
+        _check_lengths(path, key_x, sequences, lengths)
+        return Raw(path.name, column.to_frame(), "row", rows, sequences=sequences, lengths=lengths.astype(np.int64))
     if features.ndim > 2:
         return Raw(path.name, column.to_frame(), "row", rows, images=_channels_last(features))
     columns = features.reshape(len(features), -1).T
@@ -140,6 +146,24 @@ def _check_arrays(path: Path, key_x: str, features: np.ndarray, key_y: str, targ
         if array.dtype.kind not in kinds:
             expected = "numbers or text" if "U" in kinds else "numbers"
             raise InputError(f"{path}: {key} has type {array.dtype}; expected {expected}")
+
+
+def _check_lengths(path: Path, key_x: str, sequences: np.ndarray, lengths: np.ndarray) -> None:
+    if sequences.ndim != 3:
+        raise InputError(
+            f"{path}: with lengths the examples are sequences, and {key_x} has shape {sequences.shape}; expected "
+            "(N, steps) or (N, steps, numbers)"
+        )
+    if lengths.shape != (len(sequences),) or lengths.dtype.kind not in "iu":
+        raise InputError(
+            f"{path}: lengths has shape {lengths.shape} and type {lengths.dtype}; expected a whole number for each "
+            f"of the {len(sequences)} examples"
+        )
+    bad = np.flatnonzero((lengths < 1) | (lengths > sequences.shape[1]))
+    if len(bad):
+        raise InputError(
+            f"{path}: row {bad[0]} has length {lengths[bad[0]]}; a sequence has 1 to {sequences.shape[1]} steps here"
+        )
 
 
 def _channels_last(images: np.ndarray) -> np.ndarray:

@@ -77,6 +77,26 @@ def prepare(features: Tensor, kind: str = "standardize", least_variance: float =
     return Preparation(kind, center, _whitening(values - center, least_variance))
 
 
+def prepare_steps(features: Tensor, steps: tuple[int, int], lengths: Tensor, kind: str) -> Preparation:
+    """As `prepare`, of sequences laid out step by step: one center and one scale for each number of a step, from the
+    steps that are there.
+
+    Raises:
+        InputError: as for `prepare`, or "whiten", which would mix steps.
+    """
+    if kind == "whiten":
+        raise InputError("whitening turns all features together and would mix the steps of a sequence; standardize")
+    there = torch.arange(steps[0]) < lengths[:, None]
+    found = prepare(features.view(len(features), *steps)[there], kind)
+    return Preparation(kind, found.center.repeat(steps[0]), found.axes.repeat(steps[0]))
+
+
+def steps_of(prepared: Tensor, steps: tuple[int, int], lengths: Tensor) -> Tensor:
+    """Prepared features as sequences, (N, steps, numbers), 0 behind their ends."""
+    there = torch.arange(steps[0]) < lengths[:, None]
+    return prepared.view(len(prepared), *steps) * there[:, :, None]
+
+
 def _whitening(centered: Tensor, least_variance: float) -> Tensor:
     """Principal directions over their deviations, the largest variance first."""
     _, singular, directions = torch.linalg.svd(centered, full_matrices=False)

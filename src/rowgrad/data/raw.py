@@ -18,6 +18,8 @@ class Raw:
     frame: one column per feature, and the target; text where the source does not say otherwise.
     images: (N, height, width) or (N, height, width, channels), where the examples are images; `frame` then holds
         the target alone.
+    sequences, lengths: (N, steps, numbers) and how many steps each example has, where the examples are sequences;
+        `frame` then holds the target alone.
     place, numbers: the word for where an example stands ("line", "row") and its number there, shape (N,).
     """
 
@@ -27,6 +29,8 @@ class Raw:
     numbers: np.ndarray
     notes: tuple[str, ...] = ()
     images: np.ndarray | None = None
+    sequences: np.ndarray | None = None
+    lengths: np.ndarray | None = None
 
     def where(self, examples: np.ndarray) -> str:
         """`lines 3, 8 and 12`, for the examples at these positions; at most five are named."""

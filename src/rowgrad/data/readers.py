@@ -31,7 +31,7 @@ def read_table(
     Args:
         source: `digits`, `breast_cancer`, `wine`, `iris`, `diabetes`, or the path of a file. NPZ files hold features
             under `X`, `x`, `data`, `images` or `features` (3 or 4 dimensions are images) and targets under `y`,
-            `target` or `label`.
+            `target` or `label`; with `lengths` the examples are sequences, (N, steps) or (N, steps, numbers).
         target: the column (in NPZ files the array) to predict; by default the one called target, label, class or y.
         drop: columns to leave out.
         categorical: columns of numbers that are names of categories, to be one-hot encoded.
@@ -52,6 +52,9 @@ def read_table(
     if raw.images is not None:
         features, feature_names, notes = _pixels(raw)
         frame = None
+    elif raw.sequences is not None:
+        features, feature_names, notes = _steps(raw)
+        frame = None
     else:
         encoded = encode(raw, names, frozenset(categorical), nan == "missing")
         features, feature_names, notes = _matrix(raw, encoded)
@@ -68,6 +71,8 @@ def read_table(
         frame=frame,
         images=None if raw.images is None else _displayed(raw.images),
         notes=(encoded_target.note, *raw.notes, *notes),
+        steps=None if raw.sequences is None else (raw.sequences.shape[1], raw.sequences.shape[2]),
+        lengths=None if raw.lengths is None else torch.from_numpy(raw.lengths),
     )
 
 
@@ -107,7 +112,7 @@ def _feature_columns(raw: Raw, target: str, drop: Iterable[str], categorical: It
             if name == target:
                 raise InputError(f"{raw.name}: {option} {name}: this column is the target")
     names = [name for name in columns if name != target and name not in set(drop)]
-    if not names and raw.images is None:
+    if not names and raw.images is None and raw.sequences is None:
         raise InputError(f"{raw.name}: no column is left beside the target {target!r}; there is nothing to learn from")
     return names
 
@@ -139,6 +144,21 @@ def _pixels(raw: Raw) -> tuple[torch.Tensor, tuple[str, ...], list[str]]:
         notes.append(f"{n_constant} of {flat.shape[1]} pixels are the same in every image and are set to 0.")
     values = torch.from_numpy(np.ascontiguousarray(flat.astype(np.float32) if flat.dtype == np.float16 else flat))
     return values, tuple(f"pixel {k}" for k in range(flat.shape[1])), notes
+
+
+def _steps(raw: Raw) -> tuple[torch.Tensor, tuple[str, ...], list[str]]:
+    sequences, lengths = raw.sequences, raw.lengths
+    assert sequences is not None
+    assert lengths is not None
+    inside = np.arange(sequences.shape[1])[None, :, None] < lengths[:, None, None]
+    values = np.where(inside, sequences, 0).astype(np.float64)
+    if not np.isfinite(values).all():
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=(1, 2)))
+        raise InputError(f"{raw.name}: the sequences in {raw.where(bad)} hold NaN or infinite values; mend them")
+    n_steps, n_numbers = sequences.shape[1:]
+    names = tuple(f"step {t}, number {k}" for t in range(n_steps) for k in range(n_numbers))
+    note = f"Sequences of {lengths.min()} to {lengths.max()} steps of {n_numbers} numbers."
+    return torch.from_numpy(values.reshape(len(values), -1)), names, [note]
 
 
 def _displayed(images: np.ndarray) -> np.ndarray:

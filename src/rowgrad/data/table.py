@@ -16,6 +16,8 @@ class Table:
     classes: the labels, for classification; None for regression.
     frame: the columns as they stood in the source, for display; None where the examples are images.
     images: uint8, (N, height, width) or (N, height, width, channels); None for tables.
+    steps: (steps, numbers) of an example that is a sequence, laid out step by step in its features; None for others.
+    lengths: how many steps each sequence has, int64, (N,); the features behind them are 0. None for others.
     place, numbers: the word for where an example stands in the source ("line" or "row"), and its number there.
     notes: what was decided about the columns and the target, one sentence each.
     """
@@ -31,6 +33,8 @@ class Table:
     frame: pl.DataFrame | None = None
     images: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    steps: tuple[int, int] | None = None
+    lengths: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rowgrad.checking.gradients import check_gradients
-from rowgrad.data.preparation import Preparation, prepare
+from rowgrad.data.preparation import Preparation, prepare, prepare_steps, steps_of
 from rowgrad.data.table import Table
 from rowgrad.diagnosis.examine import diagnose
 from rowgrad.diagnosis.monitor import Monitor
@@ -23,7 +23,7 @@ from rowgrad.layers.pretraining import pretrain
 from rowgrad.optim.clipping import GradientClip
 from rowgrad.optim.factory import SECOND_ORDER, make
 from rowgrad.optim.rates import decay
-from rowgrad.training.architectures import Form, build
+from rowgrad.training.architectures import Form, SequenceReader, build
 from rowgrad.training.checkpoint import load_state, save_state
 from rowgrad.training.loop import Loop, seed_of
 from rowgrad.training.recipe import Recipe, differences
@@ -70,6 +70,11 @@ class Problem:
     classes: tuple[str, ...] | None
     center: float
     scale: float
+    lengths: Tensor | None = None
+
+    def given(self, index: Tensor) -> tuple[Tensor, ...]:
+        """What a model gets for these examples: inputs, and lengths where they are sequences."""
+        return (self.inputs[index],) if self.lengths is None else (self.inputs[index], self.lengths[index])
 
     @property
     def criterion(self) -> Criterion:
@@ -114,15 +119,20 @@ def split(table: Table, recipe: Recipe) -> tuple[Tensor, Tensor]:
 def pose(table: Table, recipe: Recipe) -> Problem:
     """Split and prepare; everything fitted is fitted on the training part."""
     train, val = split(table, recipe)
-    prepared = prepare(table.features[train], recipe.prepare)
-    inputs = prepared(table.features)
-    shape = (inputs.shape[1],)
+    if table.steps is not None and table.lengths is not None:
+        prepared = prepare_steps(table.features[train], table.steps, table.lengths[train], recipe.prepare)
+        inputs = steps_of(prepared(table.features), table.steps, table.lengths)
+        shape: tuple[int, ...] = table.steps
+    else:
+        prepared = prepare(table.features[train], recipe.prepare)
+        inputs = prepared(table.features)
+        shape = (inputs.shape[1],)
     if table.images is not None and recipe.prepare != "whiten":
         image = table.images[..., None] if table.images.ndim == 3 else table.images
         shape = (image.shape[3], image.shape[1], image.shape[2])
         inputs = inputs.view(len(inputs), *shape[1:], shape[0]).movedim(-1, 1).contiguous()
     if table.classes is not None:
-        return Problem(prepared, inputs, table.targets, train, val, shape, table.classes, 0.0, 1.0)
+        return Problem(prepared, inputs, table.targets, train, val, shape, table.classes, 0.0, 1.0, table.lengths)
     center, scale = float(table.targets[train].mean()), float(table.targets[train].std(correction=0))
     if scale == 0:
         raise InputError(
@@ -220,7 +230,8 @@ class _Run:
 
     def _losses(self, index: Tensor) -> Tensor:
         chosen = self.problem.train[index]
-        return self.problem.criterion(self.model(self.problem.inputs[chosen]), self.problem.targets[chosen])
+        outputs = called(self.model, self.problem.given(chosen))
+        return self.problem.criterion(outputs, self.problem.targets[chosen])
 
     def _clip(self) -> None:
         for clip in self.clips:
@@ -276,7 +287,7 @@ class _Run:
         problem = self.problem
         if len(problem.val) == 0:
             return None, None
-        outputs = outputs_of(self.model, problem.inputs[problem.val])
+        outputs = outputs_of(self.model, *problem.given(problem.val))
         targets = problem.targets[problem.val]
         loss = float(problem.criterion(outputs, targets).double().mean())
         return loss, score(outputs, targets, problem.classes is not None)
@@ -322,13 +333,18 @@ class _Run:
         self.best, self.best_epoch, self.stopped = state["best"], state["best_epoch"], state["stopped"]
 
 
+def called(model: nn.Module, given: Sequence[Tensor]) -> Tensor:
+    """A model of inputs; only one that reads sequences is told their lengths."""
+    return model(*given) if isinstance(model, SequenceReader) else model(given[0])
+
+
 @torch.no_grad()
-def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
+def outputs_of(model: nn.Module, *given: Tensor) -> Tensor:
     """In evaluation mode, some thousand examples at a time; the model's mode is put back."""
     was = model.training
     model.eval()
     try:
-        return torch.cat([model(part) for part in inputs.split(EVALUATED)])
+        return torch.cat([called(model, part) for part in zip(*(g.split(EVALUATED) for g in given), strict=True)])
     finally:
         model.train(was)
 

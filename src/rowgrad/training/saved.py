@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rowgrad.data.preparation import Preparation
+from rowgrad.data.preparation import Preparation, steps_of
 from rowgrad.data.table import Table
 from rowgrad.errors import InputError
 from rowgrad.training.architectures import Form, build
@@ -39,12 +39,19 @@ class Predictor:
     center: float
     scale: float
 
-    def outputs(self, features: Tensor) -> Tensor:
-        """Of examples' features, shape (N, d): probabilities of the classes, shape (N, K), or values, shape (N,)."""
+    def outputs(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Of examples' features, shape (N, d): probabilities of the classes, shape (N, K), or values, shape (N,).
+
+        `lengths` are those of sequences.
+        """
         inputs = self.prepared(features)
+        given = (inputs,)
+        if len(self.shape) == 2:
+            lengths = torch.full((len(inputs),), self.shape[0]) if lengths is None else lengths
+            given = steps_of(inputs, (self.shape[0], self.shape[1]), lengths), lengths
         if len(self.shape) == 3:
-            inputs = inputs.view(len(inputs), *self.shape[1:], self.shape[0]).movedim(-1, 1).contiguous()
-        found = outputs_of(self.model, inputs)
+            given = (inputs.view(len(inputs), *self.shape[1:], self.shape[0]).movedim(-1, 1).contiguous(),)
+        found = outputs_of(self.model, *given)
         return found[:, 0].double() * self.scale + self.center if self.classes is None else found.softmax(1)
 
     def of_table(self, table: Table) -> Tensor:
@@ -61,7 +68,7 @@ class Predictor:
                 f"{table.name}: its features, {said}, are not those the model was trained on: "
                 f"{', '.join(self.feature_names[:8])}{' ...' if len(self.feature_names) > 8 else ''}"
             )
-        return self.outputs(table.features)
+        return self.outputs(table.features, table.lengths)
 
 
 def save_model(fitted: Fitted, table: Table, path: Path) -> None:
