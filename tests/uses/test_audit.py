@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,6 +83,52 @@ def test_reset_forgets_everything() -> None:
     audit.reset()
     for values, expected in zip(vars(_fed(_course(1)).compute()).values(), vars(again.compute()).values(), strict=True):
         assert torch.equal(values, expected)
+
+
+def _equal(one: Audit, other: Audit) -> None:
+    for name, values in vars(one.compute()).items():
+        torch.testing.assert_close(values, getattr(other.compute(), name), rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def _second_half(audit: Audit, course: dict[str, torch.Tensor]) -> Audit:
+    for epoch in range(2, EPOCHS):
+        audit.update(torch.arange(N), labels=course["labels"], **_epoch(course, epoch))
+    return audit
+
+
+def _epoch(course: dict[str, torch.Tensor], epoch: int) -> dict[str, torch.Tensor]:
+    return {name: course[name][epoch] for name in ("losses", "norms", "logits")}
+
+
+def test_a_saved_state_goes_on_as_if_never_interrupted(tmp_path: Path) -> None:
+    course, whole = _course(), Audit(N, CLASSES)
+    for epoch in range(2):
+        whole.update(torch.arange(N), labels=course["labels"], **_epoch(course, epoch))
+    torch.save(whole.state_dict(), tmp_path / "audit.pt")
+    state = whole.state_dict()
+    _second_half(whole, course)
+    again = Audit(N, CLASSES)
+    again.load_state_dict(torch.load(tmp_path / "audit.pt", weights_only=True))
+    _equal(_second_half(again, course), whole)
+    again.load_state_dict(state)  # the copies in it were left alone by the updates
+    assert again.compute().times_seen.tolist() == [2] * N
+    with pytest.raises(InputError, match="norms were given in some updates"):
+        again.update(torch.arange(N), labels=course["labels"], losses=course["losses"][0], logits=course["logits"][0])
+
+
+@pytest.mark.parametrize(("n", "n_classes"), [(N + 1, CLASSES), (N, CLASSES + 1), (N, None)])
+def test_a_state_of_other_sizes_is_refused(n: int, n_classes: int | None) -> None:
+    audit = Audit(n, n_classes)
+    with pytest.raises(InputError, match=f"n={N}, n_classes={CLASSES}; this one has n={n}, n_classes={n_classes}"):
+        audit.load_state_dict(_fed(_course()).state_dict())
+    assert audit.compute().times_seen.sum() == 0
+
+
+def test_a_state_that_lacks_something_is_refused() -> None:
+    state = Audit(N, CLASSES).state_dict()
+    del state["loss_sum"]
+    with pytest.raises(InputError, match="the state has no loss_sum"):
+        Audit(N, CLASSES).load_state_dict(state)
 
 
 def test_examples_never_seen_come_last_and_are_not_flagged() -> None:

@@ -5,7 +5,9 @@ A probability averaged over the whole run still shows the label that the other e
 was learned by heart; the probability at the end does not. Averaging the loss ranks examples for the same reason.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -67,6 +69,7 @@ class Audit:
     >>> audit.update(torch.tensor([0, 1]), losses=losses, logits=logits, labels=labels)
     >>> audit.compute().flagged
     tensor([False,  True])
+    >>> audit.load_state_dict(audit.state_dict())  # goes on after an interruption
     """
 
     def __init__(self, n: int, n_classes: int | None = None) -> None:
@@ -88,6 +91,36 @@ class Audit:
         self._probability_sum = torch.zeros(self.n, self.n_classes or 0)
         self._labels = torch.full((self.n,), -1, dtype=torch.int64)
         self._has_norms: bool | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was taken in so far: tensors on the CPU and plain values, for `torch.save` and a later run.
+
+        `torch.load` reads it back with `weights_only=True`. The tensors are copies: later updates leave them alone.
+        """
+        plain = {"n": self.n, "n_classes": self.n_classes, "has_norms": self._has_norms}
+        return plain | {name: tensor.clone() for name, tensor in self._sums().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that `state_dict` gave.
+
+        Raises:
+            InputError: the state is of another n or n_classes, or lacks an entry; nothing was loaded.
+        """
+        missing = [name for name in ("n", "n_classes", "has_norms", *self._sums()) if name not in state]
+        if missing:
+            raise InputError(f"the state has no {', '.join(missing)}; load what `Audit.state_dict()` gave")
+        if (state["n"], state["n_classes"]) != (self.n, self.n_classes):
+            raise InputError(
+                f"the state is of an audit with n={state['n']}, n_classes={state['n_classes']}; this one has "
+                f"n={self.n}, n_classes={self.n_classes}. Make the audit with the sizes of the state"
+            )
+        self._has_norms = state["has_norms"]
+        for name, tensor in self._sums().items():
+            tensor.copy_(state[name])
+
+    def _sums(self) -> dict[str, torch.Tensor]:
+        """Everything that is accumulated, by name."""
+        return {name[1:]: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
     def update(
         self,
