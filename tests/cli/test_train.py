@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from sklearn.datasets import load_diabetes, load_wine
@@ -93,6 +94,81 @@ def test_errors_are_one_line(arguments: list[str], said: str, capsys: pytest.Cap
 def test_data_of_other_features_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "wine", "--epochs", "1", "--out", "run"]) == 0
     assert main(["predict", "run", "iris"]) == 2
+    assert "iris: there is no column 'alcohol', as there was in training; found sepal length" in capsys.readouterr().err
+    assert main(["predict", "run", "digits"]) == 2
     assert "its features, without 'alcohol', are not those the model was trained on" in capsys.readouterr().err
+    assert main(["predict", "run", "wine", "--codes"]) == 2
+    assert "codes are those of an autoencoder; train one with --model autoencoder:32,8" in capsys.readouterr().err
     assert main(["predict", "run/checkpoint.safetensors", "wine"]) == 2
     assert "a checkpoint of a training, not a model" in capsys.readouterr().err
+
+
+HEADER, COLORS = "size,color,weight,price\n", ("red", "green", "blue")
+
+
+def colors(path: Path, n: int = 60) -> Path:
+    """A table with a category, missing numbers, a constant column and a target of numbers."""
+    rows = [
+        f"{k % 7 + k / 9},{COLORS[k % 3]},{'' if k % 10 == 3 else k % 5},{k % 7 + 2 * (k % 3) + k / 99}"
+        for k in range(n)
+    ]
+    path.write_text(HEADER + "\n".join(rows) + "\n")
+    return path
+
+
+def test_predictions_need_no_target_and_one_example_at_a_time_will_do(folder: Path) -> None:
+    assert main(["train", str(colors(folder / "t.csv")), "--target", "price", "--epochs", "3", "--out", "run"]) == 0
+    assert main(["predict", "run", "t.csv", "--out", "all.parquet"]) == 0
+    found = pl.read_parquet("all.parquet")["prediction"]
+    lines = (folder / "t.csv").read_text().splitlines()
+    for k in (0, 13, 59):
+        size, color, weight, _ = lines[k + 1].split(",")
+        (folder / "one.csv").write_text(f"color,extra,weight,size\n{color},7,{weight},{size}\n")
+        assert main(["predict", "run", "one.csv", "--out", "one.parquet"]) == 0
+        assert pl.read_parquet("one.parquet")["prediction"][0] == pytest.approx(found[k], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "size,color,weight\n1,mauve,3\n",
+            "column 'color' holds 'mauve' in line 2; in training it held blue, green, red",
+        ),
+        (
+            "size,color,weight\n1,red,3\n,red,3\n",
+            "column 'size' has no number in line 3; in training every example had",
+        ),
+        ("size,color,weight\nbig,red,3\n", "column 'size' holds text ('big'); in training it held numbers"),
+        ("size,weight\n1,3\n", "there is no column 'color', as there was in training; found size, weight"),
+        ("size,color,weight\n", "found no examples"),
+    ],
+)
+def test_predictions_refuse_what_training_did_not_know(
+    text: str, said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(colors(folder / "t.csv")), "--target", "price", "--epochs", "1", "--out", "run"]) == 0
+    (folder / "new.csv").write_text(text)
+    assert main(["predict", "run", "new.csv"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_autoencoder_needs_no_target(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "autoencoder:6,2", "--epochs", "3"]
+    assert main(["train", str(colors(folder / "t.csv")), *options, "--drop", "price", "--out", "a"]) == 0
+    assert "R² of the reconstruction" in capsys.readouterr().out
+    (folder / "t2.csv").write_text((folder / "t.csv").read_text().replace("price", "target"))
+    assert main(["train", "t2.csv", *options, "--out", "b"]) == 0
+    states = [load_state(folder / name / "model.safetensors") for name in ("a", "b")]
+    assert same(*states)
+    assert main(["predict", "b", "t.csv", "--codes"]) == 0
+    found = pl.read_csv("predictions.csv")
+    assert found.columns == ["index", "reconstruction error", "code 0", "code 1"]
+    assert (found["reconstruction error"] > 0).all()
+    np.savez(folder / "i.npz", X=np.random.default_rng(0).normal(size=(40, 6, 6)))
+    assert main(["train", "i.npz", *options, "--out", "images"]) == 0
+    assert main(["predict", "images", "i.npz"]) == 0
+    assert main(["predict", "images", "t.csv"]) == 2
+    assert "a table, where images or sequences" in capsys.readouterr().err
+    assert main(["train", "i.npz"]) == 2
+    assert "no array of targets" in capsys.readouterr().err

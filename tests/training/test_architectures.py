@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rowgrad.errors import InputError
-from rowgrad.training.architectures import Form, build
+from rowgrad.training.architectures import Autoencoder, Form, build
 
 TABLE, IMAGES, SEQUENCES = Form((6,), 3), Form((2, 9, 7), 3), Form((5, 4), 3)
 
@@ -50,7 +50,9 @@ def test_layers_are_those_of_the_word() -> None:
 
 def test_an_autoencoder_answers_with_its_input() -> None:
     model = build("autoencoder:5,2", Form((6,), 3))
-    assert [(m.in_features, m.out_features) for m in model if isinstance(m, nn.Linear)] == [
+    assert isinstance(model, Autoencoder)
+    assert model.encoder(torch.randn(4, 6)).shape == (4, 2)
+    assert [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)] == [
         (6, 5),
         (5, 2),
         (2, 5),
@@ -81,6 +83,7 @@ def test_an_lstm_reads_each_sequence_to_its_end() -> None:
         ("lstm", SEQUENCES, "such as lstm:64"),
         ("lstm:8", Form((5, 4), 3, norm="layer"), "leave out --act and --norm"),
         ("autoencoder", TABLE, "such as autoencoder:32,8"),
+        ("autoencoder:4", SEQUENCES, "autoencoder is for tables and images, the examples are sequences"),
         ("mlp:8", Form((6,), 3, "rely"), "activation 'rely'"),
         ("mlp:8", Form((6,), 3, norm="group"), "norm 'group'"),
         ("mlp:8", Form((6,), 3, dropout=1.0), "--dropout 1"),

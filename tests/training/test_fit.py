@@ -40,6 +40,8 @@ def weights(fitted: Fitted) -> dict[str, torch.Tensor]:
         ("diabetes", Recipe(), 0.3),
         ("digits", Recipe(epochs=15, norm="batch-pre", act="leaky_relu", alpha=0.1, init="he"), 0.95),
         ("digits", Recipe(epochs=10, init="pretrain"), 0.95),
+        ("digits", Recipe(model="autoencoder:32", epochs=20), 0.6),
+        ("wine", Recipe(model="autoencoder:12,4", act="tanh", init="pretrain", lr=1e-2), 0.6),
         ("digits", Recipe(epochs=15, optimizer="momentum", decay="inverse", decay_rate=0.1, clip_norm=1.0), 0.93),
     ],
 )
@@ -119,7 +121,7 @@ def test_pretraining_repeats_bit_for_bit() -> None:
     recipe = Recipe(model="mlp:64", epochs=1, init="pretrain")
     first = fit(table, recipe)
     assert same(weights(fit(table, recipe)), weights(first))
-    with pytest.raises(InputError, match="--init pretrain is for mlp, not for --model cnn:8"):
+    with pytest.raises(InputError, match="--init pretrain is for mlp and autoencoder, not for --model cnn:8"):
         fit(table, replace(recipe, model="cnn:8"))
 
 
@@ -201,6 +203,24 @@ def test_recipes_that_do_not_fit_the_data(recipe: Recipe, said: str) -> None:
         fit(read_table("wine"), recipe)
 
 
+def test_an_autoencoder_is_scored_by_what_it_gives_back(tmp_path: Path) -> None:
+    table = read_table("digits")
+    found = fit(table, replace(QUICK, model="autoencoder:16,4", dropout=0.0), directory=tmp_path)
+    problem, best = found.problem, found.epochs[found.best - 1]
+    x = problem.inputs[problem.val]
+    assert x.shape[1:] == (1, 8, 8)
+    with torch.no_grad():
+        errors = (found.model(x) - x.flatten(1)).double()
+    assert best.val_loss == pytest.approx(float(errors.square().mean() / 2), rel=1e-5)
+    spread = (x.flatten(1).double() - x.flatten(1).double().mean(0)).square().sum()
+    assert best.val_score == pytest.approx(1 - float(errors.square().sum() / spread), rel=1e-5)
+    save_model(found, table, tmp_path / "model")
+    predictor = load_model(tmp_path / "model")
+    outputs = predictor.of_table(table)[problem.val]
+    torch.testing.assert_close(outputs.double(), errors.square().mean(1) / 2, rtol=1e-5, atol=1e-6)
+    assert predictor.codes(table.features).shape == (1797, 4)
+
+
 # Sequences
 
 
@@ -237,6 +257,8 @@ def test_sequences_resume_and_suit_other_models_too(tmp_path: Path) -> None:
     fit(table, replace(recipe, epochs=2), directory=tmp_path)
     assert same(weights(fit(table, recipe, directory=tmp_path, resume=True)), weights(fit(table, recipe)))
     assert fit(table, Recipe(model="mlp:8", epochs=1)).epochs
+    values = replace(table, classes=None, targets=torch.randn(100).double())
+    assert fit(values, replace(recipe, epochs=1)).problem.lengths is not None
     with pytest.raises(InputError, match="would mix the steps of a sequence"):
         fit(table, Recipe(model="lstm:8", prepare="whiten"))
 

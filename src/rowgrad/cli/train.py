@@ -7,10 +7,10 @@ from typing import Annotated
 
 import numpy as np
 import polars as pl
-import torch
 import typer
 from rich.console import Console
 
+from rowgrad.cli.audit import NaN, Task
 from rowgrad.cli.output import kind_of, write_text
 from rowgrad.cli.progress import progress_bar
 from rowgrad.data.readers import read_table
@@ -21,7 +21,7 @@ from rowgrad.report.history import history_page
 from rowgrad.report.metrics import versions
 from rowgrad.training.fit import CHECKPOINT, Fitted, fit
 from rowgrad.training.recipe import Recipe
-from rowgrad.training.saved import load_model, save_model
+from rowgrad.training.saved import Predictor, load_model, save_model
 
 DATA_HELP = "digits, breast_cancer, wine, iris, diabetes, or a CSV, Parquet or NPZ file."
 MODEL = "model.safetensors"
@@ -32,9 +32,15 @@ def train(
     data: Annotated[str, typer.Argument(help=DATA_HELP)],
     target: Annotated[str | None, typer.Option(help="Column (or NPZ array) to predict.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the results; default rowgrad-train-NAME.")] = None,
+    task: Annotated[Task | None, typer.Option(help="What the target is; default by its values.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Column to leave out; may be repeated.")] = None,
+    categorical: Annotated[
+        list[str] | None, typer.Option(help="Column of numbers to one-hot encode; may be repeated.")
+    ] = None,
+    nan: Annotated[NaN, typer.Option(help="NaN in a feature: refuse it, or take it for a missing value.")] = NaN.ERROR,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run in --out was stopped.")] = False,
     model: Annotated[
-        str, typer.Option(help="mlp:WIDTHS, cnn:CHANNELS for images, lstm:UNITS for sequences.")
+        str, typer.Option(help="mlp:WIDTHS, cnn:CHANNELS for images, lstm:UNITS for sequences, autoencoder:WIDTHS.")
     ] = Recipe.model,
     act: Annotated[str, typer.Option(help="Activation of hidden layers, or maxout.")] = Recipe.act,
     alpha: Annotated[float | None, typer.Option(help="Slope of leaky_relu below 0.")] = None,
@@ -75,7 +81,15 @@ def train(
     if monitor < 0 or check_grad < 0:
         raise InputError(f"--monitor {monitor} --check-grad {check_grad}: at least 0")
     directory = out or Path(f"rowgrad-train-{Path(data).stem}")
-    table = read_table(data, target=target)
+    table = read_table(
+        data,
+        target=target,
+        drop=drop or (),
+        categorical=categorical or (),
+        task=task,
+        nan=nan,
+        needs_target=recipe.kind != "autoencoder",
+    )
     _begin(directory, resume)
     with progress_bar("training") as progress:
         found = fit(
@@ -119,11 +133,11 @@ def _write(found: Fitted, table: Table, directory: Path, command: list[str]) -> 
 
 
 def _summarize(found: Fitted, directory: Path) -> None:
-    best, is_classes = found.epochs[found.best - 1], found.problem.classes is not None
+    best = found.epochs[found.best - 1]
     console = Console()
     lines = [f"Stopped after {len(found.epochs)} epochs: {found.stopped}."]
     if best.val_loss is not None and best.val_score is not None:
-        name = "accuracy" if is_classes else "R²"
+        name = found.problem.score_name
         lines.append(
             f"Best epoch {found.best}: loss {best.val_loss:.4g}, {name} {best.val_score:.4g} on "
             f"{len(found.problem.val):,} examples held out."
@@ -140,13 +154,21 @@ def predict(
     data: Annotated[str, typer.Argument(help=DATA_HELP)],
     target: Annotated[str | None, typer.Option(help="The column that was predicted in training.")] = None,
     out: Annotated[Path, typer.Option(help="File for the predictions: .csv or .parquet.")] = Path("predictions.csv"),
+    nan: Annotated[NaN, typer.Option(help="NaN in a feature: refuse it, or take it for a missing value.")] = NaN.ERROR,
+    codes: Annotated[bool, typer.Option("--codes", help="Of an autoencoder, write the hidden code too.")] = False,
 ) -> None:
-    """Predict the target of each example of DATA with a trained model; its preparation of features comes with it."""
+    """Predict the target of each example of DATA with a trained model; the preparation of features comes with it.
+
+    DATA needs no target. An autoencoder gives the reconstruction error of each example: half the mean squared error
+    over the features as they are prepared.
+    """
     kind = kind_of("--out", out, ("csv", "parquet"))
     predictor = load_model(model / MODEL if model.is_dir() else model)
-    table = read_table(data, target=target)
-    outputs = predictor.of_table(table)
-    frame = _frame(outputs, predictor.classes, table)
+    table = read_table(data, target=target, nan=nan, needs_target=False, like=predictor.columns)
+    frame = _frame(predictor, table)
+    if codes:
+        found = predictor.codes(table.features).numpy()
+        frame = frame.with_columns([pl.Series(f"code {k}", values) for k, values in enumerate(found.T)])
     try:
         with whole(out) as stage:
             frame.write_csv(stage) if kind == "csv" else frame.write_parquet(stage)
@@ -155,9 +177,11 @@ def predict(
     Console().print(f"{len(frame):,} predictions: {out.resolve()}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _frame(outputs: torch.Tensor, classes: tuple[str, ...] | None, table: Table) -> pl.DataFrame:
+def _frame(predictor: Predictor, table: Table) -> pl.DataFrame:
+    outputs, classes = predictor.of_table(table), predictor.classes
     columns: dict[str, np.ndarray | list] = {"index": np.arange(len(table))}
     if classes is None:
-        return pl.DataFrame(columns | {"prediction": outputs.numpy()})
+        name = "reconstruction error" if predictor.reconstructs else "prediction"
+        return pl.DataFrame(columns | {name: outputs.numpy()})
     columns |= {"prediction": [classes[k] for k in outputs.argmax(1).tolist()]}
     return pl.DataFrame(columns | {f"probability of {name}": outputs[:, k].numpy() for k, name in enumerate(classes)})

@@ -1,11 +1,12 @@
 """From raw columns to numbers: numeric, one-hot, missing values; each decision is reported in a sentence."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
 
-from rowgrad.data.raw import Raw, enumerate_words
+from rowgrad.data.raw import Raw, enumerate_words, shorten
 from rowgrad.errors import InputError
 
 MAX_CATEGORIES = 50
@@ -32,10 +33,24 @@ FEATURE = Advice(
 )
 
 
+@dataclass(frozen=True)
+class Column:
+    """How one raw column became numbers, so that other data can be encoded alike.
+
+    median: in place of missing numbers, which a column of their own marks; None where none was missing.
+    categories: each has a 0/1 column; None for numbers.
+    """
+
+    name: str
+    median: float | None = None
+    categories: tuple[str, ...] | None = None
+
+
 @dataclass
 class Encoded:
     """Numeric columns made from the raw ones, and what was done on the way."""
 
+    kept: list[Column] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     columns: list[np.ndarray] = field(default_factory=list)
     one_hot: dict[str, int] = field(default_factory=dict)
@@ -85,6 +100,46 @@ def encode(raw: Raw, names: list[str], categorical: frozenset[str], nan_is_missi
             _add_categories(raw, encoded, as_text(column))
         else:
             _add_numbers(encoded, name, values)
+    return encoded
+
+
+def encode_like(raw: Raw, columns: Sequence[Column], nan_is_missing: bool) -> Encoded:
+    """Columns of `raw` as those of other data were encoded; columns beside them are left out.
+
+    Raises:
+        InputError: a column is not there, holds a value that none there had (a category, a missing number), or what
+            `encode` refuses.
+    """
+    encoded = Encoded()
+    for column in columns:
+        if column.name not in raw.frame.columns:
+            raise InputError(
+                f"{raw.name}: there is no column {column.name!r}, as there was in training; found "
+                f"{shorten(raw.frame.columns)}"
+            )
+        found = raw.frame[column.name]
+        if column.categories is not None:
+            values = as_text(found).fill_null(MISSING_CATEGORY)
+            new = np.flatnonzero(~values.is_in(list(column.categories)).to_numpy())
+            if len(new):
+                raise InputError(
+                    f"{raw.name}: column {column.name!r} holds {values[int(new[0])]!r} in {raw.where(new)}; in "
+                    f"training it held {shorten(column.categories)}"
+                )
+            _add_one_hot(encoded, column, values)
+            continue
+        values = numbers(raw, found, FEATURE, nan_is_missing)
+        if values is None:
+            raise InputError(
+                f"{raw.name}: column {column.name!r} holds text ({found[0]!r}); in training it held numbers"
+            )
+        absent = np.flatnonzero(np.isnan(values))
+        if len(absent) and column.median is None:
+            raise InputError(
+                f"{raw.name}: column {column.name!r} has no number in {raw.where(absent)}; in training every example "
+                "had one, so give these examples one or remove them"
+            )
+        _add(encoded, column, values)
     return encoded
 
 
@@ -147,15 +202,24 @@ def _add_numbers(encoded: Encoded, name: str, values: np.ndarray) -> None:
     if absent.all():
         encoded.left_out[name] = "no values"
     elif absent.any():
-        encoded.add(name, np.where(absent, np.median(values[~absent]), values))
-        encoded.add(f"{name} is missing", absent.astype(np.float64))
+        _add(encoded, Column(name, median=float(np.median(values[~absent]))), values)
         encoded.filled[name] = int(absent.sum())
     elif np.ptp(values) == 0:
         encoded.left_out[name] = "constant"
     elif name.lower() in ROW_NUMBER_NAMES and bool((np.diff(values) == 1).all()):
         encoded.left_out[name] = "numbers the rows"
     else:
-        encoded.add(name, values)
+        _add(encoded, Column(name), values)
+
+
+def _add(encoded: Encoded, column: Column, values: np.ndarray) -> None:
+    encoded.kept.append(column)
+    if column.median is None:
+        encoded.add(column.name, values)
+        return
+    absent = np.isnan(values)
+    encoded.add(column.name, np.where(absent, column.median, values))
+    encoded.add(f"{column.name} is missing", absent.astype(np.float64))
 
 
 def _add_categories(raw: Raw, encoded: Encoded, texts: pl.Series) -> None:
@@ -171,5 +235,10 @@ def _add_categories(raw: Raw, encoded: Encoded, texts: pl.Series) -> None:
         encoded.left_out[name] = "constant"
         return
     encoded.one_hot[name] = len(categories)
-    for category in categories:
-        encoded.add(f"{name} = {category}", (values == category).to_numpy().astype(np.float64))
+    _add_one_hot(encoded, Column(name, categories=tuple(categories)), values)
+
+
+def _add_one_hot(encoded: Encoded, column: Column, values: pl.Series) -> None:
+    encoded.kept.append(column)
+    for category in column.categories or ():
+        encoded.add(f"{column.name} = {category}", (values == category).to_numpy().astype(np.float64))

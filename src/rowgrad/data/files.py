@@ -89,14 +89,18 @@ def read_parquet(path: Path) -> Raw:
     return Raw(path.name, frame, "row", np.arange(frame.height))
 
 
-def read_npz(path: Path, target: str | None) -> Raw:
-    """The arrays of an NPZ file; `target` names the array of targets, which otherwise goes by one of the usual keys."""
+def read_npz(path: Path, target: str | None, needs_target: bool = True) -> Raw:
+    """The arrays of an NPZ file; `target` names the array of targets, which otherwise goes by one of the usual keys.
+
+    Where no target is needed and there is none, zeros stand for it.
+    """
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path}: not an NPZ file (it is not a zip archive); write it with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            key_x, key_y = _keys(path, archive.files, target)
-            features, targets = archive[key_x], archive[key_y]
+            key_x, key_y = _keys(path, archive.files, target, needs_target)
+            features = archive[key_x]
+            targets = archive[key_y] if key_y in archive.files else np.zeros(features.shape[:1])
             lengths = next((archive[key] for key in LENGTH_KEYS if key in archive.files and key != key_y), None)
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
         if isinstance(error, InputError):
@@ -117,11 +121,12 @@ def read_npz(path: Path, target: str | None) -> Raw:
     return Raw(path.name, frame, "row", rows)
 
 
-def _keys(path: Path, found: list[str], target: str | None) -> tuple[str, str]:
+def _keys(path: Path, found: list[str], target: str | None, needs_target: bool) -> tuple[str, str]:
     if target is not None and target not in found:
         raise InputError(f"{path}: no array is called {target!r}; found {shorten(found)}")
     features = next((key for key in FEATURE_KEYS if key in found and key != target), None)
-    targets = target or next((key for key in TARGET_KEYS if key in found), None)
+    otherwise = None if needs_target else TARGET_KEYS[0]
+    targets = target or next((key for key in TARGET_KEYS if key in found), otherwise)
     if features is None or targets is None:
         missing, keys = ("features", FEATURE_KEYS) if features is None else ("targets", TARGET_KEYS)
         raise InputError(f"{path}: no array of {missing}; expected one of {shorten(keys)}, found {shorten(found)}")

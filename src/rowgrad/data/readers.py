@@ -1,17 +1,17 @@
 """From what the user names (a bundled set, a file) to a `Table`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from rowgrad.data.bundled import BUNDLED, read_bundled
-from rowgrad.data.columns import Encoded, encode
+from rowgrad.data.columns import Column, Encoded, encode, encode_like
 from rowgrad.data.files import read_csv, read_npz, read_parquet
 from rowgrad.data.raw import Raw, enumerate_words, shorten
 from rowgrad.data.table import Table
-from rowgrad.data.targets import read_target, target_column
+from rowgrad.data.targets import Target, likely_targets, read_target, target_column
 from rowgrad.errors import InputError
 
 SUFFIXES = (".csv", ".tsv", ".parquet", ".npz")
@@ -25,6 +25,8 @@ def read_table(
     categorical: Iterable[str] = (),
     task: str | None = None,
     nan: str = "error",
+    needs_target: bool = True,
+    like: Sequence[Column] | None = None,
 ) -> Table:
     """A bundled set of scikit-learn by name, or a CSV, Parquet or NPZ file, as a table.
 
@@ -38,17 +40,20 @@ def read_table(
         task: `classification` or `regression`; by default text, truth values and up to 50 distinct whole numbers are
             classes.
         nan: `error` refuses NaN in features with their places; `missing` treats it as a missing value.
+        needs_target: False reads the features alone: no target is needed, and the column that would be it is left out.
+        like: the `columns` of another table, whose encoding the features are given; other columns are left out.
 
     Raises:
         InputError: the source or an option cannot be used; the message says what, where, and what to do.
     """
-    raw = _read(str(source), target)
-    if raw.frame.height < 2:
+    raw = _read(str(source), target, needs_target)
+    if raw.frame.height < (2 if like is None else 1):
         count = "no examples" if raw.frame.height == 0 else "one example"
         raise InputError(f"{raw.name}: found {count}; an audit compares examples and needs at least two")
-    chosen = target_column(raw, target) if raw.name not in BUNDLED else raw.frame.columns[-1]
-    encoded_target = read_target(raw, chosen, task)
+    chosen = _target_name(raw, target, needs_target)
+    encoded_target = read_target(raw, chosen, task) if needs_target else _no_target(raw)
     names = _feature_columns(raw, chosen, drop, categorical)
+    columns: Sequence[Column] = ()
     if raw.images is not None:
         features, feature_names, notes = _pixels(raw)
         frame = None
@@ -56,27 +61,47 @@ def read_table(
         features, feature_names, notes = _steps(raw)
         frame = None
     else:
-        encoded = encode(raw, names, frozenset(categorical), nan == "missing")
+        if like is None:
+            encoded = encode(raw, names, frozenset(categorical), nan == "missing")
+        elif not like:
+            raise InputError(f"{raw.name}: a table, where images or sequences like those of the training are needed")
+        else:
+            encoded = encode_like(raw, like, nan == "missing")
         features, feature_names, notes = _matrix(raw, encoded)
-        frame = raw.frame.select(names)
+        frame, columns = raw.frame.select(names), encoded.kept
     return Table(
         name=raw.name,
         features=features,
         feature_names=feature_names,
         targets=encoded_target.values,
-        target_name=chosen,
+        target_name=chosen if needs_target else "",
         classes=encoded_target.classes,
         place=raw.place,
         numbers=raw.numbers,
         frame=frame,
         images=None if raw.images is None else _displayed(raw.images),
-        notes=(encoded_target.note, *raw.notes, *notes),
+        notes=tuple(note for note in (encoded_target.note, *raw.notes, *notes) if note),
         steps=None if raw.sequences is None else (raw.sequences.shape[1], raw.sequences.shape[2]),
         lengths=None if raw.lengths is None else torch.from_numpy(raw.lengths),
+        columns=tuple(columns),
     )
 
 
-def _read(source: str, target: str | None) -> Raw:
+def _target_name(raw: Raw, asked: str | None, needs_target: bool) -> str:
+    """The target's column; where none is needed, the one that would be it, or none, the empty name."""
+    if raw.name in BUNDLED:
+        return raw.frame.columns[-1]
+    if needs_target or asked is not None:
+        return target_column(raw, asked)
+    likely = likely_targets(raw)
+    return likely[0] if len(likely) == 1 else ""
+
+
+def _no_target(raw: Raw) -> Target:
+    return Target(torch.zeros(raw.frame.height, dtype=torch.float64), None, "")
+
+
+def _read(source: str, target: str | None, needs_target: bool) -> Raw:
     if source in BUNDLED:
         if target is not None:
             raise InputError(f"{source} brings its own target; --target {target} is for files")
@@ -97,7 +122,7 @@ def _read(source: str, target: str | None) -> Raw:
         if path.stat().st_size == 0:
             raise InputError(f"{source}: the file is empty; expected a header and at least two examples")
         if suffix == ".npz":
-            return read_npz(path, target)
+            return read_npz(path, target, needs_target)
         return read_parquet(path) if suffix == ".parquet" else read_csv(path)
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror or error})") from error
@@ -113,7 +138,8 @@ def _feature_columns(raw: Raw, target: str, drop: Iterable[str], categorical: It
                 raise InputError(f"{raw.name}: {option} {name}: this column is the target")
     names = [name for name in columns if name != target and name not in set(drop)]
     if not names and raw.images is None and raw.sequences is None:
-        raise InputError(f"{raw.name}: no column is left beside the target {target!r}; there is nothing to learn from")
+        beside = f" beside the target {target!r}" if target else ""
+        raise InputError(f"{raw.name}: no column is left{beside}; there is nothing to learn from")
     return names
 
 

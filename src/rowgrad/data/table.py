@@ -6,13 +6,16 @@ import numpy as np
 import polars as pl
 import torch
 
+from rowgrad.data.columns import Column
+
 
 @dataclass(frozen=True)
 class Table:
     """N examples with d numeric features and one target each.
 
     features: shape (N, d), as read; `standardize` makes the model's input of them.
-    targets: shape (N,); int64 positions in `classes`, or float64 values.
+    targets: shape (N,); int64 positions in `classes`, or float64 values; 0 where the data were read without a target,
+        whose name is empty then.
     classes: the labels, for classification; None for regression.
     frame: the columns as they stood in the source, for display; None where the examples are images.
     images: uint8, (N, height, width) or (N, height, width, channels); None for tables.
@@ -20,6 +23,7 @@ class Table:
     lengths: how many steps each sequence has, int64, (N,); the features behind them are 0. None for others.
     place, numbers: the word for where an example stands in the source ("line" or "row"), and its number there.
     notes: what was decided about the columns and the target, one sentence each.
+    columns: how the features were made of the source's columns, in order; empty for images and sequences.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Table:
     notes: tuple[str, ...] = ()
     steps: tuple[int, int] | None = None
     lengths: torch.Tensor | None = None
+    columns: tuple[Column, ...] = ()
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -36,11 +36,16 @@ def target_column(raw: Raw, asked: str | None) -> str:
         if asked not in names:
             raise InputError(f"{raw.name}: no column is called {asked!r}; found {shorten(names)}")
         return asked
-    likely = [name for name in names if name.lower() in TARGET_NAMES]
+    likely = likely_targets(raw)
     if len(likely) == 1:
         return likely[0]
     found = f"{len(likely)} are called like one" if likely else "none is called target, label, class or y"
     raise InputError(f"{raw.name}: which column is the target? {found}; say --target with one of {shorten(names)}")
+
+
+def likely_targets(raw: Raw) -> list[str]:
+    """The columns that are called target, label, class or y."""
+    return [name for name in raw.frame.columns if name.lower() in TARGET_NAMES]
 
 
 def read_target(raw: Raw, name: str, task: str | None) -> Target:

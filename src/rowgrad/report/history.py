@@ -22,7 +22,7 @@ def history_page(found: Fitted, name: str, command: Sequence[str] = ()) -> str:
         key += '<span><i style="border-color: var(--mark)"></i>held out</span>'
     sections.append(_figure("Loss by epoch", key, losses, "loss"))
     if found.epochs[0].val_score is not None:
-        score = "accuracy" if found.problem.classes is not None else "R²"
+        score = found.problem.score_name
         values = np.array([max(e.val_score or 0.0, 0.0) for e in found.epochs])
         sections.append(_figure(f"{score} on the part held out", "", [Line(values, "suspect")], score))
     if found.monitor is not None:

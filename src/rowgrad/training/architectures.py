@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -128,14 +129,28 @@ def _lstm(widths: Sequence[int], form: Form) -> nn.Module:
     return SequenceReader(form.shape[1], widths, form.n_outputs, form.dropout)
 
 
+class Autoencoder(nn.Sequential):
+    """An `encoder` to the code and a `decoder` back; outputs are laid out flat, (B, d)."""
+
+    def __init__(self, encoder: nn.Sequential, decoder: nn.Sequential) -> None:
+        super().__init__(OrderedDict(encoder=encoder, decoder=decoder))
+        self.encoder: nn.Sequential
+        self.decoder: nn.Sequential
+
+
 def _autoencoder(widths: Sequence[int], form: Form) -> nn.Module:
+    if len(form.shape) == 2:
+        raise InputError("--model autoencoder is for tables and images, the examples are sequences; use lstm or mlp")
     if not widths:
         raise InputError("--model autoencoder: name the units of the encoder, such as autoencoder:32,8")
     n = _flat(form)
-    layers: list[nn.Module] = [nn.Flatten()] if len(form.shape) > 1 else []
-    for n_in, n_out in pairwise((n, *widths, *widths[-2::-1])):
-        layers += _hidden(n_in, n_out, form)
-    return nn.Sequential(*layers, nn.Linear((n, *widths)[1], n))
+    encoder: list[nn.Module] = [nn.Flatten()] if len(form.shape) > 1 else []
+    for n_in, n_out in pairwise((n, *widths)):
+        encoder += _hidden(n_in, n_out, form)
+    decoder: list[nn.Module] = []
+    for n_in, n_out in pairwise(reversed(widths)):
+        decoder += _hidden(n_in, n_out, form)
+    return Autoencoder(nn.Sequential(*encoder), nn.Sequential(*decoder, nn.Linear(widths[0], n)))
 
 
 KINDS: dict[str, Callable[[Sequence[int], Form], nn.Module]] = {

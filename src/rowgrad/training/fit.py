@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rowgrad.checking.gradients import check_gradients
-from rowgrad.data.preparation import Preparation, prepare, prepare_steps, steps_of
 from rowgrad.data.table import Table
 from rowgrad.diagnosis.examine import diagnose
 from rowgrad.diagnosis.monitor import Monitor
 from rowgrad.errors import InputError, NonFiniteError, RowgradError
-from rowgrad.layers.initialization import initialize
-from rowgrad.layers.pretraining import pretrain
 from rowgrad.optim.clipping import GradientClip
 from rowgrad.optim.factory import SECOND_ORDER, make
 from rowgrad.optim.rates import decay
-from rowgrad.training.architectures import Form, SequenceReader, build
 from rowgrad.training.checkpoint import load_state, save_state
-from rowgrad.training.loop import Loop, seed_of
+from rowgrad.training.loop import Loop
+from rowgrad.training.problem import Problem, called, model_for, outputs_of, pose
 from rowgrad.training.recipe import Recipe, differences
-from rowgrad.training.step import Criterion, label_losses, squared_losses
 
 CHECKPOINT, MONITOR = "checkpoint.safetensors", "monitor.jsonl"
 CHECKED, N_ENTRIES = 16, 20  # examples and entries of a gradient check
-EVALUATED = 4096  # examples at a time
-SPLIT, WEIGHTS = 2, 3  # uses of the run's seed, beside the two of `Loop`
 
 
 @dataclass(frozen=True)
@@ -57,30 +50,6 @@ class Epoch:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Examples as a model takes them, in two parts; targets of a regression are (target - center) / scale."""
-
-    prepared: Preparation
-    inputs: Tensor
-    targets: Tensor
-    train: Tensor
-    val: Tensor
-    shape: tuple[int, ...]
-    classes: tuple[str, ...] | None
-    center: float
-    scale: float
-    lengths: Tensor | None = None
-
-    def given(self, index: Tensor) -> tuple[Tensor, ...]:
-        """What a model gets for these examples: inputs, and lengths where they are sequences."""
-        return (self.inputs[index],) if self.lengths is None else (self.inputs[index], self.lengths[index])
-
-    @property
-    def criterion(self) -> Criterion:
-        return squared_losses if self.classes is None else label_losses
-
-
 @dataclass
 class Fitted:
     """A trained model with all that is needed to use it again.
@@ -102,59 +71,6 @@ class Fitted:
     epochs: list[Epoch] = field(default_factory=list)
     best: int = 0
     stopped: str = ""
-
-
-def split(table: Table, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Positions of the training part and of the part held out, both ascending."""
-    generator = torch.Generator().manual_seed(seed_of(recipe.seed, SPLIT))
-    order = torch.randperm(len(table), generator=generator)
-    n_val = round(recipe.val * len(table))
-    if len(table) - n_val < 2:
-        raise InputError(
-            f"{table.name}: {len(table) - n_val} of {len(table)} examples are left to train on; lower --val"
-        )
-    return order[n_val:].sort().values, order[:n_val].sort().values
-
-
-def pose(table: Table, recipe: Recipe) -> Problem:
-    """Split and prepare; everything fitted is fitted on the training part."""
-    train, val = split(table, recipe)
-    if table.steps is not None and table.lengths is not None:
-        prepared = prepare_steps(table.features[train], table.steps, table.lengths[train], recipe.prepare)
-        inputs = steps_of(prepared(table.features), table.steps, table.lengths)
-        shape: tuple[int, ...] = table.steps
-    else:
-        prepared = prepare(table.features[train], recipe.prepare)
-        inputs = prepared(table.features)
-        shape = (inputs.shape[1],)
-    if table.images is not None and recipe.prepare != "whiten":
-        image = table.images[..., None] if table.images.ndim == 3 else table.images
-        shape = (image.shape[3], image.shape[1], image.shape[2])
-        inputs = inputs.view(len(inputs), *shape[1:], shape[0]).movedim(-1, 1).contiguous()
-    if table.classes is not None:
-        return Problem(prepared, inputs, table.targets, train, val, shape, table.classes, 0.0, 1.0, table.lengths)
-    center, scale = float(table.targets[train].mean()), float(table.targets[train].std(correction=0))
-    if scale == 0:
-        raise InputError(
-            f"{table.name}: the target is {center:g} in all of the training part; there is nothing to learn"
-        )
-    return Problem(prepared, inputs, ((table.targets - center) / scale).float(), train, val, shape, None, center, scale)
-
-
-def model_for(problem: Problem, recipe: Recipe) -> nn.Module:
-    """The model of a recipe, drawn by its seed; no global random state changes."""
-    n_outputs = 1 if problem.classes is None else len(problem.classes)
-    form = Form(problem.shape, n_outputs, recipe.act, recipe.alpha, recipe.norm, recipe.dropout)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(recipe.seed, WEIGHTS))
-        model = build(recipe.model, form)
-        if recipe.init == "pretrain":
-            if not isinstance(model, nn.Sequential) or not recipe.model.startswith("mlp"):
-                raise InputError(f"--init pretrain is for mlp, not for --model {recipe.model}")
-            pretrain(model, problem.inputs[problem.train])
-        elif recipe.init is not None:
-            initialize(model, recipe.init)
-    return model
 
 
 def fit(
@@ -186,8 +102,6 @@ def fit(
     recipe = recipe or Recipe()
     if recipe.optimizer in SECOND_ORDER:
         raise InputError(f"--optimizer {recipe.optimizer} takes the loss as a function; train with one of first order")
-    if recipe.model.startswith("autoencoder"):
-        raise InputError("--model autoencoder learns its inputs, not a target; use rowgrad.layers.pretrain")
     problem = pose(table, recipe)
     run = _Run(recipe, problem, directory)
     run.checked = {round(k * recipe.epochs / check_grad) for k in range(check_grad)}
@@ -290,7 +204,7 @@ class _Run:
         outputs = outputs_of(self.model, *problem.given(problem.val))
         targets = problem.targets[problem.val]
         loss = float(problem.criterion(outputs, targets).double().mean())
-        return loss, score(outputs, targets, problem.classes is not None)
+        return loss, problem.score(outputs, targets)
 
     def _judge(self) -> None:
         """Keep the weights of the best epoch; stop after too many that are no better."""
@@ -331,28 +245,3 @@ class _Run:
         self.loop.load_state_dict(state["loop"])
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         self.best, self.best_epoch, self.stopped = state["best"], state["best_epoch"], state["stopped"]
-
-
-def called(model: nn.Module, given: Sequence[Tensor]) -> Tensor:
-    """A model of inputs; only one that reads sequences is told their lengths."""
-    return model(*given) if isinstance(model, SequenceReader) else model(given[0])
-
-
-@torch.no_grad()
-def outputs_of(model: nn.Module, *given: Tensor) -> Tensor:
-    """In evaluation mode, some thousand examples at a time; the model's mode is put back."""
-    was = model.training
-    model.eval()
-    try:
-        return torch.cat([called(model, part) for part in zip(*(g.split(EVALUATED) for g in given), strict=True)])
-    finally:
-        model.train(was)
-
-
-def score(outputs: Tensor, targets: Tensor, is_classes: bool) -> float:
-    """Accuracy, or R^2 (nan where the targets are all equal)."""
-    if is_classes:
-        return float((outputs.argmax(1) == targets).double().mean())
-    residual = F.mse_loss(outputs[:, 0].double(), targets.double(), reduction="sum")
-    spread = (targets.double() - targets.double().mean()).square().sum()
-    return float(1 - residual / spread) if float(spread) > 0 else float("nan")

@@ -80,6 +80,11 @@ class Recipe:
             raise InputError("--patience needs examples held out: give --val a share, or set --patience 0")
 
     @property
+    def kind(self) -> str:
+        """Of the model: `mlp` for `mlp:64,64`."""
+        return self.model.partition(":")[0]
+
+    @property
     def rate(self) -> float | None:
         """The learning rate; None leaves it to the optimizer."""
         if self.lr is not None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rowgrad.data.columns import Column
 from rowgrad.data.preparation import Preparation, steps_of
 from rowgrad.data.table import Table
 from rowgrad.errors import InputError
-from rowgrad.training.architectures import Form, build
+from rowgrad.training.architectures import Autoencoder, Form, build
 from rowgrad.training.checkpoint import load_state, save_state
-from rowgrad.training.fit import Fitted, outputs_of
+from rowgrad.training.fit import Fitted
+from rowgrad.training.problem import outputs_of
 from rowgrad.training.recipe import Recipe
+from rowgrad.training.step import reconstruction_losses
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Predictor:
         model: in evaluation mode.
         prepared: what is done to features first.
         feature_names: of the data it was trained on, in order.
+        columns: how they were made of a table's columns, see `rowgrad.data.table.Table`.
         shape: of one example as the model takes it.
         classes: what its outputs stand for; None for a regression.
         center, scale: of a regression's targets.
@@ -38,24 +42,52 @@ class Predictor:
     classes: tuple[str, ...] | None
     center: float
     scale: float
+    columns: tuple[Column, ...] = ()
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the model is an autoencoder."""
+        return isinstance(self.model, Autoencoder)
 
     def outputs(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Of examples' features, shape (N, d): probabilities of the classes, shape (N, K), or values, shape (N,).
+        """Of examples' features, shape (N, d): probabilities of the classes, shape (N, K), or values, shape (N,); of an
+        autoencoder half the mean squared error of the reconstruction, shape (N,), of features as they are prepared.
 
         `lengths` are those of sequences.
         """
-        inputs = self.prepared(features)
-        given = (inputs,)
-        if len(self.shape) == 2:
-            lengths = torch.full((len(inputs),), self.shape[0]) if lengths is None else lengths
-            given = steps_of(inputs, (self.shape[0], self.shape[1]), lengths), lengths
-        if len(self.shape) == 3:
-            given = (inputs.view(len(inputs), *self.shape[1:], self.shape[0]).movedim(-1, 1).contiguous(),)
+        given = self.given(features, lengths)
         found = outputs_of(self.model, *given)
+        if self.reconstructs:
+            return reconstruction_losses(found, given[0].flatten(1))
         return found[:, 0].double() * self.scale + self.center if self.classes is None else found.softmax(1)
 
+    def codes(self, features: Tensor) -> Tensor:
+        """What an autoencoder makes of examples' features, (N, d), at its narrowest: (N, units).
+
+        Raises:
+            InputError: the model is no autoencoder.
+        """
+        if not isinstance(self.model, Autoencoder):
+            raise InputError("codes are those of an autoencoder; train one with --model autoencoder:32,8")
+        return outputs_of(self.model.encoder, *self.given(features))
+
+    def given(self, features: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What the model is called with: features prepared and shaped, and lengths of sequences."""
+        inputs = self.prepared(features)
+        if len(self.shape) == 2:
+            lengths = torch.full((len(inputs),), self.shape[0]) if lengths is None else lengths
+            return steps_of(inputs, (self.shape[0], self.shape[1]), lengths), lengths
+        if len(self.shape) == 3:
+            return (inputs.view(len(inputs), *self.shape[1:], self.shape[0]).movedim(-1, 1).contiguous(),)
+        return (inputs,)
+
     def of_table(self, table: Table) -> Tensor:
-        """As `outputs`, of a table with the same features.
+        """As `outputs`, of a table with the same features, see `check`."""
+        self.check(table)
+        return self.outputs(table.features, table.lengths)
+
+    def check(self, table: Table) -> None:
+        """Refuse a table whose features are not those of the training.
 
         Raises:
             InputError: features are missing, or there are others.
@@ -68,7 +100,6 @@ class Predictor:
                 f"{table.name}: its features, {said}, are not those the model was trained on: "
                 f"{', '.join(self.feature_names[:8])}{' ...' if len(self.feature_names) > 8 else ''}"
             )
-        return self.outputs(table.features, table.lengths)
 
 
 def save_model(fitted: Fitted, table: Table, path: Path) -> None:
@@ -83,6 +114,7 @@ def save_model(fitted: Fitted, table: Table, path: Path) -> None:
         "classes": problem.classes,
         "center": problem.center,
         "scale": problem.scale,
+        "columns": [asdict(column) for column in table.columns],
     }
     save_state(path, state)
 
@@ -110,4 +142,5 @@ def load_model(path: Path) -> Predictor:
         classes,
         state["center"],
         state["scale"],
+        tuple(Column(**column) for column in state["columns"]),
     )

@@ -32,6 +32,11 @@ def squared_losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return 0.5 * (outputs[:, 0] - targets).square()
 
 
+def reconstruction_losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Half the mean squared error of each example over its features."""
+    return 0.5 * (outputs - targets).square().mean(1)
+
+
 @dataclass(frozen=True)
 class Trainee:
     """A model with its optimizer and its loss per example."""

@@ -1,0 +1,141 @@
+"""The examples as a model takes them, split and prepared, and what a model's outputs are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rowgrad.data.preparation import Preparation, prepare, prepare_steps, steps_of
+from rowgrad.data.table import Table
+from rowgrad.errors import InputError
+from rowgrad.layers.initialization import initialize
+from rowgrad.layers.pretraining import pretrain
+from rowgrad.training.architectures import Form, SequenceReader, build
+from rowgrad.training.loop import seed_of
+from rowgrad.training.recipe import Recipe
+from rowgrad.training.step import Criterion, label_losses, reconstruction_losses, squared_losses
+
+EVALUATED = 4096  # examples at a time
+PRETRAINED = ("mlp", "autoencoder")
+SPLIT, WEIGHTS = 2, 3  # uses of the run's seed, beside the two of `Loop`
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Examples as a model takes them, in two parts.
+
+    Targets are positions among the classes, or (target - center) / scale, or where a model `reconstructs` its inputs,
+    laid out flat, (N, d).
+    """
+
+    prepared: Preparation
+    inputs: Tensor
+    targets: Tensor
+    train: Tensor
+    val: Tensor
+    shape: tuple[int, ...]
+    classes: tuple[str, ...] | None = None
+    center: float = 0.0
+    scale: float = 1.0
+    lengths: Tensor | None = None
+    reconstructs: bool = False
+
+    def given(self, index: Tensor) -> tuple[Tensor, ...]:
+        """What a model gets for these examples: inputs, and lengths where they are sequences."""
+        return (self.inputs[index],) if self.lengths is None else (self.inputs[index], self.lengths[index])
+
+    @property
+    def criterion(self) -> Criterion:
+        if self.reconstructs:
+            return reconstruction_losses
+        return squared_losses if self.classes is None else label_losses
+
+    @property
+    def score_name(self) -> str:
+        """What `score` is called."""
+        return "accuracy" if self.classes is not None else "R² of the reconstruction" if self.reconstructs else "R²"
+
+    def score(self, outputs: Tensor, targets: Tensor) -> float:
+        """Accuracy, or R^2 (nan where the targets are all equal)."""
+        if self.classes is not None:
+            return float((outputs.argmax(1) == targets).double().mean())
+        outputs, targets = (outputs if self.reconstructs else outputs[:, 0]).double(), targets.double()
+        residual = (outputs - targets).square().sum()
+        spread = (targets - targets.mean(0)).square().sum()
+        return float(1 - residual / spread) if float(spread) > 0 else float("nan")
+
+
+def split(table: Table, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Positions of the training part and of the part held out, both ascending."""
+    generator = torch.Generator().manual_seed(seed_of(recipe.seed, SPLIT))
+    order = torch.randperm(len(table), generator=generator)
+    n_val = round(recipe.val * len(table))
+    if len(table) - n_val < 2:
+        raise InputError(
+            f"{table.name}: {len(table) - n_val} of {len(table)} examples are left to train on; lower --val"
+        )
+    return order[n_val:].sort().values, order[:n_val].sort().values
+
+
+def pose(table: Table, recipe: Recipe) -> Problem:
+    """Split and prepare; everything fitted is fitted on the training part."""
+    train, val = split(table, recipe)
+    if table.steps is not None and table.lengths is not None:
+        prepared = prepare_steps(table.features[train], table.steps, table.lengths[train], recipe.prepare)
+        inputs = steps_of(prepared(table.features), table.steps, table.lengths)
+        shape: tuple[int, ...] = table.steps
+    else:
+        prepared = prepare(table.features[train], recipe.prepare)
+        inputs = prepared(table.features)
+        shape = (inputs.shape[1],)
+    if table.images is not None and recipe.prepare != "whiten":
+        image = table.images[..., None] if table.images.ndim == 3 else table.images
+        shape = (image.shape[3], image.shape[1], image.shape[2])
+        inputs = inputs.view(len(inputs), *shape[1:], shape[0]).movedim(-1, 1).contiguous()
+    parts = (train, val, shape)
+    if recipe.kind == "autoencoder":
+        return Problem(prepared, inputs, inputs.flatten(1), *parts, lengths=table.lengths, reconstructs=True)
+    if table.classes is not None:
+        return Problem(prepared, inputs, table.targets, *parts, table.classes, lengths=table.lengths)
+    center, scale = float(table.targets[train].mean()), float(table.targets[train].std(correction=0))
+    if scale == 0:
+        raise InputError(
+            f"{table.name}: the target is {center:g} in all of the training part; there is nothing to learn"
+        )
+    targets = ((table.targets - center) / scale).float()
+    return Problem(prepared, inputs, targets, *parts, None, center, scale, table.lengths)
+
+
+def model_for(problem: Problem, recipe: Recipe) -> nn.Module:
+    """The model of a recipe, drawn by its seed; no global random state changes."""
+    n_outputs = 1 if problem.classes is None else len(problem.classes)
+    form = Form(problem.shape, n_outputs, recipe.act, recipe.alpha, recipe.norm, recipe.dropout)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(recipe.seed, WEIGHTS))
+        model = build(recipe.model, form)
+        if recipe.init == "pretrain":
+            if not isinstance(model, nn.Sequential) or recipe.kind not in PRETRAINED:
+                raise InputError(f"--init pretrain is for {' and '.join(PRETRAINED)}, not for --model {recipe.model}")
+            pretrain(model, problem.inputs[problem.train])
+        elif recipe.init is not None:
+            initialize(model, recipe.init)
+    return model
+
+
+def called(model: nn.Module, given: Sequence[Tensor]) -> Tensor:
+    """A model of inputs; only one that reads sequences is told their lengths."""
+    return model(*given) if isinstance(model, SequenceReader) else model(given[0])
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, *given: Tensor) -> Tensor:
+    """In evaluation mode, some thousand examples at a time; the model's mode is put back."""
+    was = model.training
+    model.eval()
+    try:
+        return torch.cat([called(model, part) for part in zip(*(g.split(EVALUATED) for g in given), strict=True)])
+    finally:
+        model.train(was)
