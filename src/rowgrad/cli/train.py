@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import polars as pl
@@ -17,6 +17,7 @@ from rowgrad.data.readers import read_table
 from rowgrad.data.table import Table
 from rowgrad.errors import InputError
 from rowgrad.files import whole
+from rowgrad.optim.factory import OPTIMIZERS
 from rowgrad.report.history import history_page
 from rowgrad.report.metrics import versions
 from rowgrad.training.fit import CHECKPOINT, Fitted, fit
@@ -45,19 +46,28 @@ def train(
     act: Annotated[str, typer.Option(help="Activation of hidden layers, or maxout.")] = Recipe.act,
     alpha: Annotated[float | None, typer.Option(help="Slope of leaky_relu below 0.")] = None,
     norm: Annotated[str, typer.Option(help="batch-pre, batch-post, layer or none.")] = Recipe.norm,
+    bn_statistics: Annotated[
+        str, typer.Option(help="Of batch norms outside training: running, or population (the whole training part).")
+    ] = Recipe.bn_statistics,
     dropout: Annotated[float, typer.Option(help="Share of hidden units left out in a step.")] = Recipe.dropout,
     init: Annotated[str | None, typer.Option(help="lecun, he, glorot or pretrain; default PyTorch's.")] = None,
-    optimizer: Annotated[str, typer.Option(help="By name: sgd, momentum, nesterov, adam, ...")] = Recipe.optimizer,
+    optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = Recipe.optimizer,
+    optimizer_option: Annotated[
+        list[str] | None, typer.Option(help="Of the optimizer, as momentum=0.95 or eps_inside=true; may be repeated.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; default by the optimizer.")] = None,
     decay: Annotated[str | None, typer.Option(help="Of the rate by the epoch: exponential or inverse.")] = None,
     decay_rate: Annotated[float, typer.Option(help="How fast the rate falls, per epoch.")] = Recipe.decay_rate,
     l2: Annotated[float, typer.Option(help="Penalty on weights; not on biases and norms.")] = Recipe.l2,
     clip_norm: Annotated[float | None, typer.Option(help="Bound on the norm of the gradient.")] = None,
+    clip_mode: Annotated[
+        str, typer.Option(help="norm: --clip-norm is a cap; normalize: every gradient gets that norm.")
+    ] = Recipe.clip_mode,
     clip_value: Annotated[float | None, typer.Option(help="Bound on each entry of the gradient.")] = None,
     standardize: Annotated[bool, typer.Option(help="Features of mean 0 and variance 1.")] = True,
     whiten: Annotated[bool, typer.Option("--whiten", help="Principal directions of variance 1.")] = False,
     batch_size: Annotated[
-        int | None, typer.Option(help="Examples in a step; default 32 to 256 by their number.")
+        int | None, typer.Option(help="Examples in a step; default 32 to 256 by their number, all for second order.")
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data, at most.")] = Recipe.epochs,
     val: Annotated[float, typer.Option(help="Share of the examples held out.")] = Recipe.val,
@@ -75,9 +85,29 @@ def train(
     """
     prepare = "whiten" if whiten else "standardize" if standardize else "none"
     recipe = Recipe(
-        model, act, alpha, norm, dropout, init, optimizer, lr, decay, decay_rate, l2, clip_norm, clip_value, prepare,
-        batch_size, epochs, val, patience, seed,
-    )  # fmt: skip
+        model=model,
+        act=act,
+        alpha=alpha,
+        norm=norm,
+        dropout=dropout,
+        init=init,
+        optimizer=optimizer,
+        lr=lr,
+        decay=decay,
+        decay_rate=decay_rate,
+        l2=l2,
+        clip_norm=clip_norm,
+        clip_mode=clip_mode,
+        clip_value=clip_value,
+        bn_statistics=bn_statistics,
+        optimizer_options=dict(map(_option, optimizer_option or ())),
+        prepare=prepare,
+        batch_size=batch_size,
+        epochs=epochs,
+        val=val,
+        patience=patience,
+        seed=seed,
+    )
     if monitor < 0 or check_grad < 0:
         raise InputError(f"--monitor {monitor} --check-grad {check_grad}: at least 0")
     directory = out or Path(f"rowgrad-train-{Path(data).stem}")
@@ -99,6 +129,21 @@ def train(
     _summarize(found, directory)
 
 
+def _option(text: str) -> tuple[str, Any]:
+    """A name and a value: true, false, none, a number, numbers separated by commas, or a word."""
+    name, sign, value = text.partition("=")
+    if not sign or not name or not value:
+        raise InputError(f"--optimizer-option {text}: expected NAME=VALUE, such as momentum=0.95")
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return name, words[value.lower()]
+    try:
+        numbers = [int(part) if part.strip().lstrip("+-").isdigit() else float(part) for part in value.split(",")]
+    except ValueError:
+        return name, value
+    return name, numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
 def _begin(directory: Path, resume: bool) -> None:
     if (directory / CHECKPOINT).exists() and not resume:
         raise InputError(f"--out {directory}: holds a run; go on with --resume, or name another directory")
@@ -118,13 +163,7 @@ def _write(found: Fitted, table: Table, directory: Path, command: list[str]) -> 
     config = {
         "data": table.name,
         "recipe": found.recipe.to_dict(),
-        "resolved": {
-            "lr": found.epochs[0].lr,
-            "batch_size": found.recipe.batch_size_for(len(problem.train)),
-            "n_parameters": sum(p.numel() for p in found.model.parameters()),
-            "best_epoch": found.best,
-            "stopped": found.stopped,
-        },
+        "resolved": found.resolved | {"best_epoch": found.best, "stopped": found.stopped},
         "split": {"train": problem.train.tolist(), "val": problem.val.tolist()},
         "versions": versions(),
     }

@@ -76,7 +76,7 @@ class GaussNewton(SecondOrder):
             raise NonFiniteError(
                 "GaussNewton: the losses are finite, but a gradient is not; the weights are left as they are"
             )
-        sizes, vectors = torch.linalg.eigh(gram)
+        sizes, vectors = (t.to(gram) for t in torch.linalg.eigh(gram.double()))  # in float32 it may not converge
         scale = float(sizes[-1]) if len(sizes) else 0.0
         used = sizes > len(sizes) * torch.finfo(sizes.dtype).eps * scale
         parts = vectors.T @ r

@@ -115,6 +115,7 @@ class LBFGS(torch.optim.LBFGS):
     `step(closure)` takes a function that computes the loss and does not call backward (the gradient is taken here; that
     of the last evaluation stays in `.grad`). Returns the loss before the step.
     Raises:
+        InputError: a line search that does not exist.
         NonFiniteError, GraphError, NoGraphError, TypeError: as `Newton`.
     Source: Aggarwal 2018, "Other Second-Order Methods"; Liu and Nocedal 1989.
 
@@ -130,6 +131,8 @@ class LBFGS(torch.optim.LBFGS):
         at_least_1("LBFGS", n=n, history=history)
         defaults = {"line_search_fn": "strong_wolfe", "tolerance_grad": 1e-10, "tolerance_change": 0.0}
         options = {"max_iter": n, "history_size": history, **defaults, **options}
+        if options["line_search_fn"] not in (None, "strong_wolfe"):
+            raise InputError(f"LBFGS: line_search_fn={options['line_search_fn']!r}, expected 'strong_wolfe' or None")
         super().__init__(params, **options)
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]

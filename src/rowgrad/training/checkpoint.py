@@ -51,7 +51,8 @@ def load_state(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise InputError(f"{path}: not a checkpoint of this version (format {metadata.get('format')!r})")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+            # copies begin at addresses as PyTorch chooses them; the rounding of a dot product depends on that
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  no mapping
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such checkpoint") from error
     except SafetensorError as error:

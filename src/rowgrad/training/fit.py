@@ -16,15 +16,22 @@ from rowgrad.data.table import Table
 from rowgrad.diagnosis.examine import diagnose
 from rowgrad.diagnosis.monitor import Monitor
 from rowgrad.errors import InputError, NonFiniteError, RowgradError
+from rowgrad.layers.batchnorm import population_statistics
 from rowgrad.optim.clipping import GradientClip
-from rowgrad.optim.factory import SECOND_ORDER, make
-from rowgrad.optim.rates import decay
+from rowgrad.optim.factory import make
+from rowgrad.optim.rates import decay, weight_groups
 from rowgrad.training.checkpoint import load_state, save_state
 from rowgrad.training.loop import Loop
-from rowgrad.training.problem import Problem, called, model_for, outputs_of, pose
+from rowgrad.training.problem import EVALUATED, Problem, called, model_for, outputs_of, pose
 from rowgrad.training.recipe import Recipe, differences
 
 CHECKPOINT, MONITOR = "checkpoint.safetensors", "monitor.jsonl"
+UNSAID = ("params", "weight_decay")  # weight decay is --l2, for weights alone
+MATRICES = {
+    "newton": 2_000,
+    "bfgs": 10_000,
+    "gauss-newton": 10_000,
+}  # rows at most; Newton's is split into eigenvectors
 CHECKED, N_ENTRIES = 16, 20  # examples and entries of a gradient check
 
 
@@ -36,7 +43,7 @@ class Epoch:
         number: from 1.
         train_loss: mean of the losses as they were when each example was used.
         val_loss, val_score: mean loss and accuracy (or R^2) on the part held out; None without one.
-        lr: rate of the first group in this epoch.
+        lr: rate in this epoch; None where the optimizer has none.
         clipped: share of the steps so far in which the gradient was clipped; None without clipping.
         seconds: it took.
     """
@@ -45,7 +52,7 @@ class Epoch:
     train_loss: float
     val_loss: float | None
     val_score: float | None
-    lr: float
+    lr: float | None
     clipped: float | None
     seconds: float
 
@@ -62,6 +69,7 @@ class Fitted:
         epochs: one for each pass, in order.
         best: number of the epoch whose weights the model has.
         stopped: why training ended.
+        resolved: what the recipe left open, as it was used: batch size, options of the optimizer, number of parameters.
     """
 
     recipe: Recipe
@@ -71,6 +79,7 @@ class Fitted:
     epochs: list[Epoch] = field(default_factory=list)
     best: int = 0
     stopped: str = ""
+    resolved: dict[str, Any] = field(default_factory=dict)
 
 
 def fit(
@@ -100,8 +109,6 @@ def fit(
             with what `rowgrad.diagnose` finds, and the checkpoint is that of the last good epoch.
     """
     recipe = recipe or Recipe()
-    if recipe.optimizer in SECOND_ORDER:
-        raise InputError(f"--optimizer {recipe.optimizer} takes the loss as a function; train with one of first order")
     problem = pose(table, recipe)
     run = _Run(recipe, problem, directory)
     run.checked = {round(k * recipe.epochs / check_grad) for k in range(check_grad)}
@@ -113,23 +120,54 @@ def fit(
     return run.fitted()
 
 
+def optimizer_for(model: nn.Module, recipe: Recipe, batch_size: int) -> torch.optim.Optimizer:
+    """The optimizer of a recipe.
+
+    Raises:
+        InputError: its options are not those it has, or it would need a matrix too large for this model or batch.
+    """
+    name, size = recipe.optimizer, sum(p.numel() for p in model.parameters())
+    most = MATRICES.get(name, size)
+    if name == "gauss-newton" and batch_size > most:
+        raise InputError(
+            f"--optimizer gauss-newton: a step of {batch_size:,} examples needs a matrix of their squared number, "
+            f"which is formed for at most {most:,}; give --batch-size"
+        )
+    if name != "gauss-newton" and size > most:
+        raise InputError(
+            f"--optimizer {name}: the model has {size:,} parameters, and a matrix of their squared number is formed "
+            f"for at most {most:,}; use --optimizer conjugate-gradient or lbfgs, which form none"
+        )
+    options = dict(recipe.optimizer_options)
+    if recipe.l2 and not recipe.is_second_order:
+        options["weight_decay"] = recipe.l2
+    try:
+        return make(name, model, recipe.rate, **options)
+    except RowgradError:
+        raise
+    except (TypeError, ValueError) as error:
+        said = ", ".join(f"{k}={v}" for k, v in recipe.optimizer_options.items())
+        raise InputError(f"--optimizer-option {said}: {name} refuses it ({error})") from error
+
+
 class _Run:
     """One training, from the first step to the last."""
 
     def __init__(self, recipe: Recipe, problem: Problem, directory: Path | None) -> None:
         self.recipe, self.problem, self.directory = recipe, problem, directory
         self.model = model_for(problem, recipe)
-        options = {} if recipe.l2 == 0 else {"weight_decay": recipe.l2}
-        optimizer = make(recipe.optimizer, self.model, recipe.rate, **options)
+        n = len(problem.train)
+        size = recipe.batch_size_for(n)
+        optimizer = optimizer_for(self.model, recipe, size)
         schedule = None if recipe.decay is None else decay(optimizer, recipe.decay, recipe.decay_rate)
         self.clips = [
             GradientClip(self.model, bound, mode)
-            for bound, mode in ((recipe.clip_value, "value"), (recipe.clip_norm, "norm"))
+            for bound, mode in ((recipe.clip_value, "value"), (recipe.clip_norm, recipe.clip_mode))
             if bound is not None
         ]
-        n = len(problem.train)
-        size = recipe.batch_size_for(n)
         self.loop = Loop(self.model, optimizer, self._losses, n, size, recipe.seed, schedule, between=self._clip)
+        if recipe.is_second_order:
+            self.loop.objective = self._objective
         self.epochs: list[Epoch] = []
         self.best: dict[str, Any] | None = None
         self.best_epoch, self.stopped = 0, ""
@@ -146,6 +184,15 @@ class _Run:
         chosen = self.problem.train[index]
         outputs = called(self.model, self.problem.given(chosen))
         return self.problem.criterion(outputs, self.problem.targets[chosen])
+
+    def _objective(self, index: Tensor) -> Tensor:
+        """What an optimizer of second order makes small: the mean loss with the penalty, or for Gauss-Newton each
+        example's."""
+        losses, l2 = self._losses(index), self.recipe.l2
+        for group in weight_groups(self.model, l2):
+            for _, p in group["params"]:
+                losses = losses + group["weight_decay"] / 2 * p.square().sum()
+        return losses if self.recipe.optimizer == "gauss-newton" else losses.mean()
 
     def _clip(self) -> None:
         for clip in self.clips:
@@ -164,18 +211,27 @@ class _Run:
         if self.loop.epoch in self.checked:
             self._check()
         start, losses = time.perf_counter(), []
-        rate = float(self.loop.optimizer.param_groups[0]["lr"])
+        rate = self.loop.optimizer.param_groups[0].get("lr")
         try:
             for found in self.loop.run(self.loop.epoch + 1):
                 losses.append(found)
                 progress(self.loop.step, total)
         except NonFiniteError as error:
             raise InputError(self._diverged(error)) from error
+        if self.recipe.bn_statistics == "population":
+            self._take_statistics()
         val_loss, val_score = self._validated()
         clipped = max((clip.share for clip in self.clips), default=None)
         mean = float(torch.cat(losses).double().mean())
         seconds = time.perf_counter() - start
         self.epochs.append(Epoch(self.loop.epoch, mean, val_loss, val_score, rate, clipped, seconds))
+
+    def _take_statistics(self) -> None:
+        """Give batch normalization the statistics of the whole training part."""
+        problem = self.problem
+        population_statistics(
+            self.model, problem.train.split(EVALUATED), forward=lambda index: called(self.model, problem.given(index))
+        )
 
     def _check(self) -> None:
         loop = self.loop
@@ -187,15 +243,14 @@ class _Run:
     def _diverged(self, error: Exception) -> str:
         """The message, with what the diagnosis finds on the batch of the step that was not taken."""
         loop = self.loop
-        k = loop.step % loop.steps_per_epoch
-        index = loop.order(loop.epoch)[k * loop.batch_size : (k + 1) * loop.batch_size]
+        index = loop.batch(loop.order(loop.epoch), loop.step % loop.steps_per_epoch)
         try:
             findings = diagnose(self._losses(index), self.model).findings
             said = "; ".join(f"{f.kind} at {f.where}: {f.evidence}. {f.remedy}" for f in findings[:1])
         except RowgradError:
             said = ""
-        kept = "" if self.directory is None else f" The checkpoint of epoch {loop.epoch} is kept."
-        return f"training diverged at {error}. {said or 'Lower --lr, or clip with --clip-norm'}.{kept}"
+        kept = "" if self.directory is None or loop.epoch == 0 else f" The checkpoint of epoch {loop.epoch} is kept."
+        return f"training diverged: {error}. {said or 'Lower --lr, or clip with --clip-norm'}.{kept}"
 
     def _validated(self) -> tuple[float | None, float | None]:
         problem = self.problem
@@ -222,12 +277,26 @@ class _Run:
         if self.best is not None:
             self.model.load_state_dict(self.best)
         best = self.best_epoch or self.loop.epoch
-        return Fitted(self.recipe, self.problem, self.model.eval(), self.monitor, self.epochs, best, self.stopped)
+        model = self.model.eval()
+        return Fitted(self.recipe, self.problem, model, self.monitor, self.epochs, best, self.stopped, self.resolved())
+
+    def resolved(self) -> dict[str, Any]:
+        optimizer = self.loop.optimizer
+        return {
+            "lr": self.epochs[0].lr,
+            "batch_size": self.loop.batch_size,
+            "full_batch": self.loop.batch_size == self.loop.n,
+            "steps_per_epoch": self.loop.steps_per_epoch,
+            "optimizer": type(optimizer).__name__,
+            "optimizer_options": {name: value for name, value in optimizer.defaults.items() if name not in UNSAID},
+            "n_parameters": sum(p.numel() for p in self.model.parameters()),
+        }
 
     def state(self) -> dict[str, Any]:
         return {
             "recipe": self.recipe.to_dict(),
             "loop": self.loop.state_dict(),
+            "clips": [clip.state_dict() for clip in self.clips],
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "best": self.best,
             "best_epoch": self.best_epoch,
@@ -243,5 +312,7 @@ class _Run:
                 "options of the first run (--epochs may grow), or choose another --out"
             )
         self.loop.load_state_dict(state["loop"])
+        for clip, record in zip(self.clips, state["clips"], strict=True):
+            clip.load_state_dict(record)
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         self.best, self.best_epoch, self.stopped = state["best"], state["best_epoch"], state["stopped"]

@@ -31,15 +31,18 @@ class Loop:
 
     Attributes:
         model: in training mode during a step.
-        optimizer: its `step()` needs no closure.
+        optimizer: its `step()` needs no closure, unless there is an `objective`.
         losses: from the examples' positions, shape (B,), to their losses, shape (B,); the mean is descended.
         n: how many examples there are.
-        batch_size: examples in a step; the last of an epoch may have fewer.
+        batch_size: examples in a step; the last of an epoch may have fewer. A single one that would be left joins the
+            batch before, since batch normalization has no variance of one.
         seed: of everything random.
         scheduler: stepped once at the end of each epoch, if there is one.
         before: called with the losses and their graph, before `backward()`.
         between: called after `backward()`, before the optimizer's step: clipping, for instance.
         after: called after the optimizer's step.
+        objective: for an optimizer of second order: from the examples' positions to what its closure returns. Nothing
+            is called `between` then.
         step: how many steps have been taken.
     """
 
@@ -53,6 +56,7 @@ class Loop:
     before: Callable[[Tensor], object] = lambda losses: None
     between: Callable[[], object] = lambda: None
     after: Callable[[], object] = lambda: None
+    objective: Callable[[Tensor], Tensor] | None = None
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -61,7 +65,8 @@ class Loop:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.n // self.batch_size)
+        left = self.n % self.batch_size
+        return max(1, self.n // self.batch_size + (left > 1))
 
     @property
     def epoch(self) -> int:
@@ -81,7 +86,12 @@ class Loop:
         while self.epoch < epochs:
             order = self.order(self.epoch)
             for k in range(self.step % self.steps_per_epoch, self.steps_per_epoch):
-                yield self._step(order[k * self.batch_size : (k + 1) * self.batch_size])
+                yield self._step(self.batch(order, k))
+
+    def batch(self, order: Tensor, k: int) -> Tensor:
+        """The positions in batch k of an epoch of this order."""
+        end = self.n if k + 1 == self.steps_per_epoch else (k + 1) * self.batch_size
+        return order[k * self.batch_size : end]
 
     def _step(self, index: Tensor) -> Tensor:
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
@@ -97,15 +107,24 @@ class Loop:
                     "not taken"
                 )
             self.before(losses)
-            self.optimizer.zero_grad()
-            losses.mean().backward()
-            self.between()
-            self.optimizer.step()
+            if self.objective is None:
+                self.optimizer.zero_grad()
+                losses.mean().backward()
+                self.between()
+                self.optimizer.step()
+            else:
+                self._second_order(index, self.objective)
             self.after()
         self.step += 1
         if self.scheduler is not None and self.step % self.steps_per_epoch == 0:
             self.scheduler.step()
         return found
+
+    def _second_order(self, index: Tensor, objective: Callable[[Tensor], Tensor]) -> None:
+        try:
+            self.optimizer.step(lambda: objective(index))  # type: ignore[arg-type]  a tensor, not a float
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {self.step}: {error}") from error
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on, for `checkpoint.save_state`."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
 from rowgrad.errors import InputError
 from rowgrad.layers.hidden import NORMS
 from rowgrad.layers.initialization import SCHEMES
+from rowgrad.optim.factory import SECOND_ORDER
 
 INITS = (*SCHEMES, "pretrain")
+CLIP_MODES = ("norm", "normalize")
+BN_STATISTICS = ("running", "population")
+REMEMBERING = ("bfgs", "lbfgs")  # optimizers whose steps build on the curvature seen in earlier ones
 BATCH_SIZES = (32, 256)  # powers of two between which the default lies
 MIN_STEPS = 20  # in an epoch, as long as the smallest batch allows
 RATES = {"sgd": 0.1, "momentum": 0.05, "nesterov": 0.05, "adagrad": 0.01, "rmsprop": 1e-3, "rmsprop-nesterov": 1e-3}
@@ -28,10 +33,15 @@ class Recipe:
             as an autoencoder of the training part (`rowgrad.layers.pretrain`); None as PyTorch draws them.
         optimizer, lr: by name, see `rowgrad.optim.make`; lr None takes one that suits the optimizer.
         decay, decay_rate: of the rate by the epoch, "exponential" or "inverse"; None keeps it.
+        optimizer_options: the optimizer's other options by name, such as {"momentum": 0.95} or {"eps_inside": True}.
         l2: penalty on weights, not on biases and norms.
         clip_norm, clip_value: bounds on the gradient of a batch; None does not clip.
+        clip_mode: "norm": clip_norm caps the norm; "normalize": every gradient is given that norm.
+        bn_statistics: what batch normalization uses outside training: "running" averages over the batches, or the
+            "population" statistics of the training part, taken anew after each epoch.
         prepare: "none", "center", "standardize" or "whiten".
-        batch_size: None takes a power of two from 32 to 256 by the number of examples.
+        batch_size: None takes a power of two from 32 to 256 by the number of examples; with an optimizer of second
+            order the whole training part, so that an epoch is one step.
         epochs: at most.
         val: share of the examples that are held out, to stop early and to choose the epoch.
         patience: epochs without a better validation loss after which training stops; 0 never stops.
@@ -50,7 +60,10 @@ class Recipe:
     decay_rate: float = 0.01
     l2: float = 0.0
     clip_norm: float | None = None
+    clip_mode: str = "norm"
     clip_value: float | None = None
+    bn_statistics: str = "running"
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     prepare: str = "standardize"
     batch_size: int | None = None
     epochs: int = 100
@@ -78,6 +91,61 @@ class Recipe:
             raise InputError(f"--init {self.init}: there are {', '.join(INITS)}")
         if self.patience and not self.val:
             raise InputError("--patience needs examples held out: give --val a share, or set --patience 0")
+        if self.clip_mode not in CLIP_MODES:
+            raise InputError(f"--clip-mode {self.clip_mode}: there are {', '.join(CLIP_MODES)}")
+        if self.clip_mode != "norm" and self.clip_norm is None:
+            raise InputError(f"--clip-mode {self.clip_mode} needs the norm: give --clip-norm")
+        for name, option in (("lr", "--lr"), ("weight_decay", "--l2")):
+            if name in self.optimizer_options:
+                raise InputError(f"--optimizer-option {name}: give it as {option}")
+        self._check_batch_norm()
+        if self.is_second_order:
+            self._check_second_order()
+
+    def _check_batch_norm(self) -> None:
+        if self.bn_statistics not in BN_STATISTICS:
+            raise InputError(f"--bn-statistics {self.bn_statistics}: there are {', '.join(BN_STATISTICS)}")
+        if not self.has_batch_norm and self.bn_statistics != "running":
+            raise InputError(
+                f"--bn-statistics {self.bn_statistics} needs batch normalization: give --norm batch-pre or batch-post"
+            )
+        if self.has_batch_norm and self.batch_size == 1:
+            raise InputError(f"--batch-size 1 with --norm {self.norm}: one example has no variance; at least 2")
+
+    def _check_second_order(self) -> None:
+        """Refuse what does not fit a loss that is computed several times a step, and gradients that are not kept."""
+        name = self.optimizer
+        if self.dropout:
+            raise InputError(
+                f"--dropout {self.dropout:g}: {name} needs a loss that is the same each time it is computed; use --l2, "
+                "or an optimizer of first order such as adam"
+            )
+        for option, value in (("--clip-norm", self.clip_norm), ("--clip-value", self.clip_value)):
+            if value is not None:
+                raise InputError(f"{option} {value:g}: {name} sets the length of its steps itself; leave it out")
+        if self.decay is not None:
+            raise InputError(f"--decay {self.decay}: {name} has no rate that falls by the epoch; leave it out")
+        if self.has_batch_norm and self.bn_statistics == "running":
+            raise InputError(
+                f"--norm {self.norm}: the running averages would take in all that {name} tries in a step; add "
+                "--bn-statistics population, or use --norm layer"
+            )
+        if self.batch_size is not None and name in REMEMBERING:
+            raise InputError(
+                f"--batch-size {self.batch_size}: {name} keeps what it learned of the curvature from step to step, "
+                "which batches would mix; leave it out, or use conjugate-gradient, gauss-newton or newton"
+            )
+        if "residuals" in self.optimizer_options:
+            raise InputError(f"--optimizer-option residuals: {name} is given losses here, not residuals; leave it out")
+
+    @property
+    def is_second_order(self) -> bool:
+        """Whether the optimizer takes the loss as a function."""
+        return self.optimizer in SECOND_ORDER
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return self.norm.startswith("batch")
 
     @property
     def kind(self) -> str:
@@ -95,6 +163,8 @@ class Recipe:
         """The batch size for n training examples."""
         if self.batch_size is not None:
             return min(self.batch_size, n)
+        if self.is_second_order:
+            return n
         size, largest = BATCH_SIZES
         while size * 2 <= min(largest, n // MIN_STEPS):
             size *= 2
@@ -102,7 +172,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"optimizer_options": dict(self.optimizer_options)}
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
