@@ -17,6 +17,7 @@ from rowgrad.rows.build import grad_norms, jacobian
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.objective import clip_weights, clipped_loss, per_example
 from rowgrad.rows.rules import RULES
+from rowgrad.uses.noise import NoiseScale
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "Jacobian",
     "Limits",
     "Monitor",
+    "NoiseScale",
     "RowgradError",
     "RowgradWarning",
     "check_gradients",
