@@ -98,6 +98,22 @@ def test_the_error_is_that_of_repeated_measurements() -> None:
     assert float(torch.tensor([noise.error for noise in found]).median()) == pytest.approx(spread, rel=0.15)
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.7])
+def test_the_error_by_its_formula(decay: float) -> None:
+    """Weights p_i that add up to 1, u_i = trace_i - R sq_norm_i: sum p^2 / (1 - sum p^2) sum p u^2 / sq_norm^2."""
+    data = [rows + 1 for rows in batches()]
+    alone = [measured(rows).total for rows in data]
+    g, t = (torch.tensor([getattr(n, name) for n in alone], dtype=torch.float64) for name in ("sq_norm", "trace"))
+    p = torch.tensor([decay ** (len(g) - i) for i in range(len(g))], dtype=torch.float64)
+    p /= p.sum()
+    u = t - (p @ t) / (p @ g) * g
+    sq_error = (p @ p) / (1 - p @ p) * (p @ u**2) / (p @ g) ** 2
+    noise = measured(*data, decay=0.7)
+    found = noise.total if decay == 1 else noise.running
+    assert found.scale == pytest.approx(float((p @ t) / (p @ g)), rel=1e-12)
+    assert found.error == pytest.approx(float(sq_error.sqrt()), rel=1e-9)
+
+
 # Laws
 
 

@@ -2,7 +2,7 @@
 
 Note [averages before the ratio]: rows of B examples drawn independently have E|mean row|^2 = |G|^2 + trace / B and
 E|row|^2 = |G|^2 + trace, with G the gradient over all data and `trace` that of the rows' covariance. Solved for the two
-unknowns these give estimates that are unbiased for every B above 1, but very noisy: that of |G|^2 is often negative, and
+unknowns these give estimates that are unbiased for every B above 1 but very noisy: that of |G|^2 is often negative, and
 their ratio has no useful mean. So both are averaged over many batches, and divided at the end.
 
 Note [its error]: with u = trace_i - R sq_norm_i for each batch i and R the ratio, the error of R is to first order that
