@@ -17,6 +17,7 @@ from rowgrad.rows.build import grad_norms, jacobian
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.objective import clip_weights, clipped_loss, per_example
 from rowgrad.rows.rules import RULES
+from rowgrad.uses.clipping import RunningQuantile
 from rowgrad.uses.noise import NoiseScale
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "NoiseScale",
     "RowgradError",
     "RowgradWarning",
+    "RunningQuantile",
     "check_gradients",
     "check_rows",
     "clip_weights",
