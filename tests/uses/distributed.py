@@ -57,5 +57,6 @@ def clipping(rank: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[3]), world_size=2)
-    {"noise": noise, "clipping": clipping}[sys.argv[1]](int(sys.argv[3]))
+    noise(int(sys.argv[3]))
+    clipping(int(sys.argv[3]))
     dist.destroy_process_group()

@@ -123,9 +123,9 @@ def test_a_window_of_nothing_is_refused() -> None:
         rg.RunningQuantile(window=0)
 
 
-@pytest.mark.parametrize("what", ["noise", "clipping"])
-def test_two_processes_measure_what_one_does(what: str) -> None:
-    run_on_two_processes(what, "tests.uses.distributed")
+def test_two_processes_measure_and_clip_as_one_does() -> None:
+    """The noise scale too."""
+    run_on_two_processes("both", "tests.uses.distributed")
 
 
 def test_nothing_is_left_behind(leaves_nothing_behind) -> None:

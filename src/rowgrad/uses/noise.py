@@ -110,8 +110,8 @@ class NoiseScale:
         updates, skipped: batches taken in, and those that were not.
     Raises:
         InputError: decay is out of range.
-    Source: McCandlish, Kaplan, Amodei 2018, "An Empirical Model of Large-Batch Training", arXiv:1812.06162, eq. 2.9 and
-    appendix A.1 with batches of 1 and B.
+    Source: McCandlish, Kaplan, Amodei et al. 2018, "An Empirical Model of Large-Batch Training", arXiv:1812.06162,
+    appendix A, with batches of 1 and of B.
 
     >>> import torch, rowgrad
     >>> model, rng = torch.nn.Linear(1, 1, bias=False), torch.Generator().manual_seed(0)
