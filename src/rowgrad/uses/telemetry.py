@@ -17,13 +17,13 @@ def batch_statistics(
 ) -> dict[str, float]:
     """How the rows of one batch differ in length and direction.
 
-    | key                          | what it is                                            | nan or inf |
-    |------------------------------|-------------------------------------------------------|---------------------------|
-    | `gradient_diversity`         | sum_j |row_j|^2 / |sum_j row_j|^2: 1/B if they agree, | inf if they cancel, nan if |
-    |                              | 1 if orthogonal, larger if they oppose each other     | all are 0 |
-    | `mean_cosine`                | of the angles in all pairs of different examples      | nan below two nonzero rows |
-    | `share_conflicting`          | of these pairs, those with a negative cosine          | the same |
-    | `norm_mean`, `norm_q50`, ... | mean and quantiles of the norms                       | nan without rows |
+    | key                          | what it is                                            | nan or inf           |
+    |------------------------------|-------------------------------------------------------|----------------------|
+    | `gradient_diversity`         | sum_j |row_j|^2 / |sum_j row_j|^2: 1/B if they agree, | inf if they cancel,  |
+    |                              | 1 if orthogonal, larger if they oppose each other     | nan if all are 0     |
+    | `mean_cosine`                | of the angles in all pairs of different examples      | nan without a pair   |
+    | `share_conflicting`          | of these pairs, those with a negative cosine          | nan without a pair   |
+    | `norm_mean`, `norm_q50`, ... | mean and quantiles of the norms                       | nan without rows     |
     | `share_nonfinite`            | of the examples, those whose row holds inf or nan     | nan without examples |
 
     Rows that are not finite are left out of all but the last, rows of 0 out of the pairs. The values change with no
