@@ -57,7 +57,7 @@ WAYS = (
 
 
 def digits(share: float, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels to train on, `share` of the labels wrong, and clean ones to test on: 1258 and 539."""
+    """Images and labels to train on, `share` of the labels wrong, and clean ones to test on: 1257 and 540."""
     x, y = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
     train, test = train_test_split(torch.arange(len(y)), test_size=0.3, stratify=y, random_state=rng.initial_seed())
     labels = y[train].clone()

@@ -32,7 +32,7 @@ def noise(rank: int) -> None:
         J = rg.jacobian(cross_entropy(model(x[mine]), y[mine], reduction="none"), model)
         norms = J.norms()
         J.loss(1 / 5).backward()
-        found.update(norms=norms, mean_norm=nn.utils.get_total_norm(p.grad for p in model.parameters()))
+        found.update(norms=norms, mean_norm=nn.utils.get_total_norm([p.grad for p in model.parameters()]))
     expected, got = torch.tensor(list(alone.compute().values())), torch.tensor(list(found.compute().values()))
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=0, equal_nan=True)
 

@@ -146,10 +146,37 @@ def test_splitting_into_micro_batches_changes_nothing(sizes: tuple[int, ...]) ->
             J = rg.jacobian(model(part).squeeze(1), model)
             norms.append(J.norms())
             J.loss(1 / 12).backward()
-        noise.update(norms=norms, mean_norm=nn.utils.get_total_norm(p.grad for p in model.parameters()))
+        noise.update(norms=norms, mean_norm=nn.utils.get_total_norm([p.grad for p in model.parameters()]))
     whole = measured(*batches())
     assert noise.total.scale == pytest.approx(whole.total.scale, rel=1e-12)
     assert noise.running.trace == pytest.approx(whole.running.trace, rel=1e-12)
+
+
+def test_autocast_and_a_scaler_with_an_overflow_in_between() -> None:
+    """Unscaled, the accumulated gradient is the mean again; the step that overflows is skipped, as the optimizer's."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    noise, expected = rg.NoiseScale(), rg.NoiseScale()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    opt = torch.optim.SGD(model.parameters(), lr=0.0)
+    for step in range(3):
+        x, y, norms = torch.randn(12, 4), torch.randint(3, (12,)), []
+        x[0, 0] = math.inf if step == 1 else 1.0
+        opt.zero_grad()
+        for part in (slice(0, 6), slice(6, 12)):
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = F.cross_entropy(model(x[part]), y[part], reduction="none")
+            J = rg.jacobian(losses, model)
+            norms.append(J.norms())
+            scaler.scale(J.loss(1 / 6) / 2).backward()
+        scaler.unscale_(opt)
+        noise.update(norms=norms, mean_norm=nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+        scaler.step(opt)
+        scaler.update()
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = F.cross_entropy(model(x), y, reduction="none")
+        expected.update(rg.jacobian(losses, model))
+    assert (noise.updates, noise.skipped) == (expected.updates, expected.skipped) == (2, 1)
+    assert noise.total.trace == pytest.approx(expected.total.trace, rel=1e-5)
 
 
 def test_running_averages_start_without_bias_and_forget() -> None:

@@ -147,8 +147,8 @@ class NoiseScale:
             J: rows of the batch; costs one weighted sum and leaves J as it is. Or, for nothing but the norms:
             norms: L2 norms of the rows, shape (B,), or one such tensor for each micro-batch.
             mean_norm: L2 norm of the mean of all these rows: that of `.grad` once every micro-batch is accumulated and
-                before it is clipped, `torch.nn.utils.get_total_norm(p.grad for p in model.parameters())`. If the losses
-                were multiplied for a GradScaler, after `unscale_`.
+                before it is clipped, `torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])`. If the
+                losses were multiplied for a GradScaler, after `unscale_`.
         Raises:
             InputError: neither J nor both others, or see the table above; nothing is taken in.
         """
