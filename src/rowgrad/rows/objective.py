@@ -81,7 +81,7 @@ def _numbers(norms: Tensor | Sequence[float]) -> Tensor:
 def share_clipped(norms: Tensor, max_norm: float | Tensor) -> float:
     """Share of examples whose norm is above `max_norm` (or not finite); nan for an empty batch."""
     over = ~(norms.detach() <= torch.as_tensor(max_norm, dtype=norms.dtype, device=norms.device))
-    return float(over.double().mean()) if over.numel() else float("nan")
+    return int(over.sum()) / over.numel() if over.numel() else float("nan")
 
 
 def clipped_loss(

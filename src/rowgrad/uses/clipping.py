@@ -67,8 +67,8 @@ class RunningQuantile:
 
         `rowgrad.clipped_loss` does this itself; `rowgrad.clip_weights` takes the bound.
         """
-        seen = norms.detach().double()
-        seen = (gathered(seen) if self.distributed else seen).cpu()
+        seen = gathered(norms.detach()) if self.distributed else norms.detach()
+        seen = seen.cpu().double()
         self._batches.append(seen[seen.isfinite() & (seen > 0)])
         while sum(map(len, self._batches[1:])) >= self.window:
             del self._batches[0]

@@ -23,6 +23,7 @@ from torch import Tensor
 from rowgrad.errors import InputError
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.uses.processes import gathered
+from rowgrad.uses.telemetry import sq_norm_of_sum
 
 logger = logging.getLogger("rowgrad")
 
@@ -174,10 +175,7 @@ class NoiseScale:
     def _measured(self, J: Any, norms: Any, mean_norm: Any) -> tuple[Tensor, float]:
         """Squared norms of the rows in float64, and of their mean."""
         if J is not None and norms is None and mean_norm is None and not self.distributed:
-            if not len(J):
-                return J.sq_norms().double(), nan
-            mean_row = J.weighted_sum(1 / len(J)).values()
-            return J.sq_norms().double(), sum(float(torch.linalg.vector_norm(g.double())) ** 2 for g in mean_row)
+            return J.sq_norms().cpu().double(), sq_norm_of_sum(J, 1 / max(1, len(J)))
         if J is not None or norms is None or mean_norm is None:
             raise InputError(
                 "NoiseScale.update takes a Jacobian, update(J), or norms= and mean_norm= together"
@@ -190,8 +188,9 @@ class NoiseScale:
         parts = [norms] if isinstance(norms, Tensor) else list(norms)
         if not parts or any(not isinstance(p, Tensor) or p.ndim != 1 for p in parts):
             raise InputError("NoiseScale.update: norms must be of shape (B,), or a sequence of such tensors")
-        found = torch.cat([p.detach().double() for p in parts])
-        return (gathered(found) if self.distributed else found).square(), float(mean_norm) ** 2
+        found = torch.cat([p.detach() for p in parts])
+        found = gathered(found) if self.distributed else found
+        return found.cpu().double().square(), float(mean_norm) ** 2
 
     @property
     def running(self) -> Noise:

@@ -51,30 +51,29 @@ def batch_statistics(
         raise InputError(f"batch_statistics: quantiles={tuple(quantiles)}, expected numbers from 0 to 1")
     norms = J.norms()
     finite = norms.isfinite()
-    share_nonfinite = float((~finite).double().mean()) if len(norms) else nan
+    share_nonfinite = int((~finite).sum()) / len(norms) if len(norms) else nan
     if share_nonfinite > 0:
         J, norms = J[finite], norms[finite]
+    lengths = norms.cpu().double()  # some devices have no float64
     pointing = norms > 0
     directed = J if pointing.all() else J[pointing]
-    found = {"gradient_diversity": _ratio(_sum(norms.square()), _sq_norm_of_sum(J, torch.ones_like(norms)))}
+    found = {"gradient_diversity": _ratio(float(lengths.square().sum()), sq_norm_of_sum(J, torch.ones_like(norms)))}
     n = len(directed)
-    twice_cosines = _sq_norm_of_sum(directed, 1 / norms[pointing]) - n
+    twice_cosines = sq_norm_of_sum(directed, 1 / norms[pointing]) - n
     found["mean_cosine"] = twice_cosines / (n * (n - 1)) if n > 1 else nan
     if conflicts:
         found["share_conflicting"] = float((directed.gram() < 0).sum()) / (n * (n - 1)) if n > 1 else nan
-    found["norm_mean"] = float(norms.double().mean())
+    found["norm_mean"] = float(lengths.mean())
     for q in quantiles:
-        found[f"norm_q{100 * q:g}"] = float(norms.double().quantile(q)) if len(norms) else nan
+        found[f"norm_q{100 * q:g}"] = float(lengths.quantile(q)) if len(norms) else nan
     return found | {"share_nonfinite": share_nonfinite}
 
 
-def _sq_norm_of_sum(J: Jacobian, c: Tensor) -> float:
+def sq_norm_of_sum(J: Jacobian, c: float | Tensor) -> float:
     """|sum_j c_j row_j|^2."""
-    return sum(_sum(part.double().square()) for part in J.weighted_sum(c).values()) if len(J) else 0.0
-
-
-def _sum(values: Tensor) -> float:
-    return float(values.sum(dtype=torch.float64))
+    parts = J.weighted_sum(c).values() if len(J) else []
+    wide = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in parts)
+    return sum(float(torch.linalg.vector_norm(p)) ** 2 for p in wide)
 
 
 def _ratio(above: float, below: float) -> float:
