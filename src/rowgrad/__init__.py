@@ -17,6 +17,8 @@ from rowgrad.rows.build import grad_norms, jacobian
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.objective import clip_weights, clipped_loss, per_example
 from rowgrad.rows.rules import RULES
+from rowgrad.uses.clipping import RunningQuantile
+from rowgrad.uses.noise import NoiseScale
 
 __version__ = "0.1.0"
 
@@ -30,8 +32,10 @@ __all__ = [
     "Jacobian",
     "Limits",
     "Monitor",
+    "NoiseScale",
     "RowgradError",
     "RowgradWarning",
+    "RunningQuantile",
     "check_gradients",
     "check_rows",
     "clip_weights",
