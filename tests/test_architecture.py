@@ -45,14 +45,15 @@ MAY_IMPORT = {
     "optim":            {"errors", "tape", "parameters", "rows", "curvature"},
     "layers":           {"errors", "parameters", "graph"},
     "data":             {"errors"},
-    "uses":             {"errors", "rows", "data"},
+    "uses":             {"errors", "files", "graph", "rows", "data"},
     "training":         {"errors", "files", "rows", "data", "curvature", "optim", "layers", "diagnosis", "checking",
                          "uses"},
     "integrations":     {"errors", "rows", "data", "diagnosis", "uses"},
     "report":           {"*"},
     "cli":              {"*"},
     "__main__":         {"cli"},
-    "__init__":         {"errors", "tape", "rows", "graph", "curvature", "checking", "diagnosis", "optim"},
+    "__init__":         {"errors", "tape", "rows", "graph", "curvature", "checking", "diagnosis", "optim",
+                         "uses"},
 }
 # fmt: on
 

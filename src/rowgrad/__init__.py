@@ -17,16 +17,20 @@ from rowgrad.rows.build import grad_norms, jacobian
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.objective import clip_weights, clipped_loss, per_example
 from rowgrad.rows.rules import RULES
+from rowgrad.uses.audit import Audit
+from rowgrad.uses.indexed import Indexed
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RULES",
+    "Audit",
     "Diagnosis",
     "Finding",
     "Flow",
     "GradientChecks",
     "Graph",
+    "Indexed",
     "Jacobian",
     "Limits",
     "Monitor",
