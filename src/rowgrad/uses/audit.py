@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rowgrad.errors import InputError
-from rowgrad.uses.batch import Batch, checked, gathered
+from rowgrad.uses.batch import Batch, checked, gathered, joined
 from rowgrad.uses.calibration import calibrate as calibrated
 from rowgrad.uses.calibration import draw_shifts
 from rowgrad.uses.scores import AuditScores
@@ -25,6 +25,7 @@ COLUMNS = (
     *("norm_sum", "norm", "peak", "peak_visit", "influence"),
     *("margin_sum", "given_sum", "given_sq_sum", "was_right", "forgotten", "learned"),
 )
+WAITING = 10_000  # examples times classes that wait to be added together
 _AT = {name: position for position, name in enumerate(COLUMNS)}
 
 
@@ -81,6 +82,8 @@ class Audit:
         self._labels = torch.full((self.n,), -1, dtype=torch.int64)
         self._has_norms: bool | None = None
         self._has_planted = False
+        self._waiting: list[tuple[Batch, float]] = []
+        self._waiting_for: set[int] = set()
 
     def state_dict(self) -> dict[str, Any]:
         """What was taken in so far: tensors on the CPU and plain values, for `torch.save` and a later run.
@@ -109,13 +112,15 @@ class Audit:
                 f"the state is of an audit with n={state['n']}, n_classes={state['n_classes']}; this one has "
                 f"n={self.n}, n_classes={self.n_classes}. Make the audit with the sizes of the state"
             )
+        tensors = self._tensors()
         self._has_norms, self._has_planted = state["has_norms"], state["has_planted"]
         self._shifts = None if state["shifts"] is None else state["shifts"].clone()
-        for name, tensor in self._tensors().items():
+        for name, tensor in tensors.items():
             tensor.copy_(state[name])
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that is accumulated, by name."""
+        self._settle()
         columns = dict(zip(COLUMNS, self._columns.unbind(), strict=True))
         return columns | {"probability_sum": self._probability_sum, "labels": self._labels}
 
@@ -173,20 +178,39 @@ class Audit:
             )
         if self.gather:
             batch = gathered(batch)
-        self._check_unchanged(batch)
+        self._take_labels(batch)
         self._has_norms = norms is not None
+        positions = set(batch.index.tolist())
+        if not self._waiting_for.isdisjoint(positions):
+            self._settle()
+        self._waiting.append((batch, lr))
+        self._waiting_for |= positions
+        if len(self._waiting_for) * (self.n_classes or 1) >= WAITING:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Add what waits to the columns. Each example waits once at most, so that the batches can be taken as one.
+
+        A dozen operations on 64 examples take as long as on a thousand: what a small model's step costs is mostly their
+        number.
+        """
+        if not self._waiting:
+            return
+        rates = torch.cat([torch.full((len(batch),), lr, dtype=torch.float64) for batch, lr in self._waiting])
+        batch = joined([batch for batch, _ in self._waiting])
+        self._waiting.clear()
+        self._waiting_for.clear()
         old = dict(zip(COLUMNS, self._columns[:, batch.index].unbind(), strict=True))
         new = {"seen": old["seen"] + 1, "loss_sum": old["loss_sum"] + batch.losses, "loss": batch.losses}
         if batch.norms is not None:
-            new |= _norm_columns(old, batch.norms, lr)
+            new |= _norm_columns(old, batch.norms, rates)
         if batch.logits is not None and batch.labels is not None:
             probabilities = batch.logits.softmax(dim=1)
             new |= _label_columns(old, batch.logits, batch.labels, probabilities)
             self._probability_sum.index_add_(0, batch.index, probabilities)
-            self._labels[batch.index] = batch.labels
         self._columns[:, batch.index] = torch.stack([new.get(name, old[name]) for name in COLUMNS])
 
-    def _check_unchanged(self, batch: Batch) -> None:
+    def _take_labels(self, batch: Batch) -> None:
         if batch.labels is None:
             return
         before = self._labels[batch.index]
@@ -195,9 +219,11 @@ class Audit:
             raise InputError(
                 f"example {batch.index[changed][0]} has another label than in an earlier update; reset() first"
             )
+        self._labels[batch.index] = batch.labels
 
     def compute(self) -> AuditScores:
         """The scores of all examples so far; the accumulated state is left as it is."""
+        self._settle()
         is_seen = self._column("seen") > 0
         seen = torch.where(is_seen, self._column("seen"), torch.nan)
         mean_loss = self._column("loss_sum") / seen
@@ -258,14 +284,14 @@ class Audit:
         return self._columns[_AT[name]]
 
 
-def _norm_columns(old: Mapping[str, Tensor], norms: Tensor, lr: float) -> dict[str, Tensor]:
+def _norm_columns(old: Mapping[str, Tensor], norms: Tensor, rates: Tensor) -> dict[str, Tensor]:
     higher = (norms > old["peak"]) | (old["seen"] == 0)
     return {
         "norm_sum": old["norm_sum"] + norms,
         "norm": norms,
         "peak": torch.where(higher, norms, old["peak"]),
         "peak_visit": torch.where(higher, old["seen"] + 1, old["peak_visit"]),
-        "influence": old["influence"] + lr * norms.square(),
+        "influence": old["influence"] + rates * norms.square(),
     }
 
 

@@ -1,6 +1,9 @@
 """One batch as an audit takes it in: on the CPU, detached, and checked before anything is accumulated."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from math import isfinite
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,65 +43,78 @@ def checked(
     n: int,
     n_classes: int | None,
 ) -> Batch:
-    """The batch, without the examples whose label is -100; see `Audit.update` for what is refused."""
-    index = index.detach().to("cpu", torch.int64)
+    """The batch, copied, without the examples whose label is -100; see `Audit.update` for what is refused."""
+    index = index.detach().to("cpu", torch.int64, copy=True)
     _check_index(index, n)
     losses = _vector(index, "losses", losses)
     norms = None if norms is None else _vector(index, "norms", norms)
     if n_classes is None:
-        return Batch(index, losses, norms, None, None)
+        batch = Batch(index, losses, norms, None, None)
+    else:
+        batch = Batch(index, losses, norms, *_outputs(index, logits, labels, n_classes))
+        if batch.labels is not None and bool((batch.labels == IGNORED).any()):
+            batch = batch.kept(batch.labels != IGNORED)
+        _check_labels(batch, n_classes)
+    _check_finite(batch)
+    return batch
+
+
+def _outputs(index: Tensor, logits: Tensor | None, labels: Tensor | None, n_classes: int) -> tuple[Tensor, Tensor]:
     if logits is None or labels is None:
         raise InputError(
             "an audit with n_classes needs logits and labels in every update; for regression leave it None"
         )
-    logits, labels = logits.detach().to("cpu", torch.float32), labels.detach().to("cpu", torch.int64)
     if logits.shape != (len(index), n_classes) or labels.shape != index.shape:
         raise InputError(
             f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; "
             f"expected ({len(index)}, {n_classes}) and ({len(index)},)"
         )
-    batch = Batch(index, losses, norms, logits, labels)
-    if bool((labels == IGNORED).any()):
-        batch = batch.kept(labels != IGNORED)
-    _check_labels(batch, n_classes)
-    return batch
+    return logits.detach().to("cpu", torch.float32, copy=True), labels.detach().to("cpu", torch.int64, copy=True)
 
 
 def _check_labels(batch: Batch, n_classes: int) -> None:
-    labels, logits = batch.labels, batch.logits
-    assert labels is not None
-    assert logits is not None
-    _check_finite(batch.index, "logits", logits.sum(dim=1))
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
-        raise InputError(f"labels run from {labels.min()} to {labels.max()}; expected 0 to {n_classes - 1}")
+    labels = [] if batch.labels is None else batch.labels.tolist()
+    if labels and not 0 <= min(labels) <= max(labels) < n_classes:
+        raise InputError(f"labels run from {min(labels)} to {max(labels)}; expected 0 to {n_classes - 1}")
 
 
 def _check_index(index: Tensor, n: int) -> None:
     if index.ndim != 1:
         raise InputError(f"index has shape {tuple(index.shape)}; expected one position per example, shape (B,)")
-    if not index.numel():
-        return
-    ordered = index.sort().values
-    if not 0 <= int(ordered[0]) <= int(ordered[-1]) < n:
-        raise InputError(f"index runs from {ordered[0]} to {ordered[-1]}; this audit has examples 0 to {n - 1}")
-    if bool((ordered[1:] == ordered[:-1]).any()):
+    positions = index.tolist()
+    if positions and not 0 <= min(positions) <= max(positions) < n:
+        raise InputError(f"index runs from {min(positions)} to {max(positions)}; this audit has examples 0 to {n - 1}")
+    if len(set(positions)) < len(positions):
         raise InputError("index holds an example twice; an update takes in different examples")
 
 
 def _vector(index: Tensor, name: str, values: Tensor) -> Tensor:
-    values = values.detach().to("cpu", torch.float64)
     if values.shape != index.shape:
         raise InputError(f"{name} has shape {tuple(values.shape)}; expected one value per example, ({len(index)},)")
-    _check_finite(index, name, values)
-    return values
+    return values.detach().to("cpu", torch.float64, copy=True)
 
 
-def _check_finite(index: Tensor, name: str, values: Tensor) -> None:
-    bad = ~values.isfinite()
-    if bad.any():
-        raise NonFiniteError(
-            f"{name}: example {index[bad][0]} has {values[bad][0]:g}; the audit takes finite values only"
-        )
+def _check_finite(batch: Batch) -> None:
+    """One look at the sum of everything; only where that is inf or nan the values one by one."""
+    parts = {"losses": batch.losses, "norms": batch.norms, "logits": batch.logits}
+    found = {name: values for name, values in parts.items() if values is not None}
+    if isfinite(sum(float(values.sum()) for values in found.values())):
+        return
+    for name, values in found.items():
+        bad = ~(values if values.ndim == 1 else values.sum(dim=1)).isfinite()
+        if bad.any():
+            value = values[bad][0].flatten()
+            raise NonFiniteError(
+                f"{name}: example {batch.index[bad][0]} has {value[~value.isfinite()][0]:g}; the audit takes finite "
+                "values only"
+            )
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Several batches of the same kind as one."""
+    names = [field.name for field in fields(Batch)]
+    parts = ([getattr(batch, name) for batch in batches] for name in names)
+    return Batch(*(None if values[0] is None else torch.cat(values) for values in parts))  # type: ignore[arg-type]
 
 
 def gathered(batch: Batch) -> Batch:
@@ -106,18 +122,10 @@ def gathered(batch: Batch) -> Batch:
 
     `DistributedSampler` gives the last processes examples of the first ones again, so that all have equally many.
     """
-    parts: list[Batch | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, batch)
-    names = ("index", "losses", "norms", "logits", "labels")
-    joined = [_joined([getattr(part, name) for part in parts]) for name in names]
-    index = joined[0]
-    assert index is not None
-    ordered, positions = index.sort(stable=True)
-    is_first = torch.ones(len(index), dtype=torch.bool)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, batch)
+    everything = joined(found)
+    ordered, positions = everything.index.sort(stable=True)
+    is_first = torch.ones(len(ordered), dtype=torch.bool)
     is_first[positions[1:]] = ordered[1:] != ordered[:-1]
-    return Batch(*joined).kept(is_first)  # type: ignore[arg-type]
-
-
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    found = [part for part in parts if part is not None]
-    return torch.cat(found) if found else None
+    return everything.kept(is_first)
