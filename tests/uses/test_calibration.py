@@ -72,9 +72,11 @@ def test_flips_are_marked_and_never_flagged() -> None:
     assert set(scores.order()[-20:].tolist()) == set(is_flip.nonzero()[:, 0].tolist())
     assert set(scores.order()[:8].tolist()) == set(scores.flagged.nonzero()[:, 0].tolist())
     found = scores.calibration
-    assert (found.n_planted, found.n_found, found.recall, found.n_flagged) == (20, 15, 0.75, 8)
-    assert (found.low, found.high) == wilson(15, 20)
-    assert str(found).startswith("15 of 20 planted flips were flagged: estimated recall 0.75 (95%: 0.53 to 0.89).")
+    assert (found.n_planted, found.n_found, found.n_flagged) == (20, 15, 8)
+    by_right_flips = 1 - 8 / 180 / 4
+    assert found.recall == pytest.approx(0.75 / by_right_flips)
+    assert (found.low, found.high) == pytest.approx([p / by_right_flips for p in wilson(15, 20)])
+    assert str(found).startswith("15 of 20 planted flips were flagged: estimated recall 0.76 (95%: 0.54 to 0.90).")
     frame = audit.table()
     assert frame["planted"].to_list() == is_flip.tolist()
 
@@ -121,7 +123,7 @@ def test_the_interval_against_its_equation() -> None:
         low, high = wilson(k, n)
         for p in (low, high):
             assert (k / n - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-12)
-        assert low <= k / n <= high
+        assert low - 1e-12 <= k / n <= high + 1e-12
     assert wilson(0, 0) == (0.0, 1.0)
 
 
@@ -134,7 +136,7 @@ def test_errors_are_counted_where_losses_overlap() -> None:
     loss[-n_flips:] += 3
     planted = torch.zeros(len(loss), dtype=torch.bool)
     planted[-n_flips:] = True
-    found = calibrate(loss > 1.5, loss, planted)
+    found = calibrate(loss > 1.5, loss, planted, n_classes=1000)
     is_error = torch.arange(len(loss)) < n_errors
     n_true = int(((loss > 1.5) & is_error).sum())
     assert found.recall == pytest.approx(n_true / n_errors, abs=0.05)
@@ -146,5 +148,24 @@ def test_errors_are_counted_where_losses_overlap() -> None:
 
 def test_no_errors_are_expected_where_there_are_none() -> None:
     loss = torch.cat([torch.linspace(0, 1, 100), torch.linspace(5, 6, 10)]).double()
-    found = calibrate(loss > 2, loss, torch.arange(110) >= 100)
+    found = calibrate(loss > 2, loss, torch.arange(110) >= 100, n_classes=2)
     assert (found.recall, found.n_flagged, found.expected_errors, found.expected_true_flags) == (1.0, 0, 0, 0)
+
+
+def test_flips_of_wrong_labels_that_became_right_do_not_count_against_the_recall() -> None:
+    """Two classes, 30% of the labels wrong, and an audit that doubts exactly the wrong ones."""
+    generator = torch.Generator().manual_seed(0)
+    n = 100_000
+    is_wrong = torch.rand(n, generator=generator) < 0.3
+    planted = torch.rand(n, generator=generator) < 0.1
+    doubted = is_wrong ^ planted
+    found = calibrate(doubted, doubted.double(), planted, n_classes=2)
+    assert found.n_found / found.n_planted == pytest.approx(0.7, abs=0.05)
+    assert found.recall == pytest.approx(1.0, abs=0.05)
+    assert found.expected_true_flags == pytest.approx(found.n_flagged, rel=0.1)
+
+
+def test_without_a_seen_flip_nothing_is_known() -> None:
+    found = calibrate(torch.tensor([True]), torch.ones(1), torch.tensor([False]), n_classes=2)
+    assert (found.low, found.high) == (0.0, 1.0)
+    assert found.recall != found.recall

@@ -242,7 +242,7 @@ class Audit:
             scores["planted"] = planted
             scores["before"] = torch.where(is_seen, (self._labels - self._shifts) % self.n_classes, -1)
             doubted = scores["flagged"]
-            scores["calibration"] = calibrated(doubted[is_seen], mean_loss[is_seen], planted[is_seen])
+            scores["calibration"] = calibrated(doubted[is_seen], mean_loss[is_seen], planted[is_seen], self.n_classes)
             scores["flagged"] = doubted & ~planted
         return AuditScores(rank=_ranks(mean_loss, planted), **scores)
 

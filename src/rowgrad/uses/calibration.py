@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rowgrad.errors import InputError
 
-CUTS = (0.25, 0.5, 0.75)  # shares of the planted flips above the losses at which errors are counted
+CUT = 0.75  # share of the flips above the loss at which errors are counted
 Z = 1.959964  # 95% of a normal distribution lie within this many deviations
 
 
@@ -22,7 +22,9 @@ class Calibration:
     """What the planted flips say.
 
     n_planted, n_found: flips that were seen, and those of them whose label was doubted.
-    recall: n_found / n_planted; low, high: its 95% interval (Wilson 1927). NaN, 0 and 1 if none was seen.
+    recall: share found; low, high: its 95% interval (Wilson 1927). NaN, 0 and 1 if none was seen. The flip of a wrong
+        label may be right and is then rightly not doubted; so the share is divided by 1 - f / (K - 1), f being the
+        share of flags among the other examples and K the number of classes.
     n_flagged: flags among the other examples.
     expected_errors: estimated wrong labels among the other examples.
     expected_true_flags: how many of the flags are expected to be wrong labels.
@@ -45,12 +47,13 @@ class Calibration:
         )
 
 
-def calibrate(flagged: Tensor, loss: Tensor, planted: Tensor) -> Calibration:
+def calibrate(flagged: Tensor, loss: Tensor, planted: Tensor, n_classes: int) -> Calibration:
     """Compare the flips with the other examples.
 
-    Above a loss that a share r of the flips exceeds, r times the errors lie, and correct examples besides. So the count
-    of other examples above it, divided by r, is at least the number of errors but for chance; the smallest such bound
-    is taken (Blanchard, Lee and Scott 2010, section 4).
+    Above a loss that a share r of the flips exceeds lie r times the errors, and correct examples besides. So the count
+    of other examples above it, divided by r, is at least the number of errors but for chance; the smaller of two such
+    bounds is taken (Blanchard, Lee and Scott 2010, section 4), at the loss that three quarters of the flips exceed and,
+    in place of a loss, at the flags. More cuts would find a smaller bound by chance.
 
     Args:
         flagged: whose label is doubted, flips among them. loss: what the ranking goes by. planted: which labels were
@@ -58,15 +61,16 @@ def calibrate(flagged: Tensor, loss: Tensor, planted: Tensor) -> Calibration:
     """
     n_planted, n_found = int(planted.sum()), int((flagged & planted).sum())
     n_flagged, others = int((flagged & ~planted).sum()), loss[~planted]
-    low, high = wilson(n_found, n_planted)
-    bounds = [n_flagged / (n_found / n_planted)] if n_found else []
-    ordered = loss[planted].sort(descending=True).values
-    for share in CUTS:
-        count = round(share * n_planted)
-        if count:
-            bounds.append(int((others >= ordered[count - 1]).sum()) * n_planted / count)
-    errors = min(bounds, default=math.nan)
-    recall = n_found / n_planted if n_planted else math.nan
+    if not n_planted:
+        return Calibration(0, 0, math.nan, 0.0, 1.0, n_flagged, math.nan, math.nan)
+    still_wrong = 1 - n_flagged / max(1, len(others)) / (n_classes - 1)
+    recall, low, high = (min(1.0, p / still_wrong) for p in (n_found / n_planted, *wilson(n_found, n_planted)))
+    n_above = math.ceil(CUT * n_planted * still_wrong)
+    cut = loss[planted].sort(descending=True).values[n_above - 1]
+    bounds = [float((others >= cut).sum()) / min(1.0, n_above / n_planted / still_wrong)]
+    if n_found:
+        bounds.append(n_flagged / recall)
+    errors = min(bounds)
     return Calibration(n_planted, n_found, recall, low, high, n_flagged, errors, min(n_flagged, errors * recall))
 
 

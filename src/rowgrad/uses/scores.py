@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rowgrad.uses.calibration import Calibration
 
-FENCE = 1.5  # Tukey's: this many times the middle half's width above it is far out
+FENCE = 3.0  # Tukey's for "far out": this many times the middle half's width above it
 REDUNDANT = 0.1  # of the median self-influence
 SPIKE = 5.0  # times the mean norm
 LATE = 3  # visits from which a peak is no longer the start of training
@@ -73,7 +73,8 @@ class AuditScores:
         Examples flipped for calibration carry none.
 
         likely mislabelled: the label of largest mean probability is not the given one (`flagged`).
-        hard: not that, but the mean loss lies beyond Tukey's fence, 1.5 widths of the middle half above it.
+        hard: not that, but the mean loss lies beyond Tukey's fence: 3 widths of the middle half (of the examples not
+            likely mislabelled) above it.
         never learned: the prediction was wrong at every one of at least two visits.
         redundant: never forgotten once learned, and its self-influence (without norms its mean loss) is below a tenth
             of the median.
@@ -134,7 +135,8 @@ class AuditScores:
 
     @cached_property
     def _fence(self) -> float:
-        low, high = _quantiles(self.mean_loss, 0.25, 0.75)
+        others = self.mean_loss if self.flagged is None else self.mean_loss[~self.flagged]
+        low, high = _quantiles(others, 0.25, 0.75)
         return high + FENCE * (high - low)
 
     @property
