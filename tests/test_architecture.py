@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "optim":            {"errors", "tape", "parameters", "rows", "curvature"},
     "layers":           {"errors", "parameters", "graph"},
     "data":             {"errors"},
-    "uses":             {"errors", "rows", "data"},
+    "uses":             {"errors", "files", "graph", "rows", "data"},
     "training":         {"errors", "files", "rows", "data", "curvature", "optim", "layers", "diagnosis", "checking",
                          "uses"},
     "integrations":     {"errors", "rows", "data", "diagnosis", "uses"},

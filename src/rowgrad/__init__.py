@@ -17,18 +17,22 @@ from rowgrad.rows.build import grad_norms, jacobian
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.objective import clip_weights, clipped_loss, per_example
 from rowgrad.rows.rules import RULES
+from rowgrad.uses.audit import Audit
 from rowgrad.uses.clipping import RunningQuantile
+from rowgrad.uses.indexed import Indexed
 from rowgrad.uses.noise import NoiseScale
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RULES",
+    "Audit",
     "Diagnosis",
     "Finding",
     "Flow",
     "GradientChecks",
     "Graph",
+    "Indexed",
     "Jacobian",
     "Limits",
     "Monitor",

@@ -40,8 +40,8 @@ def test_audit_of_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     frame = pl.read_parquet("found/scores.parquet")
     assert frame.height == 1797
     assert frame["is_planted"].sum() == 180
-    n_flagged = frame["flagged"].sum()
-    n_found = frame.filter(pl.col("flagged") & pl.col("is_planted")).height
+    n_flagged = frame["likely_mislabelled"].sum()
+    n_found = frame.filter(pl.col("likely_mislabelled") & pl.col("is_planted")).height
     assert f"Flagged {n_flagged} of 1,797 examples as likely mislabelled." in out
     assert (
         f"Found {n_found} of 180 planted errors: precision of the flags {n_found / n_flagged:.3f}, "
@@ -249,4 +249,4 @@ def test_a_label_is_suggested_where_one_is_flagged(capsys: pytest.CaptureFixture
     for row in scores.iter_rows(named=True):
         line = next(line for line in printed.splitlines() if line.split()[:2] == [str(row["rank"]), str(row["index"])])
         shown = line.split()[3] == row["suggested"]
-        assert shown == row["flagged"]
+        assert shown == row["likely_mislabelled"]

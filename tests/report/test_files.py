@@ -23,17 +23,20 @@ def test_scores_of_labels(digits: AuditRun, tmp_path: Path) -> None:
     write_scores(digits, tmp_path / "scores.parquet")
     frame = pl.read_parquet(tmp_path / "scores.parquet")
     assert frame.columns == [
-        *("index", "rank", "given", "suggested", "suggested_probability", "given_probability", "flagged"),
-        *("mean_margin", "mean_loss", "final_loss", "mean_norm", "final_norm", "peak_norm", "peak_epoch"),
-        *("times_seen", "is_planted", "before"),
+        *("index", "rank", "given", "suggested", "suggested_probability", "confidence", "variability", "mean_margin"),
+        *("mean_loss", "final_loss", "times_forgotten", "first_learned"),
+        *("mean_norm", "final_norm", "peak_norm", "peak_epoch", "self_influence", "times_seen"),
+        *("likely_mislabelled", "hard", "never_learned", "redundant", "spiking", "reason", "is_planted", "before"),
     ]
     assert frame.height == len(digits.rows)
     assert frame["index"].to_list() == digits.rows.tolist()
     assert sorted(frame["rank"]) == list(range(1, frame.height + 1))
     assert frame.sort("rank")["mean_loss"].is_sorted(descending=True)
-    assert frame.filter(pl.col("flagged") != (pl.col("given") != pl.col("suggested"))).is_empty()
+    assert frame.filter(pl.col("likely_mislabelled") != (pl.col("given") != pl.col("suggested"))).is_empty()
     assert frame.filter(pl.col("is_planted") != (pl.col("given") != pl.col("before"))).is_empty()
-    assert frame.filter(pl.col("flagged"))["suggested_probability"].min() > 0
+    assert frame.filter(pl.col("likely_mislabelled"))["suggested_probability"].min() > 0
+    first = frame.filter("likely_mislabelled").row(0, named=True)
+    assert f"the network gave {first['suggested']} a mean" in first["reason"]
     assert frame["peak_epoch"].is_between(1, 6).all()
     assert frame["times_seen"].unique().to_list() == [6]
     original = digits.table.targets[digits.rows].tolist()
@@ -42,7 +45,7 @@ def test_scores_of_labels(digits: AuditRun, tmp_path: Path) -> None:
 
 def test_scores_of_quantities() -> None:
     frame = scores_frame(words_run("regression"))
-    assert not {"suggested", "flagged", "mean_margin"} & set(frame.columns)
+    assert not {"suggested", "likely_mislabelled", "mean_margin"} & set(frame.columns)
     assert frame["given"].dtype == pl.Float64
     assert frame["line"].to_list() == list(range(2, 122))
     assert frame.filter(pl.col("is_planted") != (pl.col("given") != pl.col("before"))).is_empty()

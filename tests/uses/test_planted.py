@@ -7,8 +7,8 @@ import torch
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 
 from rowgrad.errors import InputError
-from rowgrad.uses.audit import AuditScores
 from rowgrad.uses.planted import average_precision, score_planted
+from rowgrad.uses.scores import AuditScores
 
 
 def _scores(n: int = 50, labels: bool = True) -> tuple[AuditScores, torch.Tensor]:

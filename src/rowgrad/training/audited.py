@@ -16,7 +16,8 @@ from rowgrad.training.cost import Cost, measure_cost, update
 from rowgrad.training.mlp import adam, mlp
 from rowgrad.training.settings import Settings
 from rowgrad.training.step import Criterion, Trainee, label_losses, squared_losses
-from rowgrad.uses.audit import Audit, AuditScores
+from rowgrad.uses.audit import Audit
+from rowgrad.uses.scores import AuditScores
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 import copy
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -54,8 +56,7 @@ def measure_cost(
     clock = time.thread_time if fine else time.perf_counter
     seconds: dict[str, list[float]] = {"plain": [], "rows": [], "audit": []}
     trainees = {kind: copy.deepcopy(trainee) for kind in seconds}  # the copy of the optimizer drives the copied model
-    for trial in range(n_warm + n_steps):
-        index = torch.randperm(len(targets), generator=generator)[:batch_size]
+    for trial, index in enumerate(islice(_batches(len(targets), batch_size, generator), n_warm + n_steps)):
         for kind, copied in trainees.items():
             start = clock()
             if kind == "plain":
@@ -68,6 +69,12 @@ def measure_cost(
                 seconds[kind].append(clock() - start)
     quartiles = {kind: tuple(statistics.quantiles(times, n=4)) for kind, times in seconds.items()}
     return Cost(quartiles["plain"], quartiles["rows"], quartiles["audit"], n_steps, batch_size)
+
+
+def _batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Full batches of epoch after epoch, each in a new order."""
+    while True:
+        yield from torch.randperm(n, generator=generator)[: n - n % batch_size].split(batch_size)
 
 
 def update(audit: Audit, index: torch.Tensor, step: Step, targets: torch.Tensor) -> None:

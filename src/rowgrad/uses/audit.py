@@ -6,46 +6,27 @@ was learned by heart; the probability at the end does not. Averaging the loss ra
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from rowgrad.errors import InputError, NonFiniteError
+from rowgrad.errors import InputError
+from rowgrad.uses.batch import Batch, checked, gathered, joined
+from rowgrad.uses.calibration import calibrate as calibrated
+from rowgrad.uses.calibration import draw_shifts
+from rowgrad.uses.scores import AuditScores
+from rowgrad.uses.tables import scores_table
 
-
-@dataclass(frozen=True)
-class AuditScores:
-    """What was accumulated for each of N examples; every tensor has shape (N,) and lies on the CPU.
-
-    rank: 1 for the most suspicious, by mean loss; examples that were never seen come last.
-    times_seen: updates that held the example.
-    mean_loss, final_loss: over all updates, and at the last one; NaN for an example never seen.
-    mean_norm, final_norm, peak_norm: likewise for the gradient norm, and its largest value; None without norms.
-    peak_visit: the visit (1 for the first) at which the norm was largest.
-    mean_margin: logit of the given label minus the largest other one; None without logits, as are the following.
-    given_probability: mean probability of the given label.
-    suggested, suggested_probability: the label of largest mean probability, and that probability.
-    flagged: whether the suggested label differs from the given one.
-    """
-
-    rank: torch.Tensor
-    times_seen: torch.Tensor
-    mean_loss: torch.Tensor
-    final_loss: torch.Tensor
-    mean_norm: torch.Tensor | None = None
-    final_norm: torch.Tensor | None = None
-    peak_norm: torch.Tensor | None = None
-    peak_visit: torch.Tensor | None = None
-    mean_margin: torch.Tensor | None = None
-    given_probability: torch.Tensor | None = None
-    suggested: torch.Tensor | None = None
-    suggested_probability: torch.Tensor | None = None
-    flagged: torch.Tensor | None = None
-
-    def order(self) -> torch.Tensor:
-        """Positions of the examples from the most to the least suspicious."""
-        return self.rank.argsort()
+# Accumulated for each example, in float64: counts are exact up to 2^53.
+COLUMNS = (
+    *("seen", "loss_sum", "loss"),
+    *("norm_sum", "norm", "peak", "peak_visit", "influence"),
+    *("margin_sum", "given_sum", "given_sq_sum", "was_right", "forgotten", "learned"),
+)
+WAITING = 10_000  # examples times classes that wait to be added together
+_AT = {name: position for position, name in enumerate(COLUMNS)}
 
 
 class Audit:
@@ -61,6 +42,11 @@ class Audit:
     Args:
         n: how many examples the data set has.
         n_classes: how many classes, for flags and suggestions; None for regression.
+        calibrate: share of the labels to flip, above 0 and at most .5, to estimate how many errors are found; 0 for
+            none. Train on what `plant(index, labels)` returns. The flipped examples are never flagged.
+        generator: draws the flips; None takes one of its own with seed 0. No global state is drawn from.
+        gather: with an initialized `torch.distributed`, take in the batches of all processes at every update, so that
+            each process holds the audit of all examples. All processes must update equally often.
 
     >>> audit = Audit(2, n_classes=2)
     >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
@@ -69,44 +55,56 @@ class Audit:
     >>> audit.update(torch.tensor([0, 1]), losses=losses, logits=logits, labels=labels)
     >>> audit.compute().flagged
     tensor([False,  True])
+    >>> audit.compute().reason(1)[:74]
+    'Over one visit the network gave label 0 a mean probability of 0.88 and the'
     >>> audit.load_state_dict(audit.state_dict())  # goes on after an interruption
     """
 
-    def __init__(self, n: int, n_classes: int | None = None) -> None:
+    def __init__(
+        self,
+        n: int,
+        n_classes: int | None = None,
+        *,
+        calibrate: float = 0.0,
+        generator: torch.Generator | None = None,
+        gather: bool = False,
+    ) -> None:
         if n < 1 or (n_classes is not None and n_classes < 2):
             raise InputError(f"an audit needs an example and, for labels, two classes; got {n} and {n_classes}")
-        self.n, self.n_classes = n, n_classes
+        self.n, self.n_classes, self.gather = n, n_classes, gather
+        self._shifts = draw_shifts(n, n_classes, calibrate, generator) if calibrate else None
         self.reset()
 
     def reset(self) -> None:
-        """Forget every update."""
-        self._seen = torch.zeros(self.n, dtype=torch.int64)
-        self._loss_sum = torch.zeros(self.n, dtype=torch.float64)
-        self._loss = torch.full((self.n,), torch.nan)
-        self._norm_sum = torch.zeros(self.n, dtype=torch.float64)
-        self._norm = torch.full((self.n,), torch.nan)
-        self._peak = torch.full((self.n,), -torch.inf)
-        self._peak_visit = torch.zeros(self.n, dtype=torch.int64)
-        self._margin_sum = torch.zeros(self.n, dtype=torch.float64)
+        """Forget every update; the same labels stay flipped."""
+        self._columns = torch.zeros(len(COLUMNS), self.n, dtype=torch.float64)
         self._probability_sum = torch.zeros(self.n, self.n_classes or 0)
         self._labels = torch.full((self.n,), -1, dtype=torch.int64)
         self._has_norms: bool | None = None
+        self._has_planted = False
+        self._waiting: list[tuple[Batch, float]] = []
+        self._waiting_for: set[int] = set()
 
     def state_dict(self) -> dict[str, Any]:
         """What was taken in so far: tensors on the CPU and plain values, for `torch.save` and a later run.
 
         `torch.load` reads it back with `weights_only=True`. The tensors are copies: later updates leave them alone.
         """
-        plain = {"n": self.n, "n_classes": self.n_classes, "has_norms": self._has_norms}
-        return plain | {name: tensor.clone() for name, tensor in self._sums().items()}
+        shifts = None if self._shifts is None else self._shifts.clone()
+        plain = {"n": self.n, "n_classes": self.n_classes, "has_norms": self._has_norms, "shifts": shifts}
+        return (
+            plain
+            | {"has_planted": self._has_planted}
+            | {name: tensor.clone() for name, tensor in self._tensors().items()}
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` gave.
+        """Go on from a state that `state_dict` gave; the labels that are flipped are those of the state.
 
         Raises:
             InputError: the state is of another n or n_classes, or lacks an entry; nothing was loaded.
         """
-        missing = [name for name in ("n", "n_classes", "has_norms", *self._sums()) if name not in state]
+        missing = [name for name in self.state_dict() if name not in state]
         if missing:
             raise InputError(f"the state has no {', '.join(missing)}; load what `Audit.state_dict()` gave")
         if (state["n"], state["n_classes"]) != (self.n, self.n_classes):
@@ -114,22 +112,48 @@ class Audit:
                 f"the state is of an audit with n={state['n']}, n_classes={state['n_classes']}; this one has "
                 f"n={self.n}, n_classes={self.n_classes}. Make the audit with the sizes of the state"
             )
-        self._has_norms = state["has_norms"]
-        for name, tensor in self._sums().items():
+        tensors = self._tensors()
+        self._has_norms, self._has_planted = state["has_norms"], state["has_planted"]
+        self._shifts = None if state["shifts"] is None else state["shifts"].clone()
+        for name, tensor in tensors.items():
             tensor.copy_(state[name])
 
-    def _sums(self) -> dict[str, torch.Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         """Everything that is accumulated, by name."""
-        return {name[1:]: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        self._settle()
+        columns = dict(zip(COLUMNS, self._columns.unbind(), strict=True))
+        return columns | {"probability_sum": self._probability_sum, "labels": self._labels}
+
+    def plant(self, index: Tensor, labels: Tensor) -> Tensor:
+        """The labels to train on: those of the examples chosen for calibration flipped, the others as they are.
+
+        The same example gets the same label every time. Call it in the process that updates, not in a data worker.
+        Without `calibrate` the labels are returned as they are.
+
+        Args:
+            index, labels: positions and labels of B examples, shape (B,); labels of -100 are left alone.
+        Returns:
+            (B,), on the device of the labels.
+
+        >>> audit = Audit(4, n_classes=2, calibrate=0.25)
+        >>> (audit.plant(torch.arange(4), torch.zeros(4, dtype=torch.int64)) == 1).sum()
+        tensor(1)
+        """
+        if self._shifts is None or self.n_classes is None:
+            return labels
+        self._has_planted = True
+        shifts = self._shifts[index.detach().to("cpu", torch.int64)].to(labels.device, labels.dtype)
+        return torch.where(labels < 0, labels, (labels + shifts) % self.n_classes)
 
     def update(
         self,
-        index: torch.Tensor,
+        index: Tensor,
         *,
-        losses: torch.Tensor,
-        norms: torch.Tensor | None = None,
-        logits: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        losses: Tensor,
+        norms: Tensor | None = None,
+        logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        lr: float = 1.0,
     ) -> None:
         """Take in one batch of B different examples.
 
@@ -137,128 +161,163 @@ class Audit:
             index: positions of the examples in the data set, shape (B,), integers below n.
             losses: their losses, shape (B,).
             norms: their gradient norms, shape (B,); in every update or in none.
-            logits, labels: outputs of shape (B, n_classes) and given labels of shape (B,); required with n_classes.
+            logits, labels: outputs of shape (B, n_classes) and labels that were trained on, of shape (B,); required
+                with n_classes. An example with the label -100 is left out.
+            lr: learning rate of this step, for the self-influence.
 
         Raises:
             InputError: a shape does not fit, a position is out of range or occurs twice, or a label changed.
             NonFiniteError: a loss, norm or logit is inf or nan; nothing was taken in.
         """
-        index = index.detach().to("cpu", torch.int64)
-        self._check_index(index)
         if (norms is not None) is not (self._has_norms if self._has_norms is not None else norms is not None):
             raise InputError("norms were given in some updates and not in others; give them in every update or in none")
-        values = {"losses": self._vector(index, "losses", losses)}
-        if norms is not None:
-            values["norms"] = self._vector(index, "norms", norms)
-        if self.n_classes is not None:
-            outputs = self._outputs(index, logits, labels)
-            self._add_outputs(index, *outputs)
+        batch = checked(index, losses, norms, logits, labels, n=self.n, n_classes=self.n_classes)
+        if self._shifts is not None and not self._has_planted:
+            raise InputError(
+                "calibrate flips labels: train on `labels = audit.plant(index, labels)`, and pass these here"
+            )
+        if self.gather:
+            batch = gathered(batch)
+        self._take_labels(batch)
         self._has_norms = norms is not None
-        self._seen[index] += 1
-        self._loss_sum[index] += values["losses"].double()
-        self._loss[index] = values["losses"]
-        if norms is not None:
-            self._add_norms(index, values["norms"])
+        positions = set(batch.index.tolist())
+        if not self._waiting_for.isdisjoint(positions):
+            self._settle()
+        self._waiting.append((batch, lr))
+        self._waiting_for |= positions
+        if len(self._waiting_for) * (self.n_classes or 1) >= WAITING:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Add what waits to the columns. Each example waits once at most, so that the batches can be taken as one.
+
+        A dozen operations on 64 examples take as long as on a thousand: what a small model's step costs is mostly their
+        number.
+        """
+        if not self._waiting:
+            return
+        rates = torch.cat([torch.full((len(batch),), lr, dtype=torch.float64) for batch, lr in self._waiting])
+        batch = joined([batch for batch, _ in self._waiting])
+        self._waiting.clear()
+        self._waiting_for.clear()
+        old = dict(zip(COLUMNS, self._columns[:, batch.index].unbind(), strict=True))
+        new = {"seen": old["seen"] + 1, "loss_sum": old["loss_sum"] + batch.losses, "loss": batch.losses}
+        if batch.norms is not None:
+            new |= _norm_columns(old, batch.norms, rates)
+        if batch.logits is not None and batch.labels is not None:
+            probabilities = batch.logits.softmax(dim=1)
+            new |= _label_columns(old, batch.logits, batch.labels, probabilities)
+            self._probability_sum.index_add_(0, batch.index, probabilities)
+        self._columns[:, batch.index] = torch.stack([new.get(name, old[name]) for name in COLUMNS])
+
+    def _take_labels(self, batch: Batch) -> None:
+        if batch.labels is None:
+            return
+        before = self._labels[batch.index]
+        changed = (before >= 0) & (before != batch.labels)
+        if changed.any():
+            raise InputError(
+                f"example {batch.index[changed][0]} has another label than in an earlier update; reset() first"
+            )
+        self._labels[batch.index] = batch.labels
 
     def compute(self) -> AuditScores:
         """The scores of all examples so far; the accumulated state is left as it is."""
-        seen = torch.where(self._seen > 0, self._seen, torch.nan).double()
-        mean_loss = (self._loss_sum / seen).float()
-        scores = {
-            "rank": _ranks(self._loss_sum / seen),
-            "times_seen": self._seen.clone(),
-            "mean_loss": mean_loss,
-            "final_loss": self._loss.clone(),
+        self._settle()
+        is_seen = self._column("seen") > 0
+        seen = torch.where(is_seen, self._column("seen"), torch.nan)
+        mean_loss = self._column("loss_sum") / seen
+        scores: dict[str, Any] = {
+            "times_seen": self._column("seen").long(),
+            "mean_loss": mean_loss.float(),
+            "final_loss": torch.where(is_seen, self._column("loss"), torch.nan).float(),
         }
         if self._has_norms:
-            scores |= {
-                "mean_norm": (self._norm_sum / seen).float(),
-                "final_norm": self._norm.clone(),
-                "peak_norm": torch.where(self._seen > 0, self._peak, torch.nan),
-                "peak_visit": self._peak_visit.clone(),
-            }
+            scores |= self._norm_scores(seen)
         if self.n_classes is not None:
             scores |= self._label_scores(seen)
-        return AuditScores(**scores)
+        planted = None
+        if self._shifts is not None and self.n_classes is not None:
+            planted = (self._shifts > 0) & is_seen
+            scores["planted"] = planted
+            scores["before"] = torch.where(is_seen, (self._labels - self._shifts) % self.n_classes, -1)
+            doubted = scores["flagged"]
+            scores["calibration"] = calibrated(doubted[is_seen], mean_loss[is_seen], planted[is_seen], self.n_classes)
+            scores["flagged"] = doubted & ~planted
+        return AuditScores(rank=_ranks(mean_loss, planted), **scores)
 
-    def _label_scores(self, seen: torch.Tensor) -> dict[str, torch.Tensor]:
+    def table(self, to: str | PathLike[str] = "polars") -> Any:
+        """The scores as a table, one row per example; see `rowgrad.uses.tables.scores_table`.
+
+        Args:
+            to: "polars" or "pandas" for a data frame of that library; a path ending in .parquet to write one there.
+        Raises:
+            InputError: `to` is none of these, or what it needs is not installed.
+        """
+        return scores_table(self.compute(), to)
+
+    def _norm_scores(self, seen: Tensor) -> dict[str, Tensor]:
+        names = {"final_norm": "norm", "peak_norm": "peak", "self_influence": "influence"}
+        found = {name: (self._column(column) * (seen / seen)).float() for name, column in names.items()}
+        mean_norm = (self._column("norm_sum") / seen).float()
+        return found | {"mean_norm": mean_norm, "peak_visit": self._column("peak_visit").long()}
+
+    def _label_scores(self, seen: Tensor) -> dict[str, Tensor]:
         probability = self._probability_sum / seen[:, None].float()
         best = probability.max(dim=1)
-        given = probability.gather(1, self._labels.clamp_min(0)[:, None])[:, 0]
+        is_seen = ~seen.isnan()
+        confidence = self._column("given_sum") / seen
+        variance = self._column("given_sq_sum") / seen - confidence.square()
         return {
-            "mean_margin": (self._margin_sum / seen).float(),
-            "given_probability": given,
-            "suggested": torch.where(self._seen > 0, best.indices, -1),
+            "given": self._labels.clone(),
+            "mean_margin": (self._column("margin_sum") / seen).float(),
+            "confidence": confidence.float(),
+            "variability": variance.clamp_min(0).sqrt().float(),
+            "suggested": torch.where(is_seen, best.indices, -1),
             "suggested_probability": best.values,
-            "flagged": (best.indices != self._labels) & (self._seen > 0),
+            "times_forgotten": self._column("forgotten").long(),
+            "first_learned": self._column("learned").long(),
+            "flagged": (best.indices != self._labels) & is_seen,
         }
 
-    def _add_norms(self, index: torch.Tensor, norms: torch.Tensor) -> None:
-        self._norm_sum[index] += norms.double()
-        self._norm[index] = norms
-        higher = norms > self._peak[index]
-        self._peak[index[higher]] = norms[higher]
-        self._peak_visit[index[higher]] = self._seen[index[higher]]
-
-    def _add_outputs(self, index: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        self._labels[index] = labels
-        self._probability_sum[index] += logits.softmax(dim=1)
-        given = logits.gather(1, labels[:, None])
-        others = logits.scatter(1, labels[:, None], -torch.inf)
-        self._margin_sum[index] += (given[:, 0] - others.amax(dim=1)).double()
-
-    def _check_index(self, index: torch.Tensor) -> None:
-        if index.ndim != 1:
-            raise InputError(f"index has shape {tuple(index.shape)}; expected one position per example, shape (B,)")
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.n:
-            raise InputError(
-                f"index runs from {index.min()} to {index.max()}; this audit has examples 0 to {self.n - 1}"
-            )
-        if len(index.unique()) < len(index):
-            raise InputError("index holds an example twice; an update takes in different examples")
-
-    def _vector(self, index: torch.Tensor, name: str, values: torch.Tensor) -> torch.Tensor:
-        values = values.detach().to("cpu", torch.float32)
-        if values.shape != index.shape:
-            raise InputError(f"{name} has shape {tuple(values.shape)}; expected one value per example, ({len(index)},)")
-        _check_finite(index, name, values)
-        return values
-
-    def _outputs(
-        self, index: torch.Tensor, logits: torch.Tensor | None, labels: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if logits is None or labels is None:
-            raise InputError(
-                "an audit with n_classes needs logits and labels in every update; for regression leave it None"
-            )
-        logits, labels = logits.detach().to("cpu", torch.float32), labels.detach().to("cpu", torch.int64)
-        if logits.shape != (len(index), self.n_classes) or labels.shape != index.shape:
-            raise InputError(
-                f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; "
-                f"expected ({len(index)}, {self.n_classes}) and ({len(index)},)"
-            )
-        _check_finite(index, "logits", logits.sum(dim=1))
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < (self.n_classes or 0):
-            raise InputError(
-                f"labels run from {labels.min()} to {labels.max()}; expected 0 to {(self.n_classes or 0) - 1}"
-            )
-        changed = (self._labels[index] >= 0) & (self._labels[index] != labels)
-        if changed.any():
-            raise InputError(f"example {index[changed][0]} has another label than in an earlier update; reset() first")
-        return logits, labels
+    def _column(self, name: str) -> Tensor:
+        return self._columns[_AT[name]]
 
 
-def _check_finite(index: torch.Tensor, name: str, values: torch.Tensor) -> None:
-    bad = ~values.isfinite()
-    if bad.any():
-        raise NonFiniteError(
-            f"{name}: example {index[bad][0]} has {values[bad][0]:g}; the audit takes finite values only"
-        )
+def _norm_columns(old: Mapping[str, Tensor], norms: Tensor, rates: Tensor) -> dict[str, Tensor]:
+    higher = (norms > old["peak"]) | (old["seen"] == 0)
+    return {
+        "norm_sum": old["norm_sum"] + norms,
+        "norm": norms,
+        "peak": torch.where(higher, norms, old["peak"]),
+        "peak_visit": torch.where(higher, old["seen"] + 1, old["peak_visit"]),
+        "influence": old["influence"] + rates * norms.square(),
+    }
 
 
-def _ranks(suspicion: torch.Tensor) -> torch.Tensor:
-    """1 for the largest value; ties in order of position; NaN last."""
+def _label_columns(
+    old: Mapping[str, Tensor], logits: Tensor, labels: Tensor, probabilities: Tensor
+) -> dict[str, Tensor]:
+    column = labels[:, None]
+    logit, given = logits.gather(1, column)[:, 0], probabilities.gather(1, column)[:, 0].double()
+    others = logits.scatter(1, column, -torch.inf).amax(dim=1)
+    is_right = (logit > others).double()
+    return {
+        "margin_sum": old["margin_sum"] + (logit - others),
+        "given_sum": old["given_sum"] + given,
+        "given_sq_sum": old["given_sq_sum"] + given.square(),
+        "was_right": is_right,
+        "forgotten": old["forgotten"] + old["was_right"] * (1 - is_right),
+        "learned": torch.where(old["learned"] == 0, (old["seen"] + 1) * is_right, old["learned"]),
+    }
+
+
+def _ranks(suspicion: Tensor, planted: Tensor | None) -> Tensor:
+    """1 for the largest value; ties in order of position; the planted behind all others, NaN last."""
     order = suspicion.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
+    if planted is not None:
+        group = planted.long() + 2 * suspicion.isnan()
+        order = order[group[order].argsort(stable=True)]
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(1, len(order) + 1)
     return ranks

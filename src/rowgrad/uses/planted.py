@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from rowgrad.errors import InputError
-from rowgrad.uses.audit import AuditScores
+from rowgrad.uses.scores import AuditScores
 
 
 @dataclass(frozen=True)
