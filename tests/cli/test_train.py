@@ -172,3 +172,25 @@ def test_an_autoencoder_needs_no_target(folder: Path, capsys: pytest.CaptureFixt
     assert "a table, where images or sequences" in capsys.readouterr().err
     assert main(["train", "i.npz"]) == 2
     assert "no array of targets" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default::rowgrad.errors.RowgradWarning")
+def test_an_audit_names_lines_and_shows_its_suspects(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["a,b,label"] + [f"{k % 5},{k % 3 + k / 50},{'high' if k % 5 > 2 else 'low'}" for k in range(60)]
+    assert lines[18].endswith("low")
+    lines[18] = lines[18].replace("low", "high")
+    (folder / "t.csv").write_text("\n".join([lines[0], "", *lines[1:]]) + "\n")
+    options = ["--audit", "--norm", "batch-post", "--epochs", "30", "--patience", "0", "--val", "0"]
+    assert main(["train", "t.csv", *options, "--out", "run"]) == 0
+    out, err = capsys.readouterr()
+    assert "Of 60 training examples: " in out
+    assert err.count("rowgrad: --audit with --norm batch-post: the examples of a batch are coupled") == 1
+    scores = pl.read_parquet(folder / "run" / "scores.parquet")
+    assert scores["line"].to_list() == list(range(3, 63))
+    assert set(scores["given"]) == {"high", "low"}
+    first = scores.sort("rank").row(0, named=True)
+    assert first["line"] == 20
+    page = (folder / "run" / "report.html").read_text()
+    assert f"<td>1</td><td>20</td><td>{first['given']}</td><td>{first['suggested']}" in page
+    assert main(["train", "t.csv", *options[1:], "--out", "run", "--resume"]) == 2
+    assert "is of another run: no --audit. Resume with" in capsys.readouterr().err

@@ -11,12 +11,14 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import rowgrad
+from rowgrad.data.corrupt import flip_labels
 from rowgrad.data.readers import read_table
 from rowgrad.errors import InputError
 from rowgrad.layers import BatchNorm
@@ -26,6 +28,7 @@ from rowgrad.training.fit import CHECKPOINT, Fitted, fit
 from rowgrad.training.problem import model_for, outputs_of, pose
 from rowgrad.training.recipe import Recipe
 from rowgrad.training.saved import load_model, save_model
+from rowgrad.uses.tables import score_columns
 
 QUICK = Recipe(model="mlp:16", epochs=6, dropout=0.2)
 
@@ -211,9 +214,71 @@ def test_population_statistics_are_those_of_the_training_part(norm: str, tmp_pat
     assert best.val_loss == pytest.approx(float(losses.mean()), rel=1e-6)
 
 
+def test_a_saved_model_has_its_batch_normalization_folded(tmp_path: Path) -> None:
+    table = read_table("wine")
+    for norm in ("batch-pre", "batch-post"):
+        found = fit(table, replace(QUICK, norm=norm, bn_statistics="population"))
+        save_model(found, table, tmp_path / "model")
+        predictor = load_model(tmp_path / "model")
+        kinds = {type(m) for m in predictor.model.modules()}
+        assert (BatchNorm in kinds) is (norm == "batch-post")
+        expected = outputs_of(found.model, found.problem.inputs).softmax(1)
+        torch.testing.assert_close(predictor.of_table(table), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_checks_of_gradients_leave_the_training_as_it_was() -> None:
     table, recipe = read_table("wine"), replace(QUICK, norm="batch-pre")
     assert same(weights(fit(table, recipe, check_grad=3, monitor=2)), weights(fit(table, recipe)))
+
+
+def test_an_audit_only_watches_and_goes_on_after_a_stop(tmp_path: Path) -> None:
+    table, recipe = read_table("wine"), replace(QUICK, optimizer="momentum", clip_norm=0.5)
+    whole = fit(table, recipe, audit=True)
+    assert same(weights(whole), weights(fit(table, recipe)))
+    fit(table, replace(recipe, epochs=3), directory=tmp_path, audit=True)
+    found = fit(table, recipe, directory=tmp_path, resume=True, audit=True)
+    assert found.scores is not None
+    assert whole.scores is not None
+    assert same(score_columns(found.scores), score_columns(whole.scores))
+    assert found.scores.times_seen.tolist() == [6] * 142
+    with pytest.raises(InputError, match="is of another run: no --audit"):
+        fit(table, recipe, directory=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm": "batch-pre", "optimizer": "gauss-newton", "bn_statistics": "population"},
+        {"model": "autoencoder:5"},
+        {"optimizer": "lbfgs"},
+    ],
+)
+@pytest.mark.filterwarnings("ignore::rowgrad.errors.RowgradWarning")
+def test_the_norms_of_an_audit_are_those_of_one_backward_pass_each(options: dict[str, Any]) -> None:
+    table = read_table("wine")
+    recipe = Recipe(**{"model": "mlp:4", "act": "tanh", "optimizer": "sgd", "epochs": 1, "val": 0.9} | options)
+    found = fit(table, recipe, audit=True)
+    problem, scores = found.problem, found.scores
+    assert scores is not None
+    model = model_for(problem, recipe).train()  # as it was in the only step
+    losses = problem.criterion(model(problem.inputs[problem.train]), problem.targets[problem.train])
+    for k, loss in enumerate(losses):
+        gradient = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        norm = torch.cat([g.flatten() for g in gradient]).norm()
+        torch.testing.assert_close(scores.final_norm[k], norm, rtol=1e-4, atol=1e-5)  # pyright: ignore[reportOptionalSubscript]
+        torch.testing.assert_close(scores.final_loss[k], loss.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_audit_finds_changed_labels_in_the_training_part() -> None:
+    table = read_table("digits")
+    generator = torch.Generator().manual_seed(0)
+    targets, planted = flip_labels(table.targets, 10, 0.1, generator)
+    found = fit(replace(table, targets=targets), Recipe(dropout=0.3), audit=True)
+    assert found.scores is not None
+    flagged, wrong = found.scores.flags["likely mislabelled"], planted[found.problem.train]
+    assert float((flagged & wrong).sum() / wrong.sum()) > 0.85
+    assert float((flagged & wrong).sum() / flagged.sum()) > 0.85
 
 
 def test_a_single_example_left_joins_the_last_batch() -> None:

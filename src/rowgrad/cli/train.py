@@ -1,6 +1,9 @@
 """`rowgrad train` and `rowgrad predict`: a model of the seeds' making on a table, and what it says of another."""
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +23,7 @@ from rowgrad.files import whole
 from rowgrad.optim.factory import OPTIMIZERS
 from rowgrad.report.history import history_page
 from rowgrad.report.metrics import versions
+from rowgrad.report.scores import frame_of
 from rowgrad.training.fit import CHECKPOINT, Fitted, fit
 from rowgrad.training.recipe import Recipe
 from rowgrad.training.saved import Predictor, load_model, save_model
@@ -77,11 +81,15 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     monitor: Annotated[int, typer.Option(help="Steps between diagnoses of the training; 0 for none.")] = 0,
     check_grad: Annotated[int, typer.Option(help="How often gradients are checked during training.")] = 0,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Look for mislabelled examples in this training; writes scores.parquet.")
+    ] = False,
 ) -> None:
     """Train a model on DATA.
 
-    Writes model.safetensors (for `rowgrad predict`), history.parquet, config.json and report.html, and keeps a
-    checkpoint after each epoch: a run that is stopped goes on with --resume to the same bits.
+    Writes model.safetensors (for `rowgrad predict`), history.parquet, config.json, report.html and with --audit
+    scores.parquet, and keeps a checkpoint after each epoch: a run that is stopped goes on with --resume to the same
+    bits.
     """
     prepare = "whiten" if whiten else "standardize" if standardize else "none"
     recipe = Recipe(
@@ -121,12 +129,27 @@ def train(
         needs_target=recipe.kind != "autoencoder",
     )
     _begin(directory, resume)
-    with progress_bar("training") as progress:
+    with _warnings_as_lines(), progress_bar("training") as progress:
         found = fit(
-            table, recipe, directory=directory, resume=resume, monitor=monitor, check_grad=check_grad, progress=progress
+            table,
+            recipe,
+            directory=directory,
+            resume=resume,
+            monitor=monitor,
+            check_grad=check_grad,
+            audit=audit,
+            progress=progress,
         )
     _write(found, table, directory, ["rowgrad", *context.obj])
     _summarize(found, directory)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """What a warning says, without the place in the code that gave it."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: typer.echo(f"rowgrad: {message}", err=True)
+        yield
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -160,6 +183,9 @@ def _write(found: Fitted, table: Table, directory: Path, command: list[str]) -> 
     with whole(directory / "history.parquet") as stage:
         pl.DataFrame([asdict(epoch) for epoch in found.epochs]).write_parquet(stage)
     problem = found.problem
+    if found.scores is not None:
+        with whole(directory / "scores.parquet") as stage:
+            frame_of(table, problem.train, table.targets[problem.train], found.scores).write_parquet(stage)
     config = {
         "data": table.name,
         "recipe": found.recipe.to_dict(),
@@ -168,7 +194,7 @@ def _write(found: Fitted, table: Table, directory: Path, command: list[str]) -> 
         "versions": versions(),
     }
     write_text("--out", directory / "config.json", json.dumps(config, indent=2))
-    write_text("--out", directory / "report.html", history_page(found, table.name, command))
+    write_text("--out", directory / "report.html", history_page(found, table, command))
 
 
 def _summarize(found: Fitted, directory: Path) -> None:
@@ -181,6 +207,9 @@ def _summarize(found: Fitted, directory: Path) -> None:
             f"Best epoch {found.best}: loss {best.val_loss:.4g}, {name} {best.val_score:.4g} on "
             f"{len(found.problem.val):,} examples held out."
         )
+    if found.scores is not None:
+        counts = ", ".join(f"{int(mask.sum()):,} {name}" for name, mask in found.scores.flags.items())
+        lines.append(f"Of {len(found.problem.train):,} training examples: {counts}; see scores.parquet.")
     if found.monitor is not None:
         lines.append(str(found.monitor))
     lines.append(f"Report: {(directory / 'report.html').resolve()}")

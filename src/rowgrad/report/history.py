@@ -1,18 +1,20 @@
-"""The page of a training: loss and score by epoch, and all options."""
+"""The page of a training: loss and score by epoch, suspicious examples, and all options."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from markupsafe import escape
 
+from rowgrad.data.table import Table
 from rowgrad.report.charts import Line, line_chart
 from rowgrad.report.plain import plain_page
+from rowgrad.report.suspects import suspects_section
 from rowgrad.training.fit import Fitted
 
 WIDTH, HEIGHT = 720, 260
 
 
-def history_page(found: Fitted, name: str, command: Sequence[str] = ()) -> str:
+def history_page(found: Fitted, table: Table, command: Sequence[str] = ()) -> str:
     """HTML that needs nothing else."""
     losses = [Line(np.array([e.train_loss for e in found.epochs]), "course")]
     key = '<span><i style="border-color: var(--course)"></i>training part</span>'
@@ -25,11 +27,13 @@ def history_page(found: Fitted, name: str, command: Sequence[str] = ()) -> str:
         score = found.problem.score_name
         values = np.array([max(e.val_score or 0.0, 0.0) for e in found.epochs])
         sections.append(_figure(f"{score} on the part held out", "", [Line(values, "suspect")], score))
+    if found.scores is not None:
+        sections.append(suspects_section(table, found.problem.train, found.scores))
     if found.monitor is not None:
         sections.append(found.monitor.to_html())
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in found.recipe.to_dict().items())
     sections.append(f"<h2>Options</h2><table>{rows}</table>")
-    return plain_page(f"Training on {name}", sections, command)
+    return plain_page(f"Training on {table.name}", sections, command)
 
 
 def _figure(title: str, key: str, lines: list[Line], unit: str) -> str:

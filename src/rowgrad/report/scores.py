@@ -6,7 +6,9 @@ import numpy as np
 import polars as pl
 import torch
 
+from rowgrad.data.table import Table
 from rowgrad.training.audited import AuditRun
+from rowgrad.uses.scores import AuditScores
 from rowgrad.uses.tables import score_columns
 
 
@@ -16,18 +18,25 @@ def scores_frame(run: AuditRun) -> pl.DataFrame:
     Columns: `index` (position in the data, from 0), `line` (for CSV files), then those of `Audit.table()`, with classes
     by their names and `peak_epoch` for `peak_visit`; where errors were planted `is_planted` and the target before.
     """
-    scores, table = run.scores, run.table
-    columns: dict[str, np.ndarray | list] = {"index": run.rows.numpy()}
+    frame = frame_of(run.table, run.rows, run.given, run.scores)
+    if run.planted is None:
+        return frame
+    before = targets_text(run, run.table.targets[run.rows])
+    return frame.with_columns(pl.Series("is_planted", run.planted.numpy()), pl.Series("before", before))
+
+
+def frame_of(table: Table, rows: torch.Tensor, given: torch.Tensor, scores: AuditScores) -> pl.DataFrame:
+    """As `scores_frame`, of examples at the positions `rows` of a table, which were trained on the targets `given`."""
+    columns: dict[str, np.ndarray | list] = {"index": rows.numpy()}
     if table.place == "line":
-        columns["line"] = table.numbers[run.rows.numpy()]
-    found = score_columns(scores, table.classes) | {"index": run.rows.tolist()}
-    found["given"] = targets_text(run, run.given)
+        columns["line"] = table.numbers[rows.numpy()]
+    found = score_columns(scores, table.classes) | {"index": rows.tolist()}
+    if table.target_name:
+        found["given"] = text_of(table, given)
     if scores.suggested is not None:
-        found["suggested"] = targets_text(run, scores.suggested)
+        found["suggested"] = text_of(table, scores.suggested)
     names = {"peak_visit": "peak_epoch"}
     columns |= {names.get(name, name): values for name, values in found.items()}
-    if run.planted is not None:
-        columns |= {"is_planted": run.planted.numpy(), "before": targets_text(run, table.targets[run.rows])}
     return pl.DataFrame(columns)
 
 
@@ -38,7 +47,12 @@ def write_scores(run: AuditRun, path: Path) -> None:
 
 def targets_text(run: AuditRun, targets: torch.Tensor) -> list:
     """Targets as the user knows them: names of classes, or values."""
-    classes = run.table.classes
+    return text_of(run.table, targets)
+
+
+def text_of(table: Table, targets: torch.Tensor) -> list:
+    """As `targets_text`, of a table."""
+    classes = table.classes
     return targets.tolist() if classes is None else [classes[position] for position in targets.tolist()]
 
 

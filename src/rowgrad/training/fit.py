@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,15 +16,18 @@ from rowgrad.checking.gradients import check_gradients
 from rowgrad.data.table import Table
 from rowgrad.diagnosis.examine import diagnose
 from rowgrad.diagnosis.monitor import Monitor
-from rowgrad.errors import InputError, NonFiniteError, RowgradError
+from rowgrad.errors import InputError, NonFiniteError, RowgradError, RowgradWarning
 from rowgrad.layers.batchnorm import population_statistics
 from rowgrad.optim.clipping import GradientClip
 from rowgrad.optim.factory import make
 from rowgrad.optim.rates import decay, weight_groups
+from rowgrad.rows.build import grad_norms
 from rowgrad.training.checkpoint import load_state, save_state
 from rowgrad.training.loop import Loop
 from rowgrad.training.problem import EVALUATED, Problem, called, model_for, outputs_of, pose
 from rowgrad.training.recipe import Recipe, differences
+from rowgrad.uses.audit import Audit
+from rowgrad.uses.scores import AuditScores
 
 CHECKPOINT, MONITOR = "checkpoint.safetensors", "monitor.jsonl"
 UNSAID = ("params", "weight_decay")  # weight decay is --l2, for weights alone
@@ -69,6 +73,7 @@ class Fitted:
         epochs: one for each pass, in order.
         best: number of the epoch whose weights the model has.
         stopped: why training ended.
+        scores: of the training part in its order, where it was audited.
         resolved: what the recipe left open, as it was used: batch size, options of the optimizer, number of parameters.
     """
 
@@ -80,6 +85,7 @@ class Fitted:
     best: int = 0
     stopped: str = ""
     resolved: dict[str, Any] = field(default_factory=dict)
+    scores: AuditScores | None = None
 
 
 def fit(
@@ -90,6 +96,7 @@ def fit(
     resume: bool = False,
     monitor: int = 0,
     check_grad: int = 0,
+    audit: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fitted:
     """Train on a table.
@@ -103,15 +110,21 @@ def fit(
         resume: go on from the checkpoint in `directory`, if there is one.
         monitor: steps from one observation by `rowgrad.Monitor` to the next, logged to `directory`; 0 for none.
         check_grad: epochs before which gradients are compared with differences of the loss, spread over the training.
+        audit: score the training examples by their course through this training, see `rowgrad.Audit`; the weights are
+            the same without. It takes each example's gradient norm in every step.
         progress: called after every step with the steps done and the most there will be.
     Raises:
         InputError: options that do not fit the data, a checkpoint of another run, or a loss that is not finite: then
             with what `rowgrad.diagnose` finds, and the checkpoint is that of the last good epoch.
+    Warns:
+        RowgradWarning: an audit with batch normalization, which costs a backward pass for each example.
     """
     recipe = recipe or Recipe()
     problem = pose(table, recipe)
     run = _Run(recipe, problem, directory)
     run.checked = {round(k * recipe.epochs / check_grad) for k in range(check_grad)}
+    if audit:
+        run.follow()
     if resume and directory is not None and (directory / CHECKPOINT).exists():
         run.load(load_state(directory / CHECKPOINT))
     if monitor:
@@ -173,16 +186,45 @@ class _Run:
         self.best_epoch, self.stopped = 0, ""
         self.checked: set[int] = set()
         self.monitor: Monitor | None = None
+        self.audit: Audit | None = None
+        self.loop.before = self._observe
+        self.seen: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    def follow(self) -> None:
+        classes = self.problem.classes
+        self.audit = Audit(self.loop.n, None if classes is None else len(classes))
+        if self.recipe.has_batch_norm:
+            warnings.warn(
+                f"--audit with --norm {self.recipe.norm}: the examples of a batch are coupled, so that each one's "
+                "gradient is a backward pass of its own, exact and slow; --norm layer couples none",
+                RowgradWarning,
+                stacklevel=3,
+            )
 
     def watch(self, every: int) -> None:
         log = None if self.directory is None else self.directory / MONITOR
         self.monitor = Monitor(self.model, self.loop.optimizer, every=every, log=log)
         self.monitor.step = self.loop.step
-        self.loop.before, self.loop.after = self.monitor.observe, self.monitor.update
+        self.loop.after = self.monitor.update
+
+    def _observe(self, losses: Tensor) -> None:
+        """Before a step: hand the audit and the monitor what there is to see; the graph stays for the step."""
+        if self.audit is not None:
+            index, outputs = self.seen
+            rate = self.loop.optimizer.param_groups[0].get("lr", 1.0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RowgradWarning)  # told once, by `follow`
+                norms = grad_norms(losses, self.model, retain_graph=True)
+            labels = self.problem.targets[self.problem.train[index]]
+            given = {} if self.problem.classes is None else {"logits": outputs, "labels": labels}
+            self.audit.update(index, losses=losses, norms=norms, lr=float(rate), **given)
+        if self.monitor is not None:
+            self.monitor.observe(losses)
 
     def _losses(self, index: Tensor) -> Tensor:
         chosen = self.problem.train[index]
         outputs = called(self.model, self.problem.given(chosen))
+        self.seen = index, outputs.detach()
         return self.problem.criterion(outputs, self.problem.targets[chosen])
 
     def _objective(self, index: Tensor) -> Tensor:
@@ -278,7 +320,10 @@ class _Run:
             self.model.load_state_dict(self.best)
         best = self.best_epoch or self.loop.epoch
         model = self.model.eval()
-        return Fitted(self.recipe, self.problem, model, self.monitor, self.epochs, best, self.stopped, self.resolved())
+        scores = None if self.audit is None else self.audit.compute()
+        return Fitted(
+            self.recipe, self.problem, model, self.monitor, self.epochs, best, self.stopped, self.resolved(), scores
+        )
 
     def resolved(self) -> dict[str, Any]:
         optimizer = self.loop.optimizer
@@ -296,6 +341,7 @@ class _Run:
         return {
             "recipe": self.recipe.to_dict(),
             "loop": self.loop.state_dict(),
+            "audit": None if self.audit is None else self.audit.state_dict(),
             "clips": [clip.state_dict() for clip in self.clips],
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "best": self.best,
@@ -306,12 +352,16 @@ class _Run:
     def load(self, state: dict[str, Any]) -> None:
         before = Recipe(**state["recipe"])
         changed = [d for d in differences(before, self.recipe) if not d.startswith("--epochs ")]
+        if (state["audit"] is None) is not (self.audit is None):
+            changed.append("no --audit" if self.audit is None else "--audit instead of none")
         if changed:
             raise InputError(
                 f"{(self.directory or Path()) / CHECKPOINT} is of another run: {', '.join(changed)}. Resume with the "
                 "options of the first run (--epochs may grow), or choose another --out"
             )
         self.loop.load_state_dict(state["loop"])
+        if self.audit is not None:
+            self.audit.load_state_dict(state["audit"])
         for clip, record in zip(self.clips, state["clips"], strict=True):
             clip.load_state_dict(record)
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]

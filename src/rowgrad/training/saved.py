@@ -13,6 +13,8 @@ from rowgrad.data.columns import Column
 from rowgrad.data.preparation import Preparation, steps_of
 from rowgrad.data.table import Table
 from rowgrad.errors import InputError
+from rowgrad.layers.batchnorm import BatchNorm
+from rowgrad.layers.folding import fold
 from rowgrad.training.architectures import Autoencoder, Form, build
 from rowgrad.training.checkpoint import load_state, save_state
 from rowgrad.training.fit import Fitted
@@ -122,6 +124,9 @@ def save_model(fitted: Fitted, table: Table, path: Path) -> None:
 def load_model(path: Path) -> Predictor:
     """Read what `save_model` wrote; nothing is unpickled.
 
+    Batch normalization before the activation is folded into the layer in front of it, which changes outputs by rounding
+    alone (`rowgrad.layers.fold`); behind the activation it stays.
+
     Raises:
         InputError: no such file, or another kind of file.
     """
@@ -134,6 +139,8 @@ def load_model(path: Path) -> Predictor:
     with torch.random.fork_rng(devices=[]):
         model = build(recipe.model, form)
     model.load_state_dict(state["weights"])
+    if recipe.norm == "batch-pre" and any(isinstance(m, BatchNorm) for m in model.modules()):
+        model = fold(model)
     return Predictor(
         model.eval(),
         Preparation(**state["prepared"]),
