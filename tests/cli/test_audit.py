@@ -222,7 +222,7 @@ def test_stopped_from_outside(tmp_path: Path, sent: signal.Signals, code: int, s
     process.send_signal(sent)
     _, err = process.communicate(timeout=30)
     assert process.returncode == code
-    assert err == f"rowgrad: {said}; nothing was written\n"
+    assert err == f"rowgrad: {said}; no results were written\n"
     assert _everything(tmp_path) == set()
 
 

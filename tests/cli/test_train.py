@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from sklearn.datasets import load_diabetes, load_wine
 
 from rowgrad.cli import main
 from rowgrad.training.checkpoint import load_state, same
+from rowgrad.training.loop import Loop
 
 FILES = {"checkpoint.safetensors", "config.json", "history.parquet", "model.safetensors", "report.html"}
 
@@ -79,16 +82,57 @@ def test_images_and_values(folder: Path) -> None:
         (["train", "wine", "--model", "cnn:8"], "needs images"),
         (["train", "wine", "--optimizer", "addam"], "optimizer 'addam': expected one of"),
         (["train", "wine", "--monitor", "-1"], "--monitor -1"),
+        (["train", "wine", "--optimizer-option", "beta"], "--optimizer-option beta: expected NAME=VALUE, such as mom"),
+        (["train", "wine", "--optimizer-option", "beta=1"], "adam has no option 'beta'; it has: lr, betas, eps"),
+        (["train", "wine", "--optimizer", "sgd", "--lr", "1e9"], "training diverged: step"),
         (["train", "wines"], "wines: no such file"),
         (["predict", "nowhere.safetensors", "wine"], "no such checkpoint"),
         (["predict", "nowhere", "wine", "--out", "p.xlsx"], "a name ends in .csv or .parquet"),
     ],
 )
-def test_errors_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line_and_leave_nothing(
+    arguments: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert said in err
     assert len(err.splitlines()) == 1
+    assert not list(folder.iterdir())
+
+
+def test_options_of_the_optimizer_are_saved_as_used(folder: Path) -> None:
+    options = ["nesterov=true", "momentum=0.95", "foreach=none"]
+    given = [part for option in options for part in ("--optimizer-option", option)]
+    assert main(["train", "wine", "--epochs", "1", "--out", "sgd", "--optimizer", "sgd", *given]) == 0
+    used = json.loads((folder / "sgd" / "config.json").read_text())["resolved"]
+    assert used["optimizer"] == "SGD"
+    assert (used["optimizer_options"]["nesterov"], used["optimizer_options"]["momentum"]) == (True, 0.95)
+    given = ["--optimizer-option", "betas=0.8,0.9", "--clip-norm", "2", "--clip-mode", "normalize"]
+    assert main(["train", "wine", "--epochs", "1", "--out", "adam", *given]) == 0
+    config = json.loads((folder / "adam" / "config.json").read_text())
+    assert config["resolved"]["optimizer_options"]["betas"] == [0.8, 0.9]
+    assert (config["recipe"]["clip_mode"], config["recipe"]["clip_norm"]) == ("normalize", 2)
+    assert pl.read_parquet(folder / "adam" / "history.parquet")["clipped"].to_list() == [1.0]
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = Loop.run
+
+    def interrupted(loop: Loop, epochs: int) -> Iterator[torch.Tensor]:
+        if loop.epoch == 2:
+            raise KeyboardInterrupt
+        return whole(loop, epochs)
+
+    monkeypatch.setattr(Loop, "run", interrupted)
+    assert main(["train", "wine", "--epochs", "4", "--out", "run"]) == 130
+    err = capsys.readouterr().err
+    assert "rowgrad: the last whole epoch is kept in run; go on with --resume" in err
+    assert "interrupted; no results were written" in err
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert main(["train", "wine", "--epochs", "4", "--out", "run", "--resume"]) == 0
 
 
 def test_data_of_other_features_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,6 +135,8 @@ def test_pretraining_repeats_bit_for_bit() -> None:
     recipe = Recipe(model="mlp:64", epochs=1, init="pretrain")
     first = fit(table, recipe)
     assert same(weights(fit(table, recipe)), weights(first))
+    with pytest.raises(InputError, match="whitened pixels are none"):
+        fit(table, Recipe(model="cnn:8", prepare="whiten"))
     with pytest.raises(InputError, match="--init pretrain is for mlp and autoencoder, not for --model cnn:8"):
         fit(table, replace(recipe, model="cnn:8"))
 
@@ -309,6 +311,10 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path: Path) -> None:
     fit(table, QUICK, directory=tmp_path)
     with pytest.raises(InputError, match=r"is of another run: --lr 0.1 instead of None, --seed 3 instead of 0"):
         fit(table, replace(QUICK, lr=0.1, seed=3), directory=tmp_path, resume=True)
+    features = table.features.clone()
+    features[7, 3] += 1
+    with pytest.raises(InputError, match="is of a run on other examples; resume with the data of the first run"):
+        fit(replace(table, features=features), QUICK, directory=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(("n", "size"), [(50, 32), (639, 32), (1280, 64), (5000, 128), (10**6, 256), (20, 20)])
@@ -328,6 +334,8 @@ def test_the_default_batch_is_a_power_of_two_by_the_number_of_examples(n: int, s
         ({"norm": "group"}, "--norm group: there are batch-pre"),
         ({"init": "xavier"}, "--init xavier: there are lecun"),
         ({"val": 0.0}, "--patience needs examples held out"),
+        ({"decay": "linear"}, "--decay linear: there are exponential, inverse"),
+        ({"decay_rate": 0.5}, "--decay-rate 0.5 needs --decay: one of exponential, inverse"),
         ({"clip_mode": "cap", "clip_norm": 1.0}, "--clip-mode cap: there are norm, normalize"),
         ({"clip_mode": "normalize"}, "--clip-mode normalize needs the norm: give --clip-norm"),
         ({"bn_statistics": "all"}, "--bn-statistics all: there are running, population"),
@@ -365,7 +373,7 @@ def test_bad_recipes(options: dict[str, object], said: str) -> None:
         (Recipe(model="cnn:8"), "needs images"),
         (Recipe(model="cnn:8", init="pretrain"), "needs images"),
         (Recipe(val=0.995), "examples are left to train on; lower --val"),
-        (Recipe(decay="linear"), "decay: kind='linear'"),
+        (Recipe(val=0.001), "--val 0.001 of 178 examples is none; raise it, or set --val 0"),
     ],
 )
 def test_recipes_that_do_not_fit_the_data(recipe: Recipe, said: str) -> None:

@@ -69,11 +69,11 @@ def run(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = 130
     except _Ended:
-        return _fail("told to end; nothing was written", 143)
+        return _fail("told to end; no results were written", 143)
     except UsageError as error:
         return _fail(error.format_message(), 2)
     if code == 130:
-        return _fail("interrupted; nothing was written", 130)
+        return _fail("interrupted; no results were written", 130)
     return code if isinstance(code, int) else 0
 
 

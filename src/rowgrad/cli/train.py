@@ -128,8 +128,9 @@ def train(
         nan=nan,
         needs_target=recipe.kind != "autoencoder",
     )
-    _begin(directory, resume)
-    with _warnings_as_lines(), progress_bar("training") as progress:
+    for note in table.notes:
+        Console().print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
+    with _begun(directory, resume), _warnings_as_lines(), progress_bar("training") as progress:
         found = fit(
             table,
             recipe,
@@ -167,6 +168,20 @@ def _option(text: str) -> tuple[str, Any]:
     return name, numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
+@contextmanager
+def _begun(directory: Path, resume: bool) -> Iterator[None]:
+    """A directory to train in; one that a failed run leaves empty goes, and what one leaves to go on with is told."""
+    _begin(directory, resume)
+    try:
+        yield
+    except BaseException as error:
+        if (directory / CHECKPOINT).exists() and not isinstance(error, Exception):
+            typer.echo(f"rowgrad: the last whole epoch is kept in {directory}; go on with --resume", err=True)
+        if not any(directory.iterdir()):
+            directory.rmdir()
+        raise
+
+
 def _begin(directory: Path, resume: bool) -> None:
     if (directory / CHECKPOINT).exists() and not resume:
         raise InputError(f"--out {directory}: holds a run; go on with --resume, or name another directory")
@@ -189,6 +204,7 @@ def _write(found: Fitted, table: Table, directory: Path, command: list[str]) -> 
     config = {
         "data": table.name,
         "recipe": found.recipe.to_dict(),
+        "notes": table.notes,
         "resolved": found.resolved | {"best_epoch": found.best, "stopped": found.stopped},
         "split": {"train": problem.train.tolist(), "val": problem.val.tolist()},
         "versions": versions(),

@@ -18,7 +18,8 @@ def history_page(found: Fitted, table: Table, command: Sequence[str] = ()) -> st
     """HTML that needs nothing else."""
     losses = [Line(np.array([e.train_loss for e in found.epochs]), "course")]
     key = '<span><i style="border-color: var(--course)"></i>training part</span>'
-    sections = [f"<p>Best epoch {found.best} of {len(found.epochs)}; {escape(found.stopped)}.</p>"]
+    sections = [f"<p>{escape(' '.join(table.notes))}</p>"] if table.notes else []
+    sections.append(f"<p>Best epoch {found.best} of {len(found.epochs)}; {escape(found.stopped)}.</p>")
     if found.epochs[0].val_loss is not None:
         losses.append(Line(np.array([e.val_loss for e in found.epochs]), "suspect"))
         key += '<span><i style="border-color: var(--mark)"></i>held out</span>'
@@ -31,7 +32,8 @@ def history_page(found: Fitted, table: Table, command: Sequence[str] = ()) -> st
         sections.append(suspects_section(table, found.problem.train, found.scores))
     if found.monitor is not None:
         sections.append(found.monitor.to_html())
-    rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in found.recipe.to_dict().items())
+    options = found.recipe.to_dict() | {f"{name}, as used": value for name, value in found.resolved.items()}
+    rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in options.items())
     sections.append(f"<h2>Options</h2><table>{rows}</table>")
     return plain_page(f"Training on {table.name}", sections, command)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Callable
@@ -133,6 +134,14 @@ def fit(
     return run.fitted()
 
 
+def digest(*tensors: Tensor) -> str:
+    """What tells these values from others."""
+    found = hashlib.blake2b(digest_size=16)
+    for t in tensors:
+        found.update(t.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def optimizer_for(model: nn.Module, recipe: Recipe, batch_size: int) -> torch.optim.Optimizer:
     """The optimizer of a recipe.
 
@@ -181,6 +190,7 @@ class _Run:
         self.loop = Loop(self.model, optimizer, self._losses, n, size, recipe.seed, schedule, between=self._clip)
         if recipe.is_second_order:
             self.loop.objective = self._objective
+        self.data = digest(problem.inputs, problem.targets)
         self.epochs: list[Epoch] = []
         self.best: dict[str, Any] | None = None
         self.best_epoch, self.stopped = 0, ""
@@ -342,6 +352,7 @@ class _Run:
             "recipe": self.recipe.to_dict(),
             "loop": self.loop.state_dict(),
             "audit": None if self.audit is None else self.audit.state_dict(),
+            "data": self.data,
             "clips": [clip.state_dict() for clip in self.clips],
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "best": self.best,
@@ -360,6 +371,11 @@ class _Run:
                 "options of the first run (--epochs may grow), or choose another --out"
             )
         self.loop.load_state_dict(state["loop"])
+        if state["data"] != self.data:
+            raise InputError(
+                f"the checkpoint in {self.directory} is of a run on other examples; resume with the data of the first "
+                "run, or choose another --out"
+            )
         if self.audit is not None:
             self.audit.load_state_dict(state["audit"])
         for clip, record in zip(self.clips, state["clips"], strict=True):

@@ -77,12 +77,18 @@ def split(table: Table, recipe: Recipe) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"{table.name}: {len(table) - n_val} of {len(table)} examples are left to train on; lower --val"
         )
+    if recipe.val and n_val == 0:
+        raise InputError(
+            f"{table.name}: --val {recipe.val:g} of {len(table)} examples is none; raise it, or set --val 0"
+        )
     return order[n_val:].sort().values, order[:n_val].sort().values
 
 
 def pose(table: Table, recipe: Recipe) -> Problem:
     """Split and prepare; everything fitted is fitted on the training part."""
     train, val = split(table, recipe)
+    if table.images is not None and recipe.kind == "cnn" and recipe.prepare == "whiten":
+        raise InputError("--model cnn needs images, and whitened pixels are none; leave out --whiten, or use mlp")
     if table.steps is not None and table.lengths is not None:
         prepared = prepare_steps(table.features[train], table.steps, table.lengths[train], recipe.prepare)
         inputs = steps_of(prepared(table.features), table.steps, table.lengths)

@@ -12,6 +12,7 @@ from rowgrad.errors import InputError
 from rowgrad.layers.hidden import NORMS
 from rowgrad.layers.initialization import SCHEMES
 from rowgrad.optim.factory import SECOND_ORDER
+from rowgrad.optim.rates import DECAYS
 
 INITS = (*SCHEMES, "pretrain")
 CLIP_MODES = ("norm", "normalize")
@@ -91,6 +92,10 @@ class Recipe:
             raise InputError(f"--init {self.init}: there are {', '.join(INITS)}")
         if self.patience and not self.val:
             raise InputError("--patience needs examples held out: give --val a share, or set --patience 0")
+        if self.decay is not None and self.decay not in DECAYS:
+            raise InputError(f"--decay {self.decay}: there are {', '.join(DECAYS)}")
+        if self.decay is None and self.decay_rate != Recipe.decay_rate:
+            raise InputError(f"--decay-rate {self.decay_rate:g} needs --decay: one of {', '.join(DECAYS)}")
         if self.clip_mode not in CLIP_MODES:
             raise InputError(f"--clip-mode {self.clip_mode}: there are {', '.join(CLIP_MODES)}")
         if self.clip_mode != "norm" and self.clip_norm is None:
