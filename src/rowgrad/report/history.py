@@ -18,8 +18,8 @@ def history_page(found: Fitted, table: Table, command: Sequence[str] = ()) -> st
     """HTML that needs nothing else."""
     losses = [Line(np.array([e.train_loss for e in found.epochs]), "course")]
     key = '<span><i style="border-color: var(--course)"></i>training part</span>'
-    sections = [f"<p>{escape(' '.join(table.notes))}</p>"] if table.notes else []
-    sections.append(f"<p>Best epoch {found.best} of {len(found.epochs)}; {escape(found.stopped)}.</p>")
+    best = f"Best epoch {found.best} of {len(found.epochs)}; {found.stopped}."
+    sections = [f"<p>{escape(' '.join([*table.notes, best]))}</p>"]
     if found.epochs[0].val_loss is not None:
         losses.append(Line(np.array([e.val_loss for e in found.epochs]), "suspect"))
         key += '<span><i style="border-color: var(--mark)"></i>held out</span>'

@@ -19,8 +19,8 @@ def suspects_section(table: Table, rows: torch.Tensor, scores: AuditScores) -> s
         rows: positions in the table of the examples that have scores, in their order.
     """
     counts = ", ".join(f"{int(mask.sum()):,} {name}" for name, mask in scores.flags.items())
-    heading = "<h2>Examples, most suspicious first</h2>"
-    return f"{heading}<p>Of {len(rows):,} training examples: {escape(counts)}.</p>{_listing(table, rows, scores)}"
+    said = f"Of {len(rows):,} training examples: {counts}. scores.parquet has all, with the reason of each flag."
+    return f"<h2>Examples, most suspicious first</h2><p>{escape(said)}</p>{_listing(table, rows, scores)}"
 
 
 def _listing(table: Table, rows: torch.Tensor, scores: AuditScores) -> str:
@@ -40,7 +40,8 @@ def _listing(table: Table, rows: torch.Tensor, scores: AuditScores) -> str:
     columns["mean loss"] = [number(value) for value in scores.mean_loss[shown].tolist()]
     if scores.mean_norm is not None:
         columns["mean norm"] = [number(value) for value in scores.mean_norm[shown].tolist()]
-    columns["why"] = _escaped([scores.reason(position, table.classes) or "-" for position in shown.tolist()])
+    flags = [[name for name, mask in scores.flags.items() if mask[position]] for position in shown.tolist()]
+    columns["flags"] = _escaped([", ".join(names) or "none" for names in flags])
     head = "".join(f"<th>{name}</th>" for name in columns)
     body = "".join(
         f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in zip(*columns.values(), strict=True)
