@@ -75,7 +75,7 @@ class Newton(SecondOrder):
         dense = H.dense()
         if not bool(dense.isfinite().all()):
             raise NonFiniteError("Newton: the Hessian is not finite; the weights are left as they are")
-        values, vectors = torch.linalg.eigh(dense)
+        values, vectors = (t.to(dense) for t in torch.linalg.eigh(dense.double()))  # in float32 it may not converge
         scale = float(values.abs().max())
         after = self.loss_after(evaluate)
 
