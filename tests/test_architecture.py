@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "report":           {"*"},
     "cli":              {"*"},
     "__main__":         {"cli"},
-    "__init__":         {"errors", "tape", "rows", "graph", "curvature", "checking", "diagnosis", "optim"},
+    "__init__":         {"errors", "tape", "rows", "graph", "curvature", "checking", "diagnosis", "optim", "uses"},
 }
 # fmt: on
 

@@ -17,6 +17,7 @@ from rowgrad.rows.build import grad_norms, jacobian
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.objective import clip_weights, clipped_loss, per_example
 from rowgrad.rows.rules import RULES
+from rowgrad.uses.sampling import NormSampler, Weighted
 
 __version__ = "0.1.0"
 
@@ -30,8 +31,10 @@ __all__ = [
     "Jacobian",
     "Limits",
     "Monitor",
+    "NormSampler",
     "RowgradError",
     "RowgradWarning",
+    "Weighted",
     "check_gradients",
     "check_rows",
     "clip_weights",

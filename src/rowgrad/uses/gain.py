@@ -1,0 +1,63 @@
+"""How much less the gradient of a batch varies when its examples are drawn by their norms."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Gain(NamedTuple):
+    """Variance of a batch's gradient with uniform draws, divided by that with drawing by norms.
+
+    ratio: the estimate; NaN before there is one. error: its standard error; inf for fewer than 8 batches.
+    """
+
+    ratio: float
+    error: float
+
+
+class GainMeter:
+    """Estimates the ratio of variances from weighted draws, over the last batches.
+
+    Law: draws i ~ q with weights w_i = 1 / (N q_i) make sum_i w_i f_i an unbiased estimate of B times the mean of f.
+    The second moment of one draw's gradient is mean(||g||^2) with uniform draws and mean(v ||g||^2) with draws that
+    would give weights v; both are estimated from the same batches, whatever q is. With the squared norm of the mean
+    gradient known, it is subtracted from both; the error is the jackknife's, over batches.
+
+    Source: Alain et al. 2015 (arXiv:1511.06481), section 3; the trace of the covariance.
+    """
+
+    LEAST = 8  # batches below which there is no error
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.sums = torch.zeros(0, 3, dtype=torch.float64)  # of a batch: uniform, by norms, squared mean gradient
+
+    def add(self, weights: Tensor, would: Tensor, norms: Tensor, grad_norm: float | None) -> None:
+        """A batch of B draws: weights w, the weights v that norms would give, norms; all (B,), float64."""
+        size, squares = len(norms), norms.square()
+        uniform, by_norms = float(weights @ squares), float((weights * would) @ squares)
+        mean = math.nan
+        if grad_norm is not None and size > 1:
+            realised = float((weights * weights) @ squares) / size
+            mean = size * (size * grad_norm**2 - realised) / (size - 1)
+        row = torch.tensor([[uniform, by_norms, mean]], dtype=torch.float64)
+        self.sums = torch.cat([self.sums, row])[-self.window :]
+
+    def estimate(self) -> Gain:
+        sums = self.sums[:, :2]
+        if bool(self.sums[:, 2].isfinite().all()):
+            sums = sums - self.sums[:, 2:]
+        total, n = sums.sum(0), len(sums)
+        ratio = _ratio(total)
+        if n < self.LEAST:
+            return Gain(float(ratio), math.inf)
+        left_out = _ratio(total - sums)
+        error = ((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt()
+        return Gain(float(ratio), float(error.nan_to_num(nan=math.inf)))
+
+
+def _ratio(sums: Tensor) -> Tensor:
+    uniform, by_norms = sums.unbind(-1)
+    return torch.where(by_norms > 0, uniform / by_norms, torch.nan)
