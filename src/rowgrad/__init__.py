@@ -17,7 +17,9 @@ from rowgrad.rows.build import grad_norms, jacobian
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.objective import clip_weights, clipped_loss, per_example
 from rowgrad.rows.rules import RULES
-from rowgrad.uses.sampling import NormSampler, Weighted
+from rowgrad.uses.draws import Weighted
+from rowgrad.uses.pool import PoolSampler, output_norms
+from rowgrad.uses.sampling import NormSampler
 
 __version__ = "0.1.0"
 
@@ -32,6 +34,7 @@ __all__ = [
     "Limits",
     "Monitor",
     "NormSampler",
+    "PoolSampler",
     "RowgradError",
     "RowgradWarning",
     "Weighted",
@@ -44,6 +47,7 @@ __all__ = [
     "grad_norms",
     "hvp",
     "jacobian",
+    "output_norms",
     "per_example",
     "quadratic_model",
     "spectrum",

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import rowgrad as rg
 from rowgrad.errors import InputError
-from rowgrad.uses.sampling import Draw, DrawnIndex
+from rowgrad.uses.draws import Draw, DrawnIndex
 from rowgrad.uses.sumtree import FAN, SumTree
 
 N, DIM = 60, 5
@@ -126,10 +126,10 @@ def test_off_it_is_a_shuffle() -> None:
 
 def test_norms_not_seen_for_an_epoch_move_towards_the_mean() -> None:
     sampler = filled(torch.tensor([1.0, 2.0, 3.0, 6.0]), decay=0.5, mix=1e-9)
-    iter(sampler)  # all were seen before: nothing ages
+    next(iter(sampler))  # all were seen before: nothing ages
     torch.testing.assert_close(sampler.probabilities() * 12, torch.tensor([1.0, 2, 3, 6]).double(), rtol=1e-6, atol=0)
     sampler.update(torch.tensor([3]), torch.tensor([6.0]))
-    iter(sampler)  # the mean is 3
+    next(iter(sampler))  # the mean is 3
     torch.testing.assert_close(
         sampler.probabilities() * 13.5, torch.tensor([2.0, 2.5, 3, 6]).double(), rtol=1e-6, atol=0
     )
@@ -137,10 +137,10 @@ def test_norms_not_seen_for_an_epoch_move_towards_the_mean() -> None:
 
 def test_examples_never_seen_are_the_mean_of_the_others() -> None:
     sampler = rg.NormSampler(4, switch=None, mix=1e-9)
-    iter(sampler)
+    next(iter(sampler))
     sampler.update(torch.tensor([0, 1]), torch.tensor([1.0, 3.0]))
     assert not sampler.active
-    iter(sampler)
+    next(iter(sampler))
     torch.testing.assert_close(sampler.probabilities() * 8, torch.tensor([1.0, 3, 2, 2]).double(), rtol=1e-6, atol=0)
 
 
@@ -208,7 +208,7 @@ def test_gain_is_the_ratio_of_variances() -> None:
                     sampler._meter.add(weight, 1 / (N * p[index]), norms[index], float(grad.norm()) if known else None)
                     assert len(number) == 12
             gain = sampler.gain
-            assert 1.1 < expected < 5
+            assert expected > 1.1
             assert abs(gain.ratio - expected) < 4 * gain.error
             assert gain.error < 0.1 * expected
 
@@ -381,6 +381,107 @@ def test_no_other_generator_is_touched(leaves_nothing_behind: Any) -> None:
     state = generator.get_state()
     drawn(rg.NormSampler(N, generator=generator))
     assert not torch.equal(generator.get_state(), state)
+
+
+# Out of a pool
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4)])
+def test_norms_in_the_outputs_are_those_of_the_derivative(shape: tuple[int, ...]) -> None:
+    outputs = torch.randn(shape, dtype=torch.float64)
+    labels = torch.randint(4, shape[:-1])
+
+    def loss(z: Tensor) -> Tensor:
+        return rg.per_example(F.cross_entropy(z.flatten(0, -2), labels.flatten(), reduction="none").view(shape[:-1]))
+
+    by_hand = (outputs.softmax(-1) - F.one_hot(labels, 4)) / (1 if len(shape) == 2 else shape[1])
+    with torch.no_grad():
+        torch.testing.assert_close(rg.output_norms(loss, outputs), by_hand.flatten(1).norm(dim=1))
+    assert outputs.grad is None
+
+
+def test_batches_out_of_a_pool_are_unbiased_and_vary_as_measured() -> None:
+    """The mean over batches within its error; the variance of batches against what `gain` says of it."""
+    g = rows(1.0) + 1.0
+    norms, mean, size = g.norm(dim=1), g.mean(0), 8
+    for known in (True, False):
+        sampler = rg.PoolSampler(N, lambda index: norms[index], batch_size=size, pool=80, switch=None, window=5000)
+        estimates = []
+        for _ in range(200):
+            for batch in sampler:
+                draw = Draw(
+                    torch.tensor([int(i) for i in batch]),
+                    torch.tensor([i.weight for i in batch], dtype=torch.float64),
+                    torch.tensor([i.number for i in batch]),
+                )
+                grad = (draw.weight[:, None] * g[draw.index]).mean(0)
+                if len(batch) == size:
+                    sampler._measure(
+                        draw.weight,
+                        draw.weight,
+                        norms[draw.index],
+                        grad.norm() if known else None,
+                        1 / sampler.pool,
+                    )
+                    estimates.append(grad)
+        found = torch.stack(estimates)
+        assert ((found.mean(0) - mean).abs() / (found.std(0) / len(found) ** 0.5)).max() < 4
+        squares = (found - mean).square().sum(1)
+        uniform = (norms.square().mean() - mean.square().sum()) / size
+        true, gain = uniform / squares.mean(), sampler.gain
+        spread = true * squares.std() / len(squares) ** 0.5 / squares.mean()
+        assert true > 1.2
+        error = (gain.error**2 + spread**2) ** 0.5
+        assert gain.error < 0.05
+        assert abs(gain.ratio - true) < 4 * error if known else 1 < gain.ratio < true
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pool_in_a_loop_switches_itself_on_and_resumes(workers: int) -> None:
+    norms = rows(1.5).norm(dim=1)
+
+    def loop(sampler: rg.PoolSampler, epochs: int, save_at: int = -1) -> tuple[list[Any], Any]:
+        draws, saved = [], None
+        loader = DataLoader(
+            rg.Weighted(Words()),
+            batch_sampler=sampler,
+            num_workers=workers,
+            multiprocessing_context="fork" if workers else None,
+        )
+        for _ in range(epochs):
+            for batch, draw in loader:
+                assert torch.equal(batch["ids"][:, 0], draw.index)
+                sampler.update(draw, norms[draw.index])
+                draws.append((draw.index.tolist(), draw.weight.tolist()))
+                if len(draws) == save_at:
+                    saved = sampler.state_dict()
+        return draws, saved
+
+    options: dict[str, Any] = {"batch_size": 7, "switch": (1.05, 1.0), "window": 20}
+    sampler = rg.PoolSampler(N, lambda index: norms[index], **options)
+    draws, saved = loop(sampler, 6, 40)
+    assert sampler.active
+    assert draws[0][1] == [1.0] * 7
+    assert len({w for _, weights in draws[-5:] for w in weights}) > 5
+    again = rg.PoolSampler(N, lambda index: norms[index], **options)
+    again.load_state_dict(saved)
+    assert loop(again, 2)[0] == draws[40:]
+
+
+def test_scores_that_do_not_fit() -> None:
+    for score, message in (
+        (lambda index: torch.ones(3), r"\(3,\) for 10"),
+        (lambda index: -torch.ones(len(index)), "not negative"),
+        (lambda index: torch.full((len(index),), torch.inf), "gave inf"),
+    ):
+        with pytest.raises(rg.RowgradError, match=message):
+            next(iter(rg.PoolSampler(N, score, batch_size=2, switch=None)))
+    with pytest.raises(rg.RowgradError, match="a pool as large"):
+        rg.PoolSampler(N, torch.tensor, batch_size=4, pool=3)
+    with pytest.raises(rg.RowgradError, match='expected "cost"'):
+        rg.PoolSampler(N, torch.tensor, batch_size=4, switch="auto")
+    with pytest.raises(rg.RowgradError, match="one loss per example"):
+        rg.output_norms(torch.mean, torch.ones(2, 3))
 
 
 # What is refused

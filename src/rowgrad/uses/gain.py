@@ -32,22 +32,30 @@ class GainMeter:
 
     def __init__(self, window: int) -> None:
         self.window = window
-        self.sums = torch.zeros(0, 3, dtype=torch.float64)  # of a batch: uniform, by norms, squared mean gradient
+        self.sums = torch.zeros(0, 4, dtype=torch.float64)  # two second moments, what to subtract
 
-    def add(self, weights: Tensor, would: Tensor, norms: Tensor, grad_norm: float | None) -> None:
-        """A batch of B draws: weights w, the weights v that norms would give, norms; all (B,), float64."""
+    def add(
+        self, weights: Tensor, would: Tensor, norms: Tensor, grad_norm: float | None, per_pool: float = 0.0
+    ) -> None:
+        """A batch of B draws: weights w, the weights v that norms would give, norms; all (B,), float64.
+
+        `per_pool` is 1 / K where draws by norms come out of a pool of K uniform draws, one for the batch. Then they
+        have the pool's mean in common: B times the variance of the batch is M_v - |G|^2 + (M - |G|^2) (B - 1) / K.
+        """
         size, squares = len(norms), norms.square()
-        uniform, by_norms = float(weights @ squares), float((weights * would) @ squares)
+        uniform, by_norms, realised = (float(w @ squares) for w in (weights, weights * would, weights.square()))
         mean = math.nan
         if grad_norm is not None and size > 1:
-            realised = float((weights * weights) @ squares) / size
-            mean = size * (size * grad_norm**2 - realised) / (size - 1)
-        row = torch.tensor([[uniform, by_norms, mean]], dtype=torch.float64)
-        self.sums = torch.cat([self.sums, row])[-self.window :]
+            pooled = per_pool if bool((weights != 1).any()) else 0.0  # whether this batch came out of a pool
+            rest = size * grad_norm**2 - realised / size - uniform * pooled * (1 - 1 / size)
+            mean = rest / ((1 - 1 / size) * (1 - pooled))
+        shared = (size - 1) * per_pool
+        row = [uniform, by_norms + shared * uniform, mean, mean * (1 + shared)]
+        self.sums = torch.cat([self.sums, torch.tensor([row], dtype=torch.float64)])[-self.window :]
 
     def estimate(self) -> Gain:
         sums = self.sums[:, :2]
-        if bool(self.sums[:, 2].isfinite().all()):
+        if bool(self.sums[:, 2:].isfinite().all()):
             sums = sums - self.sums[:, 2:]
         total, n = sums.sum(0), len(sums)
         ratio = _ratio(total)
