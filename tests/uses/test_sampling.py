@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -148,6 +149,8 @@ def test_an_example_twice_in_a_batch_keeps_the_later_norm_and_inf_is_left_out() 
     sampler = filled(torch.ones(4), mix=1e-9)
     sampler.update(torch.tensor([2, 0, 2, 3, 1]), torch.tensor([9.0, 1.0, 5.0, torch.inf, torch.nan]))
     torch.testing.assert_close(sampler.probabilities() * 8, torch.tensor([1.0, 1, 5, 1]).double(), rtol=1e-6, atol=0)
+    sampler.update(torch.tensor([2], dtype=torch.int32), torch.tensor([3.0], dtype=torch.bfloat16, requires_grad=True))
+    torch.testing.assert_close(sampler.probabilities()[2] * 6, torch.tensor(3.0).double(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("n", [1, FAN - 1, FAN + 1, FAN * FAN + 3])
@@ -211,6 +214,44 @@ def test_gain_is_the_ratio_of_variances() -> None:
             assert expected > 1.1
             assert abs(gain.ratio - expected) < 4 * gain.error
             assert gain.error < 0.1 * expected
+
+
+def fitted_digits() -> tuple[Tensor, Tensor, nn.Sequential, Tensor]:
+    """500 digits, a network that has learned most of them, and the norms of a little earlier."""
+    bunch = load_digits()
+    x, y = torch.tensor(bunch.data[:500] / 16), torch.tensor(bunch.target[:500])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    earlier = torch.ones(500)
+    for step in range(60):
+        if step == 52:
+            earlier = rg.grad_norms(F.cross_entropy(model(x), y, reduction="none"), model)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return x, y, model, earlier
+
+
+@pytest.mark.parametrize("switch", [None, (1e9, 1e9)], ids=["on", "off"])
+def test_gain_on_digits_is_the_true_ratio(switch: Any) -> None:
+    """The table begins with norms of some steps before and is filled with those of now, batch by batch."""
+    x, y, model, earlier = fitted_digits()
+    J = rg.jacobian(F.cross_entropy(model(x), y, reduction="none"), model)
+    norms, mean = J.norms(), float(torch.cat([g.flatten() for g in J.weighted_sum(1 / 500).values()]).norm()) ** 2
+    uniform = norms.square().mean() - mean
+    sampler = filled(earlier, switch=switch, window=48)
+    by_norms = []
+    for (inputs, labels), draw in DataLoader(rg.Weighted(TensorDataset(x, y)), 32, sampler=sampler):
+        by_norms.append((norms.square() / sampler.probabilities()).sum() / 500**2 - mean)
+        J = rg.jacobian(F.cross_entropy(model(inputs), labels, reduction="none"), model)
+        grad = J.weighted_sum(draw.weight / len(draw.weight)).values()
+        sampler.update(draw, J.norms(), grad_norm=torch.cat([g.flatten() for g in grad]).norm())
+    true = uniform / torch.stack(by_norms).mean()
+    gain = sampler.gain
+    assert true > 2
+    assert abs(gain.ratio - true) < 3 * gain.error
+    assert gain.error < 0.25 * true
 
 
 def test_it_switches_itself_on_and_off() -> None:
