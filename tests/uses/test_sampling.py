@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import rowgrad as rg
 from rowgrad.errors import InputError
 from rowgrad.uses.draws import Draw, DrawnIndex
+from rowgrad.uses.gain import GainMeter
 from rowgrad.uses.sumtree import FAN, SumTree
 
 N, DIM = 60, 5
@@ -158,7 +159,7 @@ def test_the_tree_finds_what_the_cumulative_sum_says(n: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(n, generator=generator)
     weights[torch.rand(n, generator=generator) < 0.3] = 0
-    weights[n // 2] = 1
+    weights[0], weights[n // 2] = 0, 1
     tree = SumTree(weights.clone())
     index = torch.randint(n, (50,), generator=generator).unique()
     weights[index] = torch.rand(len(index), generator=generator)
@@ -319,7 +320,8 @@ def test_a_collate_function_of_ones_own_and_data_read_in_lots() -> None:
     data = rg.Weighted(Lots(), collate_fn=lambda items: [int(item["label"]) for item in items])
     labels, draw = next(iter(DataLoader(data, batch_size=5, sampler=rg.NormSampler(N), collate_fn=data.collate)))
     assert labels == (draw.index % 4).tolist()
-    item, draw = data[3]
+    item, draw = data[DrawnIndex(3)]
+    assert type(draw.index) is int
     assert (int(item["label"]), draw.index, float(draw.weight)) == (3, 3, 1.0)
 
 
@@ -475,6 +477,15 @@ def test_batches_out_of_a_pool_are_unbiased_and_vary_as_measured() -> None:
         error = (gain.error**2 + spread**2) ** 0.5
         assert gain.error < 0.05
         assert abs(gain.ratio - true) < 4 * error if known else 1 < gain.ratio < true
+
+
+def test_of_equal_gradients_the_whole_is_subtracted() -> None:
+    """The mean gradient's part of both second moments, where the batch came out of a pool and where not."""
+    for weights, pooled in ((torch.ones(8).double(), 0.0), (torch.ones(8).double() + 1e-14, 0.1)):
+        meter = GainMeter(10)
+        meter.add(weights, weights, torch.full((8,), 3.0).double(), 3.0, pooled)
+        expected = 72 * torch.tensor([[1.0, 1 + 7 * pooled]]).double()
+        torch.testing.assert_close(meter.sums, expected.repeat(1, 2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
