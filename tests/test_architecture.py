@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "errors":           set(),
     "tape":             {"errors"},
     "parameters":       {"errors"},
-    "rows.factors":     {"errors"},
+    "rows.memory":      set(),
+    "rows.factors":     {"errors", "rows.memory"},
     "rows.explain":     {"errors"},
     "rows.ownership":   {"errors", "tape"},
     "rows.pairs":       {"errors", "rows.factors"},
@@ -52,7 +53,8 @@ MAY_IMPORT = {
     "report":           {"*"},
     "cli":              {"*"},
     "__main__":         {"cli"},
-    "__init__":         {"errors", "tape", "rows", "graph", "curvature", "checking", "diagnosis", "optim", "uses"},
+    "__init__":         {"errors", "tape", "rows", "graph", "curvature", "checking", "diagnosis", "optim",
+                         "uses"},
 }
 # fmt: on
 

@@ -48,6 +48,17 @@ def test_the_code_of_the_page_on_seeing_runs(tmp_path: Path, monkeypatch: pytest
     assert {p.name for p in tmp_path.iterdir()} == written
 
 
+def test_the_code_of_the_page_on_clipping_and_noise_runs() -> None:
+    names: dict[str, object] = {}
+    with torch.random.fork_rng():
+        for block in blocks("python", "docs/clipping-and-noise.md"):
+            exec(compile(block, "clipping-and-noise.md", "exec"), names)
+            assert block.count("# +") <= 5, f"more than five lines added:\n{block}"
+    assert names["noise"].updates == 8  # type: ignore[attr-defined]
+    gradients = [p.grad for p in names["model"].parameters()]  # type: ignore[attr-defined]
+    assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
+
+
 def test_the_code_of_the_page_on_sampling_runs() -> None:
     found = blocks("python", "docs/sampling.md")
     assert len(found) >= 5

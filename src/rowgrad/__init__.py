@@ -17,7 +17,9 @@ from rowgrad.rows.build import grad_norms, jacobian
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.objective import clip_weights, clipped_loss, per_example
 from rowgrad.rows.rules import RULES
+from rowgrad.uses.clipping import RunningQuantile
 from rowgrad.uses.draws import Weighted
+from rowgrad.uses.noise import NoiseScale
 from rowgrad.uses.pool import PoolSampler, output_norms
 from rowgrad.uses.sampling import NormSampler
 
@@ -33,10 +35,12 @@ __all__ = [
     "Jacobian",
     "Limits",
     "Monitor",
+    "NoiseScale",
     "NormSampler",
     "PoolSampler",
     "RowgradError",
     "RowgradWarning",
+    "RunningQuantile",
     "Weighted",
     "check_gradients",
     "check_rows",

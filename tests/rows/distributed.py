@@ -20,11 +20,11 @@ import rowgrad as rg
 ROOT = Path(__file__).parents[2]
 
 
-def run_on_two_processes(what: str) -> None:
-    """Start this file twice; both must end well within a minute and a half."""
+def run_on_two_processes(what: str, module: str = "tests.rows.distributed") -> None:
+    """Start this file, or another like it, twice; both must end well within a minute and a half."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.rows.distributed", what, f"file://{folder}/store"]
+        command = [sys.executable, "-m", module, what, f"file://{folder}/store"]
         processes = [
             subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
             for rank in range(2)

@@ -12,6 +12,7 @@ from tests.reference import rows_by_grad, trainable
 from torch import Tensor, nn
 
 import rowgrad as rg
+from rowgrad.rows.objective import share_clipped
 
 INF, NAN = math.inf, math.nan
 
@@ -86,6 +87,13 @@ def test_the_share_clipped_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="rowgrad"):
         rg.clip_weights(torch.tensor([0.5, 2.0, 3.0, 4.0]), 1.0)
     assert "clipped 0.750 of 4 examples" in caplog.text
+
+
+def test_the_share_clipped_is_counted_in_the_dtype_of_the_norms() -> None:
+    """0.1 in float32 is larger than 0.1 in float64: a norm between the two is clipped."""
+    norms = torch.tensor([0.1 + 5e-10, 0.1], dtype=torch.float64)
+    assert share_clipped(norms, 0.1) == 0.5
+    assert (rg.clip_weights(norms, 0.1) < 1).tolist() == [True, False]
 
 
 def net() -> tuple[nn.Module, Tensor, Tensor]:

@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rowgrad.rows import memory
+
 CHUNK_BYTES = 64 * 2**20  # largest temporary made by one step of a chunked product
 CACHE_BYTES = 8 * 2**20  # the same where it is read at once: a CPU has it near, and need not ask for new memory
 KEEP_BYTES = 256 * 2**20  # a formed product is kept for the next question up to this size
@@ -263,7 +265,10 @@ class Outer:
 
     def _written_out(self, examples: slice) -> Tensor:
         left, right = self.left[examples].transpose(-1, -2), self.right[examples]
-        return left * right if left.shape[-1] == 1 else left @ right  # a product over one position is slower as one
+        found = memory.empty((*left.shape[:-1], right.shape[-1]), left)
+        if left.shape[-1] == 1:  # a product over one position is slower as one
+            return torch.mul(left, right, out=found)
+        return torch.matmul(left, right, out=found)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         b, g, t, a, d = self.sizes
@@ -412,7 +417,7 @@ class Rows:
         return (F.embedding(self.ids, direction.to(self.rows.dtype)) * self.rows).sum((1, 2))
 
     def dense(self) -> Tensor:
-        found = self.rows.new_zeros(self.n_examples * self.shape[0], self.shape[1])
+        found = memory.zeros((self.n_examples * self.shape[0], self.shape[1]), self.rows)
         found.index_add_(0, self._keys(), self.rows.reshape(-1, self.shape[1]))
         return found.reshape(self.n_examples, *self.shape)
 

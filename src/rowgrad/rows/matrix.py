@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import reduce, wraps
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import torch
@@ -16,6 +16,7 @@ from rowgrad.errors import (
     StaleJacobianError,
 )
 from rowgrad.parameters import Parameters
+from rowgrad.rows import memory
 from rowgrad.rows.block import Block, sum_of
 from rowgrad.rows.explain import Explanation
 from rowgrad.rows.general import GeneralPath
@@ -453,10 +454,9 @@ class Jacobian:
         ordered = {n: found[n] for n in self.names}
         if as_dict:
             return ordered
-        return torch.cat(
-            [t.reshape(len(self), p.numel()) for t, p in self._with_parameters(ordered)],
-            1,
-        )
+        parts = [t.reshape(len(self), p.numel()) for t, p in self._with_parameters(ordered)]
+        like = torch.empty(0, dtype=reduce(torch.promote_types, (t.dtype for t in parts)), device=parts[0].device)
+        return torch.cat(parts, 1, out=memory.empty((len(self), sum(t.shape[1] for t in parts)), like))
 
     def _with_parameters(self, by_name: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         return ((t, self._parameters.by_name[n]) for n, t in by_name.items())

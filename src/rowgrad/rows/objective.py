@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ from rowgrad.parameters import Params
 from rowgrad.rows.build import jacobian
 
 logger = logging.getLogger("rowgrad")
+
+
+@runtime_checkable
+class NormBound(Protocol):
+    """A bound that depends on the norms, such as `rowgrad.RunningQuantile`."""
+
+    def update(self, norms: Tensor) -> float | Tensor:
+        """The bound for a batch whose rows have these norms, shape (B,)."""
+        ...
+
+
+Bound = float | Tensor | NormBound
 
 
 def clip_weights(norms: Tensor | Sequence[float], max_norm: float | Tensor, *, mode: str = "clip") -> Tensor:
@@ -68,14 +80,14 @@ def _numbers(norms: Tensor | Sequence[float]) -> Tensor:
 
 def share_clipped(norms: Tensor, max_norm: float | Tensor) -> float:
     """Share of examples whose norm is above `max_norm` (or not finite); nan for an empty batch."""
-    over = ~(norms.detach() <= torch.as_tensor(max_norm, device=norms.device))
-    return float(over.double().mean()) if over.numel() else float("nan")
+    over = ~(norms.detach() <= torch.as_tensor(max_norm, dtype=norms.dtype, device=norms.device))
+    return int(over.sum()) / over.numel() if over.numel() else float("nan")
 
 
 def clipped_loss(
     losses: Tensor,
     params: Params,
-    max_norm: float | Mapping[Any, float],
+    max_norm: Bound | Mapping[Any, Bound],
     *,
     mode: str = "clip",
     reduction: str = "mean",
@@ -88,7 +100,8 @@ def clipped_loss(
 
     Args:
         losses, params, options: as for `rowgrad.jacobian`.
-        max_norm: bound on the L2 norm of each example's gradient, in units of loss per parameter; or by group.
+        max_norm: bound on the L2 norm of each example's gradient, in units of loss per parameter: a number, a tensor
+            that broadcasts to (B,), or a `rowgrad.RunningQuantile`, which takes in the norms; or any of these by group.
         mode: "clip" or "normalize", see `clip_weights`.
         reduction: "mean" divides by B, "sum" does not.
     Returns:
@@ -109,8 +122,9 @@ def clipped_loss(
     size = max(1, len(J)) if reduction == "mean" else 1
     if not isinstance(max_norm, Mapping):
         norms = J.norms()
-        loss = J.loss(clip_weights(norms, max_norm, mode=mode) / size, nonfinite="zero")
-        loss.share_clipped = share_clipped(norms, max_norm)  # type: ignore[attr-defined]
+        bound = _bound(max_norm, norms)
+        loss = J.loss(clip_weights(norms, bound, mode=mode) / size, nonfinite="zero")
+        loss.share_clipped = share_clipped(norms, bound)  # type: ignore[attr-defined]
         return loss
     names = {group: J.group_names(group) for group in max_norm}
     left_out = [n for n in J.names if all(n not in members for members in names.values())]
@@ -121,14 +135,15 @@ def clipped_loss(
             + "; the groups must cover every parameter"
         )
     by_group = J.norms(by=names)
-    weights = {
-        name: clip_weights(by_group[group], bound, mode=mode) / size
-        for group, bound in max_norm.items()
-        for name in names[group]
-    }
-    loss = J.loss(weights, nonfinite="zero")
-    loss.share_clipped = {g: share_clipped(by_group[g], b) for g, b in max_norm.items()}  # type: ignore[attr-defined]
+    bounds = {group: _bound(bound, by_group[group]) for group, bound in max_norm.items()}
+    weights = {group: clip_weights(by_group[group], bound, mode=mode) / size for group, bound in bounds.items()}
+    loss = J.loss({name: weights[group] for group in names for name in names[group]}, nonfinite="zero")
+    loss.share_clipped = {g: share_clipped(by_group[g], b) for g, b in bounds.items()}  # type: ignore[attr-defined]
     return loss
+
+
+def _bound(max_norm: Bound, norms: Tensor) -> float | Tensor:
+    return max_norm.update(norms) if isinstance(max_norm, NormBound) else max_norm
 
 
 def per_example(token_losses: Tensor, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rowgrad.rows import memory
 from rowgrad.rows.factors import CANCELLATION, CHUNK_BYTES, KEEP_BYTES, Dense, Outer, count, energies, step_bytes
 from rowgrad.rows.pairs import GRAM, gram, product
 
@@ -207,7 +208,7 @@ class Convolved:
         return self.x.device.type == "cpu" and self.x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
     def _rows(self, x: Tensor, y: Tensor) -> Tensor:
-        found = x.new_empty(len(x), *self.shape)
+        found = memory.empty((len(x), *self.shape), x)
         if self._folds:
             for s in self._pieces(self.shape.numel() * x.element_size(), FOLDED_BYTES):
                 found[s] = self._folded(x[s], y[s])

@@ -1,0 +1,49 @@
+"""Memory for large results on the CPU, in pages of 2 MB where the system has them.
+
+Note [fresh pages]
+    What a process asks for comes without pages; the system makes each at its first touch and fills it with zeros.
+    In pages of 4 KB that takes several times as long as writing the numbers: 60 ms for 340 MB on a machine where
+    writing them again takes 10 ms, and 14 ms in pages of 2 MB. Rows of large layers are such results, each call anew.
+    Blocks below `LEAST_BYTES` come from `malloc`, which keeps what was freed and hands it out again, pages and all.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+LEAST_BYTES = 32 * 2**20  # above the largest block that glibc keeps
+HUGE_PAGE = 2 * 2**20
+HAS_HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
+
+
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A tensor to be written whole, of this shape and the dtype and device of `like`."""
+    found = _mapped(shape, like, huge=True)
+    return like.new_empty(tuple(shape)) if found is None else found
+
+
+def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Zeros to be written here and there: pages that nobody touches are never made."""
+    found = _mapped(shape, like, huge=False)
+    return like.new_zeros(tuple(shape)) if found is None else found
+
+
+def _mapped(shape: Sequence[int], like: Tensor, huge: bool) -> Tensor | None:
+    """Memory of the system's own, which is zero; None where it would not help or cannot be had."""
+    n_bytes = prod(shape) * like.element_size()
+    if n_bytes < LEAST_BYTES or like.device.type != "cpu" or not HAS_HUGE_PAGES:
+        return None
+    try:
+        memory = mmap.mmap(-1, n_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if huge:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # no such pages in this kernel, or no memory, which PyTorch says better
+        return None
+    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    offset = -storage.data_ptr() % HUGE_PAGE // like.element_size()
+    return like.new_empty(0).set_(storage, offset, tuple(shape))  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,169 @@
+"""docs/recipes.md runs as it stands, and gives what the slow way gives."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+NOT_OURS = [  # of the packages: their own deprecations and advice
+    "ignore:.*treespec.*:",
+    "ignore:The '.*' does not have many workers:",
+    "ignore:.*pin_memory.*:UserWarning",
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+]
+
+
+def run(position: int) -> dict[str, Any]:
+    """The names after the block at this position, which follows the first."""
+    names: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        for block in (BLOCKS[0], BLOCKS[position]):
+            exec(compile(block, PAGE.name, "exec"), names)
+    return names
+
+
+def rows(losses: Tensor, model: nn.Module) -> Tensor:
+    """One backward pass per loss."""
+    parameters = list(model.parameters())
+    return torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]) for loss in losses]
+    )
+
+
+def clipped_mean(rows: Tensor, max_norm: float = 1.0) -> Tensor:
+    return (rows * (max_norm / rows.norm(dim=1, keepdim=True)).clamp(max=1)).mean(0)
+
+
+def flat_weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_the_page_has_a_block_for_each_recipe() -> None:
+    assert len(BLOCKS) == 1 + PAGE.read_text(encoding="utf-8").count("\n## ")
+
+
+def test_influence_is_the_sum_over_checkpoints_of_dot_products() -> None:
+    names = run(1)
+    expected = torch.zeros(64, 10)
+    for weights in names["checkpoints"]:
+        names["model"].load_state_dict(weights)
+        train, test = (
+            rows(names["losses_of"](names[x], names[y]), names["model"]) for x, y in (("x", "y"), ("x_test", "y_test"))
+        )
+        expected += 0.1 / 64 * train @ test.T
+    torch.testing.assert_close(names["influence"], expected, rtol=1e-4, atol=1e-6)
+    assert names["helped_most"].tolist() == expected[:, 0].topk(3).indices.tolist()
+
+
+def test_the_kernel_is_that_of_the_outputs() -> None:
+    names = run(2)
+    model, x = names["model"], names["x"]
+    jacobian = torch.stack([rows(model(x)[:, k], model) for k in range(3)])
+    torch.testing.assert_close(names["kernel"], torch.einsum("kip,ljp->klij", jacobian, jacobian), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(names["trace_kernel"], torch.einsum("kip,kjp->ij", jacobian, jacobian))
+    top = names["direction"]
+    assert torch.linalg.vector_norm(names["trace_kernel"] @ top) == pytest.approx(
+        float(torch.linalg.matrix_norm(names["trace_kernel"], 2)), rel=1e-4
+    )
+
+
+def test_the_weights_of_the_tasks_give_the_shortest_vector() -> None:
+    names = run(3)
+    a, b = names["flat"]
+    share = ((b - a) @ b / (a - b).square().sum()).clamp(0, 1)
+    torch.testing.assert_close(names["weights"], torch.stack([share, 1 - share]), rtol=1e-4, atol=1e-5)
+    shortest = share * a + (1 - share) * b
+    assert min(float(a @ shortest), float(b @ shortest)) >= float(shortest @ shortest) * (1 - 1e-4)
+    found = torch.cat([p.grad.flatten() for p in names["trunk"].parameters()])
+    torch.testing.assert_close(found, shortest, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_of_the_language_model_is_that_of_its_clipped_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *args: Any, **options: Any) -> Any:
+        seen.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]))
+        return step(self, *args, **options)
+
+    starts: list[nn.Module] = []
+    make = torch.optim.AdamW.__init__
+
+    def started(self: torch.optim.AdamW, parameters: Any, **options: Any) -> None:
+        parameters = list(parameters)
+        starts.append(nn.ParameterList([p.detach().clone() for p in parameters]))
+        make(self, parameters, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", started)
+    names = run(4)
+    assert len(seen) == 2
+    model = names["language_model"]
+    with torch.no_grad():
+        for parameter, start in zip(model.parameters(), starts[0], strict=True):
+            parameter.copy_(start)
+    expected = torch.zeros(())
+    for ids, mask in zip(names["tokens"][:2], names["real"][:2], strict=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            token_losses = F.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
+        losses = (token_losses * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)
+        expected = expected + clipped_mean(rows(losses, model), 0.5) / 2
+    torch.testing.assert_close(seen[0], expected, rtol=0.05, atol=2e-4)  # bfloat16
+
+
+@pytest.mark.filterwarnings(*NOT_OURS)
+def test_the_trainer_takes_clipped_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run(5)
+    steps = names["Trainer"], names["TrainingArguments"]
+    bert, sentences = names["bert"].eval(), names["sentences"][:16]
+    monkeypatch.setattr(bert, "train", lambda mode=True: bert)  # without dropout, to compare
+    slow = copy.deepcopy(bert)
+    options = steps[1](
+        output_dir="again", max_steps=2, per_device_train_batch_size=8, gradient_accumulation_steps=2, optim="sgd",
+        learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", report_to="none",
+        disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    steps[0](bert, options, train_dataset=sentences, compute_loss_func=names["clipped"]).train()
+    ids = torch.stack([s["input_ids"] for s in sentences])
+    labels = torch.stack([s["labels"] for s in sentences])
+    for _ in range(2):
+        gradient = clipped_mean(rows(F.cross_entropy(slow(ids).logits, labels, reduction="none"), slow))
+        parts = gradient.split([p.numel() for p in slow.parameters()])
+        with torch.no_grad():
+            for parameter, part in zip(slow.parameters(), parts, strict=True):
+                parameter -= 0.5 * part.reshape(parameter.shape)
+    torch.testing.assert_close(flat_weights(bert), flat_weights(slow), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings(*NOT_OURS)
+def test_lightning_takes_clipped_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run(6)
+    module = names["Classifier"]()
+    slow = copy.deepcopy(module.net)
+    x, y = names["x"][:16], names["y"][:16]
+    trainer = lightning.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=16))
+    for _ in range(3):
+        gradient = clipped_mean(rows(F.cross_entropy(slow(x), y, reduction="none"), slow))
+        with torch.no_grad():
+            for p, part in zip(slow.parameters(), gradient.split([p.numel() for p in slow.parameters()]), strict=True):
+                p -= 0.1 * part.reshape(p.shape)
+    torch.testing.assert_close(flat_weights(module.net), flat_weights(slow), rtol=1e-4, atol=1e-6)
+    assert "largest_norm" in trainer.logged_metrics
