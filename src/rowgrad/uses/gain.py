@@ -25,7 +25,7 @@ class GainMeter:
     would give weights v; both are estimated from the same batches, whatever q is. With the squared norm of the mean
     gradient known, it is subtracted from both; the error is the jackknife's, over batches.
 
-    Source: Alain et al. 2015 (arXiv:1511.06481), section 3; the trace of the covariance.
+    Source: Alain et al. 2015 (arXiv:1511.06481), who minimize the trace of the covariance.
     """
 
     LEAST = 8  # batches below which there is no error

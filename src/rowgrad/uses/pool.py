@@ -13,22 +13,22 @@ from rowgrad.uses.weighted import WeightedSampler
 def output_norms(loss: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
     """Norm of the derivative of each example's loss in the network's outputs: a bound on its gradient, nearly free.
 
-    Law: entry j is ||d losses_j / d outputs_j||, without a backward pass through the network. The norm of the whole
-    gradient is at most this times a factor that depends on the network and is about the same for all examples
-    (Katharopoulos and Fleuret 2018, eq. 20), so it ranks examples; it is no norm of a gradient itself.
+     Law: entry j is ||d losses_j / d outputs_j||, without a backward pass through the network. The norm of the whole
+     gradient is at most this times a factor that depends on the network and is about the same for all examples
+    , so it ranks examples; it is no norm of a gradient itself.
 
-    Args:
-        loss: function of outputs that gives one loss per example, (B,).
-        outputs: what the last layer gives, (B, ...), with a graph or without; not written to.
-    Returns:
-        (B,), detached, in float32 at least.
-    Raises:
-        NotAVectorError: the losses are not (B,).
-    Source: Katharopoulos and Fleuret 2018 (arXiv:1803.00942), section 3.2.
+     Args:
+         loss: function of outputs that gives one loss per example, (B,).
+         outputs: what the last layer gives, (B, ...), with a graph or without; not written to.
+     Returns:
+         (B,), detached, in float32 at least.
+     Raises:
+         NotAVectorError: the losses are not (B,).
+     Source: Katharopoulos and Fleuret 2018 (arXiv:1803.00942), the upper bound on the gradient norm.
 
-    >>> import torch, rowgrad
-    >>> rowgrad.output_norms(lambda z: (z - 1).square().sum(1), torch.tensor([[1.0, 1.0], [4.0, 5.0]]))
-    tensor([ 0., 10.])
+     >>> import torch, rowgrad
+     >>> rowgrad.output_norms(lambda z: (z - 1).square().sum(1), torch.tensor([[1.0, 1.0], [4.0, 5.0]]))
+     tensor([ 0., 10.])
     """
     with torch.enable_grad():
         leaf = outputs.detach().clone().requires_grad_()
@@ -74,7 +74,7 @@ class PoolSampler(WeightedSampler):
     Raises:
         InputError: an argument is out of range, or the scores do not fit the pool.
         NonFiniteError: a score is inf or nan.
-    Source: Katharopoulos and Fleuret 2018 (arXiv:1803.00942), algorithm 1.
+    Source: Katharopoulos and Fleuret 2018 (arXiv:1803.00942).
 
     >>> import torch, rowgrad
     >>> sampler = rowgrad.PoolSampler(100, lambda index: torch.tensor(index) % 2, batch_size=4, switch=None)

@@ -56,8 +56,8 @@ class NormSampler(WeightedSampler):
         generator: where the draws come from; one of its own with a fixed seed by default. No other is touched.
     Raises:
         InputError: an argument is out of range.
-    Source: Goodfellow 2015, section 1; Zhao and Zhang 2014 (arXiv:1401.2753), section 4; Alain et al. 2015
-    (arXiv:1511.06481), section 3.
+    Source: Goodfellow 2015, section 1; Zhao and Zhang 2014 (arXiv:1401.2753); Alain et al. 2015
+    (arXiv:1511.06481).
 
     >>> import torch, rowgrad
     >>> sampler = rowgrad.NormSampler(4, switch=None)
