@@ -59,6 +59,16 @@ def test_the_code_of_the_page_on_clipping_and_noise_runs() -> None:
     assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
 
 
+def test_the_code_of_the_page_on_sampling_runs() -> None:
+    found = blocks("python", "docs/sampling.md")
+    assert len(found) >= 5
+    names: dict[str, object] = {}
+    with torch.random.fork_rng():
+        for block in found:
+            exec(compile(block, "sampling.md", "exec"), names)
+    assert bool(names["draw"].weight.isfinite().all())  # type: ignore[attr-defined]
+
+
 def test_links_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):

@@ -19,8 +19,11 @@ from rowgrad.rows.objective import clip_weights, clipped_loss, per_example
 from rowgrad.rows.rules import RULES
 from rowgrad.uses.audit import Audit
 from rowgrad.uses.clipping import RunningQuantile
+from rowgrad.uses.draws import Weighted
 from rowgrad.uses.indexed import Indexed
 from rowgrad.uses.noise import NoiseScale
+from rowgrad.uses.pool import PoolSampler, output_norms
+from rowgrad.uses.sampling import NormSampler
 
 __version__ = "0.1.0"
 
@@ -37,9 +40,12 @@ __all__ = [
     "Limits",
     "Monitor",
     "NoiseScale",
+    "NormSampler",
+    "PoolSampler",
     "RowgradError",
     "RowgradWarning",
     "RunningQuantile",
+    "Weighted",
     "check_gradients",
     "check_rows",
     "clip_weights",
@@ -49,6 +55,7 @@ __all__ = [
     "grad_norms",
     "hvp",
     "jacobian",
+    "output_norms",
     "per_example",
     "quadratic_model",
     "spectrum",

@@ -1,0 +1,76 @@
+"""Positions that carry the weight of their draw from a sampler into the batch.
+
+Note [weights at the draw]: the weight of a draw belongs to the probability at which it was drawn. Workers fetch batches
+ahead, and the table of norms has changed by the time a batch arrives; a weight computed then would be biased. So each
+position carries its weight, from the sampler through the data set and the workers into the batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+
+
+class DrawnIndex(int):
+    """A position in the data set that carries the weight of its draw and the number of it in the epoch."""
+
+    weight: float
+    number: int
+
+    def __new__(cls, index: int, weight: float = 1.0, number: int = -1) -> "DrawnIndex":
+        drawn = super().__new__(cls, index)
+        drawn.weight, drawn.number = weight, number
+        return drawn
+
+
+class Draw(NamedTuple):
+    """The draws of a batch: positions in the data set, weights (float32) and numbers in the epoch, each (B,)."""
+
+    index: Any
+    weight: Any
+    number: Any
+
+
+class Weighted(Dataset):
+    """A data set whose items are pairs (item, draw); batches become (batch, draw), and `draw.weight` has shape (B,).
+
+    Items may be anything, also dicts. A `collate_fn` of yours goes here instead of into the DataLoader:
+    `DataLoader(data, sampler=sampler, collate_fn=data.collate)`.
+
+    Args:
+        dataset: with positions 0 to N - 1; its `__getitems__` is used where there is one.
+        collate_fn: makes a batch of a list of items; PyTorch's default without it.
+
+    >>> import torch, rowgrad
+    >>> data = rowgrad.Weighted(torch.utils.data.TensorDataset(torch.arange(6.0)))
+    >>> sampler = rowgrad.NormSampler(len(data))
+    >>> (x,), draw = next(iter(torch.utils.data.DataLoader(data, batch_size=3, sampler=sampler)))
+    >>> bool((x == draw.index).all()), draw.weight
+    (True, tensor([1., 1., 1.]))
+    """
+
+    def __init__(self, dataset: Any, collate_fn: Any = None) -> None:
+        self.dataset, self._collate_fn = dataset, collate_fn
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Draw]:
+        return self.dataset[int(index)], _draw(index)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Draw]]:
+        plain = [int(index) for index in indices]
+        together = getattr(self.dataset, "__getitems__", None)
+        items = [self.dataset[index] for index in plain] if together is None else together(plain)
+        return list(zip(items, map(_draw, indices), strict=True))
+
+    def collate(self, items: Sequence[tuple[Any, Draw]]) -> tuple[Any, Draw]:
+        """A batch (batch, draw) of a list of items, the first part of it by `collate_fn`."""
+        collate = self._collate_fn or torch.utils.data.default_collate
+        return collate([item for item, _ in items]), torch.utils.data.default_collate([draw for _, draw in items])
+
+
+def _draw(index: int) -> Draw:
+    weight, number = getattr(index, "weight", 1.0), getattr(index, "number", -1)
+    return Draw(int(index), torch.tensor(weight, dtype=torch.float32), number)
