@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -79,5 +80,5 @@ def _batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[to
 
 def update(audit: Audit, index: torch.Tensor, step: Step, targets: torch.Tensor) -> None:
     """Hand what a step computed to the audit."""
-    labels = {} if audit.n_classes is None else {"logits": step.outputs, "labels": targets}
+    labels: dict[str, Any] = {} if audit.n_classes is None else {"logits": step.outputs, "labels": targets}
     audit.update(index, losses=step.losses, norms=step.norms, **labels)
