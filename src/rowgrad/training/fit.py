@@ -16,8 +16,9 @@ from rowgrad.checking.gradients import check_gradients
 from rowgrad.data.preparation import Preparation, prepare, prepare_steps, steps_of
 from rowgrad.data.table import Table
 from rowgrad.diagnosis.examine import diagnose
+from rowgrad.diagnosis.history import Seen
 from rowgrad.diagnosis.monitor import Monitor
-from rowgrad.errors import InputError, NonFiniteError, RowgradError
+from rowgrad.errors import DivergedError, InputError, NonFiniteError, RowgradError
 from rowgrad.layers.initialization import initialize
 from rowgrad.layers.pretraining import pretrain
 from rowgrad.optim.clipping import GradientClip
@@ -81,6 +82,9 @@ class Problem:
         return squared_losses if self.classes is None else label_losses
 
 
+Judge = Callable[[Epoch, tuple[Seen, ...]], str | None]
+
+
 @dataclass
 class Fitted:
     """A trained model with all that is needed to use it again.
@@ -116,9 +120,9 @@ def split(table: Table, recipe: Recipe) -> tuple[Tensor, Tensor]:
     return order[n_val:].sort().values, order[:n_val].sort().values
 
 
-def pose(table: Table, recipe: Recipe) -> Problem:
-    """Split and prepare; everything fitted is fitted on the training part."""
-    train, val = split(table, recipe)
+def pose(table: Table, recipe: Recipe, parts: tuple[Tensor, Tensor] | None = None) -> Problem:
+    """Split, if the parts are not given, and prepare; everything fitted is fitted on the training part."""
+    train, val = split(table, recipe) if parts is None else parts
     if table.steps is not None and table.lengths is not None:
         prepared = prepare_steps(table.features[train], table.steps, table.lengths[train], recipe.prepare)
         inputs = steps_of(prepared(table.features), table.steps, table.lengths)
@@ -166,6 +170,8 @@ def fit(
     monitor: int = 0,
     check_grad: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    parts: tuple[Tensor, Tensor] | None = None,
+    judge: Judge = lambda epoch, findings: None,
 ) -> Fitted:
     """Train on a table.
 
@@ -179,17 +185,22 @@ def fit(
         monitor: steps from one observation by `rowgrad.Monitor` to the next, logged to `directory`; 0 for none.
         check_grad: epochs before which gradients are compared with differences of the loss, spread over the training.
         progress: called after every step with the steps done and the most there will be.
+        parts: positions of the training part and of the part held out; None splits by the recipe.
+        judge: called after every epoch with it and what the monitor has found so far; what it returns, if anything, is
+            why training stops there.
     Raises:
-        InputError: options that do not fit the data, a checkpoint of another run, or a loss that is not finite: then
-            with what `rowgrad.diagnose` finds, and the checkpoint is that of the last good epoch.
+        InputError: options that do not fit the data, or a checkpoint of another run.
+        DivergedError: a loss that is not finite, with what `rowgrad.diagnose` finds; the checkpoint is that of the last
+            good epoch.
     """
     recipe = recipe or Recipe()
     if recipe.optimizer in SECOND_ORDER:
         raise InputError(f"--optimizer {recipe.optimizer} takes the loss as a function; train with one of first order")
     if recipe.model.startswith("autoencoder"):
         raise InputError("--model autoencoder learns its inputs, not a target; use rowgrad.layers.pretrain")
-    problem = pose(table, recipe)
+    problem = pose(table, recipe, parts)
     run = _Run(recipe, problem, directory)
+    run.judge = judge
     run.checked = {round(k * recipe.epochs / check_grad) for k in range(check_grad)}
     if resume and directory is not None and (directory / CHECKPOINT).exists():
         run.load(load_state(directory / CHECKPOINT))
@@ -221,6 +232,7 @@ class _Run:
         self.best_epoch, self.stopped = 0, ""
         self.checked: set[int] = set()
         self.monitor: Monitor | None = None
+        self.judge: Judge = lambda epoch, findings: None
 
     def watch(self, every: int) -> None:
         log = None if self.directory is None else self.directory / MONITOR
@@ -241,7 +253,9 @@ class _Run:
         total = self.recipe.epochs * self.loop.steps_per_epoch
         while self.loop.epoch < self.recipe.epochs and not self.stopped:
             self._epoch(progress, total)
-            self._judge()
+            self._keep_best()
+            findings = () if self.monitor is None else self.monitor.findings
+            self.stopped = self.judge(self.epochs[-1], findings) or self.stopped
             if self.directory is not None:
                 save_state(self.directory / CHECKPOINT, self.state())
         self.stopped = self.stopped or f"all {self.recipe.epochs} epochs are done"
@@ -256,7 +270,7 @@ class _Run:
                 losses.append(found)
                 progress(self.loop.step, total)
         except NonFiniteError as error:
-            raise InputError(self._diverged(error)) from error
+            raise DivergedError(self._diverged(error)) from error
         val_loss, val_score = self._validated()
         clipped = max((clip.share for clip in self.clips), default=None)
         mean = float(torch.cat(losses).double().mean())
@@ -292,7 +306,7 @@ class _Run:
         loss = float(problem.criterion(outputs, targets).double().mean())
         return loss, score(outputs, targets, problem.classes is not None)
 
-    def _judge(self) -> None:
+    def _keep_best(self) -> None:
         """Keep the weights of the best epoch; stop after too many that are no better."""
         now = self.epochs[-1]
         if now.val_loss is None:

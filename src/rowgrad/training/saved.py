@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,35 @@ class Predictor:
         return self.outputs(table.features, table.lengths)
 
 
+@dataclass(frozen=True)
+class Ensemble:
+    """Several models whose answers are averaged: probabilities, or values (Aggarwal 2018, section 3.3.1)."""
+
+    members: tuple[Predictor, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """As of each member."""
+        return self.members[0].classes
+
+    def of_table(self, table: Table) -> Tensor:
+        """As `Predictor.of_table`."""
+        return torch.stack([member.of_table(table) for member in self.members]).mean(0)
+
+
 def save_model(fitted: Fitted, table: Table, path: Path) -> None:
     """Write a fitted model; see `load_model`."""
+    save_state(path, _state(fitted, table))
+
+
+def save_ensemble(members: Sequence[Fitted], table: Table, path: Path) -> None:
+    """Write several fitted models as one; see `load_model`."""
+    save_state(path, {"members": [_state(fitted, table) for fitted in members]})
+
+
+def _state(fitted: Fitted, table: Table) -> dict[str, Any]:
     problem = fitted.problem
-    state: dict[str, Any] = {
+    return {
         "recipe": fitted.recipe.to_dict(),
         "weights": dict(fitted.model.state_dict()),
         "prepared": problem.prepared.state_dict(),
@@ -84,18 +110,23 @@ def save_model(fitted: Fitted, table: Table, path: Path) -> None:
         "center": problem.center,
         "scale": problem.scale,
     }
-    save_state(path, state)
 
 
-def load_model(path: Path) -> Predictor:
-    """Read what `save_model` wrote; nothing is unpickled.
+def load_model(path: Path) -> Predictor | Ensemble:
+    """Read what `save_model` or `save_ensemble` wrote; nothing is unpickled.
 
     Raises:
         InputError: no such file, or another kind of file.
     """
     state = load_state(path)
+    if "members" in state:
+        return Ensemble(tuple(map(_predictor, state["members"])))
     if "weights" not in state:
         raise InputError(f"{path}: a checkpoint of a training, not a model; take model.safetensors of the same folder")
+    return _predictor(state)
+
+
+def _predictor(state: dict[str, Any]) -> Predictor:
     recipe, classes = Recipe(**state["recipe"]), state["classes"]
     n_outputs = 1 if classes is None else len(classes)
     form = Form(state["shape"], n_outputs, recipe.act, recipe.alpha, recipe.norm, recipe.dropout)
