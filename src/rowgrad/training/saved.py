@@ -88,6 +88,12 @@ class Ensemble:
         return torch.stack([member.of_table(table) for member in self.members]).mean(0)
 
 
+def predictor_of(fitted: Fitted, table: Table) -> Predictor:
+    """A fitted model that takes features as they are read; `table` is what it was trained on."""
+    p = fitted.problem
+    return Predictor(fitted.model, p.prepared, table.feature_names, p.shape, p.classes, p.center, p.scale)
+
+
 def save_model(fitted: Fitted, table: Table, path: Path) -> None:
     """Write a fitted model; see `load_model`."""
     save_state(path, _state(fitted, table))
