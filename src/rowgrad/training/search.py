@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import random
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -44,6 +44,7 @@ SEARCHES = ("random", "sample", "grid")
 DRAWS, RUNS = 4, 5  # uses of the seed, beside those of `Loop` and `fit`
 N_TRIALS = 30
 PER_TRIAL = 3  # runs that are started at most, for each that is to be completed
+LEARNING = 0.9  # of the loss of a constant; a run below it learns, whatever is found in it
 COMPARED = 4  # completed runs before any is ended for its loss
 FATAL = ("not finite", "exploding", "vanishing", "dead")  # findings that end a run
 STUDY = "rowgrad"
@@ -64,7 +65,8 @@ class Plan:
         test: share of the examples that are looked at once, at the end.
         keep: share of the completed runs that a run has to keep up with: it is ended when its best validation loss so
             far is above that of so many of them at the same epoch. 1 ends none for its loss.
-        diagnose: whether runs are ended in their first half for what `rowgrad.Monitor` finds in them.
+        diagnose: whether runs that have not begun to learn are ended in their first half for what `rowgrad.Monitor`
+            finds in them: gradients that vanish or explode, dead units.
     """
 
     search: str = "random"
@@ -174,17 +176,12 @@ class Search:
         space = self.space
         for number in range(1, self.plan.rounds + 1):
             if number > 1:
-                space = space.narrowed(self.ranked(before=number)[0].point, self.space)
+                space = space.narrowed(ranked(t for t in self.trials() if t.round < number)[0].point, self.space)
             self._round(number, space)
 
     def trials(self) -> list[Trial]:
         """All runs so far, in order."""
         return [_trial(frozen) for frozen in self.study.get_trials(deepcopy=False)]
-
-    def ranked(self, before: int | None = None) -> list[Trial]:
-        """Completed runs, of rounds before this one, the lowest validation loss first."""
-        done = [t for t in self.trials() if t.loss is not None and (before is None or t.round < before)]
-        return sorted(done, key=lambda t: (t.loss, t.number))
 
     def _round(self, number: int, space: Space) -> None:
         tried = [t.point for t in self.trials() if t.round < number and t.state != "abandoned"]
@@ -210,7 +207,7 @@ class Search:
                 f"the grid has {space.size} points")  # fmt: skip
             said += f" {wanted} were to be completed; {limit}."
         self.notes.append(said)
-        if not self.ranked():
+        if not ranked(self.trials()):
             reasons = "; ".join(dict.fromkeys(t.why for t in ended[:3]))
             raise InputError(f"none of {len(ended)} runs was completed. The first were killed for: {reasons}")
 
@@ -223,7 +220,7 @@ class Search:
             trial.set_user_attr(name, value)
         try:
             recipe = replace(recipe_at(self.recipe, point), epochs=self.plan.trial_epochs, seed=seed)
-            watch = _Watch(trial, self.plan, self._progress())
+            watch = _Watch(trial, self.plan, self._progress(), constant_loss(self.data))
             n = len(self.data.train)
             every = -(-n // recipe.batch_size_for(n)) if self.plan.diagnose else 0
             parts = self.data.train, self.data.val
@@ -246,7 +243,7 @@ class Search:
 
     def _progress(self) -> Callable[[int], None]:
         """What is told the epochs of the run that goes on."""
-        epochs, n = self.plan.trial_epochs, len(self.ranked())
+        epochs, n = self.plan.trial_epochs, len(ranked(self.trials()))
         per_round = self.plan.wanted or self.space.size
         return lambda epoch: self.progress(n * epochs + epoch, self.plan.rounds * per_round * epochs)
 
@@ -278,6 +275,7 @@ class _Watch:
     trial: optuna.Trial
     plan: Plan
     progress: Callable[[int], None]
+    constant: float
     why: str = ""
 
     def __call__(self, epoch: Epoch, findings: tuple[Seen, ...]) -> str | None:
@@ -293,7 +291,8 @@ class _Watch:
         return self.why or None
 
     def _diagnosed(self, epoch: Epoch, findings: tuple[Seen, ...]) -> str:
-        if epoch.number > max(2, self.plan.trial_epochs // 2):
+        late, loss = epoch.number > max(2, self.plan.trial_epochs // 2), epoch.val_loss
+        if late or loss is None or loss < LEARNING * self.constant:
             return ""
         seen = next((s for s in findings if is_fatal(s)), None)
         return "" if seen is None else f"{seen.finding.kind} at {seen.finding.where}: {seen.finding.evidence}"
@@ -304,6 +303,21 @@ class _Watch:
         return (
             f"epoch {epoch.number}: loss {epoch.val_loss:.4g}, behind the better {self.plan.keep:.0%} of earlier runs"
         )
+
+
+def ranked(trials: Iterable[Trial]) -> list[Trial]:
+    """The completed runs, the lowest validation loss first."""
+    return sorted((t for t in trials if t.loss is not None), key=lambda t: (t.loss, t.number))
+
+
+def constant_loss(data: Data) -> float:
+    """Validation loss of answering every example alike, by the training part's frequencies or mean."""
+    targets = data.table.targets
+    train, val = targets[data.train], targets[data.val]
+    if data.table.classes is None:
+        return float(0.5 * ((val - train.mean()) / train.std(correction=0)).square().mean())
+    shares = torch.bincount(train, minlength=data.table.n_outputs).double().clamp_min(1) / len(train)
+    return float(-shares.log()[val].mean())
 
 
 def is_fatal(seen: Seen) -> bool:

@@ -19,7 +19,7 @@ from rowgrad.training.fit import Fitted, fit, score, split
 from rowgrad.training.loop import seed_of
 from rowgrad.training.recipe import Recipe
 from rowgrad.training.saved import Ensemble, Predictor, load_model, predictor_of, save_ensemble, save_model
-from rowgrad.training.search import Data, Plan, Search, Trial, opened
+from rowgrad.training.search import Data, Plan, Search, Trial, opened, ranked
 from rowgrad.training.space import Space, default_space, fixed_by, recipe_at
 
 CONFIG, STUDY, RESULT, MODEL, WINNER = (
@@ -106,7 +106,7 @@ class Tuned:
     @property
     def best(self) -> Trial:
         """The completed short run with the lowest validation loss."""
-        return min((t for t in self.trials if t.loss is not None), key=lambda t: (t.loss, t.number))
+        return ranked(self.trials)[0]
 
 
 def tune(
@@ -164,6 +164,8 @@ def tune(
     with opened(None if directory is None else directory / STUDY, plan) as study:
         search = Search(space, plan, recipe, work.data, study, work.searched)
         if directory is not None and (directory / RESULT).exists():
+            if not ranked(search.trials()):
+                raise InputError(f"{directory / STUDY}: no run is in it, yet there is a {RESULT}; name another --out")
             return work.recorded(search.trials(), directory)
         search.run()
         return work.finish(search)
@@ -288,17 +290,16 @@ class _Work:
 
     def finish(self, search: Search) -> Tuned:
         """Train the winners, compare, test, and keep it all."""
-        trials, ranked = search.trials(), search.ranked()
-        fitted, notes = self._complete(ranked)
+        trials, best = search.trials(), ranked(search.trials())
+        fitted, notes = self._complete(best)
         found = [(trial, one, predictor_of(one, self.data.table)) for trial, one in fitted]
-        held_out = self.table.take(self.parts["val"])
+        held_out, tested = (self.table.take(self.parts[name]) for name in ("val", "test"))
         winners = sorted(
-            ((self._winner(trial, one, by), one, by) for trial, one, by in found),
+            ((_winner(trial, one, judged(by, held_out)), one, by) for trial, one, by in found),
             key=lambda w: (w[0].validation.loss, w[0].number),
         )
         model, single = Ensemble(tuple(by for _, _, by in winners)), winners[0]
         validation = Compared(judged(model, held_out), single[0].validation)
-        tested = self.table.take(self.parts["test"])
         test = Compared(judged(model, tested), judged(single[2], tested)) if len(tested) else None
         tuned = self._tuned(
             trials,
@@ -314,10 +315,10 @@ class _Work:
             _write_json(self.directory / RESULT, _record(tuned))
         return tuned
 
-    def _complete(self, ranked: Sequence[Trial]) -> tuple[list[tuple[Trial, Fitted]], list[str]]:
+    def _complete(self, best: Sequence[Trial]) -> tuple[list[tuple[Trial, Fitted]], list[str]]:
         """The best, trained with all epochs; one that diverges is replaced by the next."""
         found, notes = [], []
-        for trial in ranked:
+        for trial in best:
             if len(found) == self.plan.winners:
                 break
             folder = None if self.directory is None else self.directory / "winners" / f"trial-{trial.number:03d}"
@@ -338,7 +339,7 @@ class _Work:
                 continue
             found.append((trial, one))
         if not found:
-            raise InputError(f"none of the {len(ranked)} completed runs could be trained further: {notes[0]}")
+            raise InputError(f"none of the {len(best)} completed runs could be trained further: {notes[0]}")
         if len(found) < self.plan.winners:
             notes.append(f"{len(found)} winners instead of {self.plan.winners}: no more runs were completed.")
         return found, notes
@@ -351,10 +352,6 @@ class _Work:
     def _recipe(self, trial: Trial) -> Recipe:
         return replace(recipe_at(self.recipe, trial.point), seed=trial.seed)
 
-    def _winner(self, trial: Trial, one: Fitted, by: Predictor) -> Winner:
-        validation = judged(by, self.table.take(self.parts["val"]))
-        return Winner(trial.number, one.recipe, validation, one.best, len(one.epochs), one.stopped)
-
     def _tuned(
         self,
         trials: Sequence[Trial],
@@ -365,14 +362,13 @@ class _Work:
         model: Ensemble,
         was_finished: bool = False,
     ) -> Tuned:
-        best = min((t for t in trials if t.loss is not None), key=lambda t: (t.loss, t.number))
         return Tuned(
             self.space,
             self.plan,
             self.recipe,
             tuple(trials),
             winners,
-            tuple(self.space.borders(best.point)),
+            tuple(self.space.borders(ranked(trials)[0].point)),
             notes,
             validation,
             test,
@@ -394,6 +390,10 @@ class _Work:
         validation, test = (_compared(record[name]) for name in ("validation", "test"))
         assert validation is not None  # it is always written
         return self._tuned(trials, winners, tuple(record["notes"]), validation, test, model, True)
+
+
+def _winner(trial: Trial, one: Fitted, validation: Scores) -> Winner:
+    return Winner(trial.number, one.recipe, validation, one.best, len(one.epochs), one.stopped)
 
 
 def judged(by: Predictor | Ensemble, table: Table) -> Scores:
