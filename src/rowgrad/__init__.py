@@ -22,7 +22,6 @@ from rowgrad.uses.clipping import RunningQuantile
 from rowgrad.uses.draws import Weighted
 from rowgrad.uses.indexed import Indexed
 from rowgrad.uses.noise import NoiseScale
-from rowgrad.uses.pool import PoolSampler, output_norms
 from rowgrad.uses.sampling import NormSampler
 
 __version__ = "0.1.0"
@@ -41,7 +40,6 @@ __all__ = [
     "Monitor",
     "NoiseScale",
     "NormSampler",
-    "PoolSampler",
     "RowgradError",
     "RowgradWarning",
     "RunningQuantile",
@@ -55,7 +53,6 @@ __all__ = [
     "grad_norms",
     "hvp",
     "jacobian",
-    "output_norms",
     "per_example",
     "quadratic_model",
     "spectrum",

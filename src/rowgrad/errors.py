@@ -11,6 +11,7 @@ RowgradError
 ├── IndependenceError            examples are mixed where independent ones are needed
 ├── NonFiniteError               a loss, or a derivative of it, is inf or nan
 ├── InputError                   a file, a column or an option given by the user cannot be used
+│   ├── DivergedError            a training ended in losses that are not finite
 │   └── UserCodeError            a function given by the user raised
 ├── WrongGradientError           a check during training found a gradient that is not the derivative of the loss
 ├── StaleJacobianError           a parameter changed after the Jacobian was made
@@ -62,6 +63,10 @@ class NonFiniteError(RowgradError, ArithmeticError):
 
 class InputError(RowgradError, ValueError):
     """A file, a column or an option given by the user cannot be used."""
+
+
+class DivergedError(InputError):
+    """A training ended in losses that are not finite: its options do not suit the data."""
 
 
 class UserCodeError(InputError):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import rowgrad as rg
+from rowgrad import uses
 from rowgrad.errors import InputError
 from rowgrad.uses.draws import Draw, DrawnIndex
 from rowgrad.uses.gain import GainMeter
@@ -439,7 +440,7 @@ def test_norms_in_the_outputs_are_those_of_the_derivative(shape: tuple[int, ...]
 
     by_hand = (outputs.softmax(-1) - F.one_hot(labels, 4)) / (1 if len(shape) == 2 else shape[1])
     with torch.no_grad():
-        torch.testing.assert_close(rg.output_norms(loss, outputs), by_hand.flatten(1).norm(dim=1))
+        torch.testing.assert_close(uses.output_norms(loss, outputs), by_hand.flatten(1).norm(dim=1))
     assert outputs.grad is None
 
 
@@ -448,7 +449,7 @@ def test_batches_out_of_a_pool_are_unbiased_and_vary_as_measured() -> None:
     g = rows(1.0) + 1.0
     norms, mean, size = g.norm(dim=1), g.mean(0), 8
     for known in (True, False):
-        sampler = rg.PoolSampler(N, lambda index: norms[index], batch_size=size, pool=80, switch=None, window=5000)
+        sampler = uses.PoolSampler(N, lambda index: norms[index], batch_size=size, pool=80, switch=None, window=5000)
         estimates = []
         for _ in range(200):
             for batch in sampler:
@@ -492,7 +493,7 @@ def test_of_equal_gradients_the_whole_is_subtracted() -> None:
 def test_a_pool_in_a_loop_switches_itself_on_and_resumes(workers: int) -> None:
     norms = rows(1.5).norm(dim=1)
 
-    def loop(sampler: rg.PoolSampler, epochs: int, save_at: int = -1) -> tuple[list[Any], Any]:
+    def loop(sampler: uses.PoolSampler, epochs: int, save_at: int = -1) -> tuple[list[Any], Any]:
         draws, saved = [], None
         loader = DataLoader(
             rg.Weighted(Words()),
@@ -510,12 +511,12 @@ def test_a_pool_in_a_loop_switches_itself_on_and_resumes(workers: int) -> None:
         return draws, saved
 
     options: dict[str, Any] = {"batch_size": 7, "switch": (1.05, 1.0), "window": 20}
-    sampler = rg.PoolSampler(N, lambda index: norms[index], **options)
+    sampler = uses.PoolSampler(N, lambda index: norms[index], **options)
     draws, saved = loop(sampler, 6, 40)
     assert sampler.active
     assert draws[0][1] == [1.0] * 7
     assert len({w for _, weights in draws[-5:] for w in weights}) > 5
-    again = rg.PoolSampler(N, lambda index: norms[index], **options)
+    again = uses.PoolSampler(N, lambda index: norms[index], **options)
     again.load_state_dict(saved)
     assert loop(again, 2)[0] == draws[40:]
 
@@ -527,13 +528,13 @@ def test_scores_that_do_not_fit() -> None:
         (lambda index: torch.full((len(index),), torch.inf), "gave inf"),
     ):
         with pytest.raises(rg.RowgradError, match=message):
-            next(iter(rg.PoolSampler(N, score, batch_size=2, switch=None)))
+            next(iter(uses.PoolSampler(N, score, batch_size=2, switch=None)))
     with pytest.raises(rg.RowgradError, match="a pool as large"):
-        rg.PoolSampler(N, torch.tensor, batch_size=4, pool=3)
+        uses.PoolSampler(N, torch.tensor, batch_size=4, pool=3)
     with pytest.raises(rg.RowgradError, match='expected "cost"'):
-        rg.PoolSampler(N, torch.tensor, batch_size=4, switch="auto")
+        uses.PoolSampler(N, torch.tensor, batch_size=4, switch="auto")
     with pytest.raises(rg.RowgradError, match="one loss per example"):
-        rg.output_norms(torch.mean, torch.ones(2, 3))
+        uses.output_norms(torch.mean, torch.ones(2, 3))
 
 
 # What is refused

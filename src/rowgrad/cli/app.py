@@ -14,6 +14,7 @@ from rowgrad.cli.check import check
 from rowgrad.cli.diagnosis import diagnose
 from rowgrad.cli.graph import graph
 from rowgrad.cli.train import predict, train
+from rowgrad.cli.tune import tune
 from rowgrad.errors import RowgradError, UserCodeError
 
 # Typer brings its own copy of Click in some versions and imports Click in others; its errors are found through one.
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(audit)
 app.command()(train)
+app.command()(tune)
 app.command()(predict)
 app.command()(graph)
 app.command()(diagnose)

@@ -13,77 +13,38 @@ import polars as pl
 import typer
 from rich.console import Console
 
-from rowgrad.cli.audit import NaN, Task
+from rowgrad.cli.audit import NaN
+from rowgrad.cli.options import DATA_HELP, with_options
 from rowgrad.cli.output import kind_of, write_text
 from rowgrad.cli.progress import progress_bar
 from rowgrad.data.readers import read_table
 from rowgrad.data.table import Table
 from rowgrad.errors import InputError
 from rowgrad.files import whole
-from rowgrad.optim.factory import OPTIMIZERS
 from rowgrad.report.history import history_page
 from rowgrad.report.metrics import versions
 from rowgrad.report.scores import frame_of
 from rowgrad.training.fit import CHECKPOINT, Fitted, fit
 from rowgrad.training.recipe import Recipe
-from rowgrad.training.saved import Predictor, load_model, save_model
+from rowgrad.training.saved import Ensemble, Predictor, load_model, save_model
 
-DATA_HELP = "digits, breast_cancer, wine, iris, diabetes, or a CSV, Parquet or NPZ file."
 MODEL = "model.safetensors"
 
 
+@with_options
 def train(
     context: typer.Context,
     data: Annotated[str, typer.Argument(help=DATA_HELP)],
-    target: Annotated[str | None, typer.Option(help="Column (or NPZ array) to predict.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the results; default rowgrad-train-NAME.")] = None,
-    task: Annotated[Task | None, typer.Option(help="What the target is; default by its values.")] = None,
-    drop: Annotated[list[str] | None, typer.Option(help="Column to leave out; may be repeated.")] = None,
-    categorical: Annotated[
-        list[str] | None, typer.Option(help="Column of numbers to one-hot encode; may be repeated.")
-    ] = None,
-    nan: Annotated[NaN, typer.Option(help="NaN in a feature: refuse it, or take it for a missing value.")] = NaN.ERROR,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run in --out was stopped.")] = False,
-    model: Annotated[
-        str, typer.Option(help="mlp:WIDTHS, cnn:CHANNELS for images, lstm:UNITS for sequences, autoencoder:WIDTHS.")
-    ] = Recipe.model,
-    act: Annotated[str, typer.Option(help="Activation of hidden layers, or maxout.")] = Recipe.act,
-    alpha: Annotated[float | None, typer.Option(help="Slope of leaky_relu below 0.")] = None,
-    norm: Annotated[str, typer.Option(help="batch-pre, batch-post, layer or none.")] = Recipe.norm,
-    bn_statistics: Annotated[
-        str, typer.Option(help="Of batch norms outside training: running, or population (the whole training part).")
-    ] = Recipe.bn_statistics,
-    dropout: Annotated[float, typer.Option(help="Share of hidden units left out in a step.")] = Recipe.dropout,
-    init: Annotated[str | None, typer.Option(help="lecun, he, glorot or pretrain; default PyTorch's.")] = None,
-    optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = Recipe.optimizer,
-    optimizer_option: Annotated[
-        list[str] | None, typer.Option(help="Of the optimizer, as momentum=0.95 or eps_inside=true; may be repeated.")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; default by the optimizer.")] = None,
-    decay: Annotated[str | None, typer.Option(help="Of the rate by the epoch: exponential or inverse.")] = None,
-    decay_rate: Annotated[float, typer.Option(help="How fast the rate falls, per epoch.")] = Recipe.decay_rate,
-    l2: Annotated[float, typer.Option(help="Penalty on weights; not on biases and norms.")] = Recipe.l2,
-    clip_norm: Annotated[float | None, typer.Option(help="Bound on the norm of the gradient.")] = None,
-    clip_mode: Annotated[
-        str, typer.Option(help="norm: --clip-norm is a cap; normalize: every gradient gets that norm.")
-    ] = Recipe.clip_mode,
-    clip_value: Annotated[float | None, typer.Option(help="Bound on each entry of the gradient.")] = None,
-    standardize: Annotated[bool, typer.Option(help="Features of mean 0 and variance 1.")] = True,
-    whiten: Annotated[bool, typer.Option("--whiten", help="Principal directions of variance 1.")] = False,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Examples in a step; default 32 to 256 by their number, all for second order.")
-    ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the data, at most.")] = Recipe.epochs,
-    val: Annotated[float, typer.Option(help="Share of the examples held out.")] = Recipe.val,
-    patience: Annotated[
-        int, typer.Option(help="Epochs without improvement before it stops; 0: never.")
-    ] = Recipe.patience,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     monitor: Annotated[int, typer.Option(help="Steps between diagnoses of the training; 0 for none.")] = 0,
     check_grad: Annotated[int, typer.Option(help="How often gradients are checked during training.")] = 0,
     audit: Annotated[
         bool, typer.Option("--audit", help="Look for mislabelled examples in this training; writes scores.parquet.")
     ] = False,
+    *,
+    reading: dict[str, Any],
+    recipe: Recipe,
 ) -> None:
     """Train a model on DATA.
 
@@ -91,43 +52,10 @@ def train(
     scores.parquet, and keeps a checkpoint after each epoch: a run that is stopped goes on with --resume to the same
     bits.
     """
-    prepare = "whiten" if whiten else "standardize" if standardize else "none"
-    recipe = Recipe(
-        model=model,
-        act=act,
-        alpha=alpha,
-        norm=norm,
-        dropout=dropout,
-        init=init,
-        optimizer=optimizer,
-        lr=lr,
-        decay=decay,
-        decay_rate=decay_rate,
-        l2=l2,
-        clip_norm=clip_norm,
-        clip_mode=clip_mode,
-        clip_value=clip_value,
-        bn_statistics=bn_statistics,
-        optimizer_options=dict(map(_option, optimizer_option or ())),
-        prepare=prepare,
-        batch_size=batch_size,
-        epochs=epochs,
-        val=val,
-        patience=patience,
-        seed=seed,
-    )
     if monitor < 0 or check_grad < 0:
         raise InputError(f"--monitor {monitor} --check-grad {check_grad}: at least 0")
     directory = out or Path(f"rowgrad-train-{Path(data).stem}")
-    table = read_table(
-        data,
-        target=target,
-        drop=drop or (),
-        categorical=categorical or (),
-        task=task,
-        nan=nan,
-        needs_target=recipe.kind != "autoencoder",
-    )
+    table = read_table(data, needs_target=recipe.kind != "autoencoder", **reading)
     for note in table.notes:
         Console().print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
     with _begun(directory, resume), _warnings_as_lines(), progress_bar("training") as progress:
@@ -151,21 +79,6 @@ def _warnings_as_lines() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: typer.echo(f"rowgrad: {message}", err=True)
         yield
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """A name and a value: true, false, none, a number, numbers separated by commas, or a word."""
-    name, sign, value = text.partition("=")
-    if not sign or not name or not value:
-        raise InputError(f"--optimizer-option {text}: expected NAME=VALUE, such as momentum=0.95")
-    words = {"true": True, "false": False, "none": None}
-    if value.lower() in words:
-        return name, words[value.lower()]
-    try:
-        numbers = [int(part) if part.strip().lstrip("+-").isdigit() else float(part) for part in value.split(",")]
-    except ValueError:
-        return name, value
-    return name, numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
 @contextmanager
@@ -261,7 +174,7 @@ def predict(
     Console().print(f"{len(frame):,} predictions: {out.resolve()}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _frame(predictor: Predictor, table: Table) -> pl.DataFrame:
+def _frame(predictor: Predictor | Ensemble, table: Table) -> pl.DataFrame:
     outputs, classes = predictor.of_table(table), predictor.classes
     columns: dict[str, np.ndarray | list] = {"index": np.arange(len(table))}
     if classes is None:

@@ -1,6 +1,8 @@
 """A data set ready for training: features, targets, and what a report shows of each example."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -53,6 +55,19 @@ class Table:
     def n_outputs(self) -> int:
         """Outputs a model needs: one per class, or one."""
         return 1 if self.classes is None else len(self.classes)
+
+    def take(self, index: torch.Tensor) -> Table:
+        """The examples at these positions alone, in this order; classes stay as they are."""
+        at = index.numpy()
+        return replace(
+            self,
+            features=self.features[index],
+            targets=self.targets[index],
+            numbers=self.numbers[at],
+            frame=None if self.frame is None else self.frame[at],
+            images=None if self.images is None else self.images[at],
+            lengths=None if self.lengths is None else self.lengths[index],
+        )
 
 
 def standardize(

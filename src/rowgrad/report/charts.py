@@ -25,6 +25,16 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Series:
+    """Points of a plot, joined by a line or as dots, and the class of the style sheet that colors them."""
+
+    x: np.ndarray
+    y: np.ndarray
+    style: str
+    is_joined: bool = False
+
+
+@dataclass(frozen=True)
 class _Frame:
     """The plot's area and the ranges it shows."""
 
@@ -72,6 +82,48 @@ def line_chart(
     return _svg(frame, parts, title)
 
 
+def plot(
+    series: Sequence[Series],
+    *,
+    width: int,
+    height: int,
+    x_label: str,
+    y_label: str,
+    title: str,
+    x_log: bool = False,
+    x_names: Sequence[str] = (),
+) -> Markup:
+    """Positive values on a logarithmic scale over a linear, a logarithmic or a named one (positions 0, 1, ...)."""
+    y = np.concatenate([s.y for s in series])
+    low, high = _roomy(float(y.min()), float(y.max()))
+    y_ticks = _decades(low, high)
+    if x_names:
+        x_range, x_ticks = (-0.5, len(x_names) - 0.5), list(map(float, range(len(x_names))))
+    else:
+        x = np.concatenate([s.x for s in series])
+        ends = float(x.min()), float(x.max())
+        ends = _roomy(*ends) if x_log else ends if ends[1] > ends[0] else (ends[0] - 0.5, ends[1] + 0.5)
+        x_ticks = _decades(*ends) if x_log else [t for t in _ticks(*ends) if ends[0] <= t <= ends[1]]
+        x_range = (float(np.log10(ends[0])), float(np.log10(ends[1]))) if x_log else ends
+    frame = _Frame(width, height, x_range, (float(np.log10(low)), float(np.log10(high))))
+    parts = _axes(frame, x_ticks, y_ticks, x_label, y_label, log=x_log, y_log=True, names=x_names)
+    for one in series:
+        across = np.log10(one.x) if x_log else one.x
+        places = [(frame.x(float(a)), frame.y(float(b))) for a, b in zip(across, np.log10(one.y), strict=True)]
+        if one.is_joined and len(places) > 1:
+            points = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+            parts.append(f'<polyline class="{one.style}" points="{points}"/>')
+        else:
+            parts += [f'<circle class="{one.style}" cx="{a:.1f}" cy="{b:.1f}" r="3.5"/>' for a, b in places]
+    return _svg(frame, parts, title)
+
+
+def _roomy(low: float, high: float) -> tuple[float, float]:
+    """A little beyond both ends of positive values, at least a factor of 2 in all."""
+    room = max(1.15, (2 * low / high) ** 0.5)
+    return low / room, high * room
+
+
 def log_histogram(
     groups: Sequence[tuple[str, np.ndarray]],
     *,
@@ -110,18 +162,26 @@ def _bar(frame: _Frame, style: str, edges: np.ndarray, below: float, count: floa
 
 
 def _axes(
-    frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str, log: bool = False
+    frame: _Frame,
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    x_label: str,
+    y_label: str,
+    log: bool = False,
+    y_log: bool = False,
+    names: Sequence[str] = (),
 ) -> list[str]:
     base = frame.height - BOTTOM
     parts = [f'<text class="label" x="0" y="11">{escape(y_label)}</text>']
     for tick in y_ticks:
-        y = frame.y(tick)
+        y = frame.y(float(np.log10(tick)) if y_log else tick)
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{frame.width - RIGHT}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{y + 4:.1f}">{number(tick)}</text>')
-    for tick in x_ticks:
+    for k, tick in enumerate(x_ticks):
+        said = escape(names[k]) if names else number(tick)
         x = frame.x(np.log10(tick) if log else tick)
         parts.append(f'<line class="axis" x1="{x:.1f}" y1="{base}" x2="{x:.1f}" y2="{base + 4}"/>')
-        parts.append(f'<text class="tick middle" x="{x:.1f}" y="{base + 16}">{number(tick)}</text>')
+        parts.append(f'<text class="tick middle" x="{x:.1f}" y="{base + 16}">{said}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" y1="{base}" x2="{frame.width - RIGHT}" y2="{base}"/>')
     parts.append(f'<text class="label end" x="{frame.width - RIGHT}" y="{frame.height - 4}">{escape(x_label)}</text>')
     return parts

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from rowgrad.checking.gradients import check_gradients
 from rowgrad.data.table import Table
 from rowgrad.diagnosis.examine import diagnose
+from rowgrad.diagnosis.history import Seen
 from rowgrad.diagnosis.monitor import Monitor
-from rowgrad.errors import InputError, NonFiniteError, RowgradError, RowgradWarning
+from rowgrad.errors import DivergedError, InputError, NonFiniteError, RowgradError, RowgradWarning
 from rowgrad.layers.batchnorm import population_statistics
 from rowgrad.optim.clipping import GradientClip
 from rowgrad.optim.factory import make
@@ -62,6 +63,9 @@ class Epoch:
     seconds: float
 
 
+Judge = Callable[[Epoch, tuple[Seen, ...]], str | None]
+
+
 @dataclass
 class Fitted:
     """A trained model with all that is needed to use it again.
@@ -99,6 +103,8 @@ def fit(
     check_grad: int = 0,
     audit: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    parts: tuple[Tensor, Tensor] | None = None,
+    judge: Judge = lambda epoch, findings: None,
 ) -> Fitted:
     """Train on a table.
 
@@ -114,15 +120,20 @@ def fit(
         audit: score the training examples by their course through this training, see `rowgrad.Audit`; the weights are
             the same without. It takes each example's gradient norm in every step.
         progress: called after every step with the steps done and the most there will be.
+        parts: positions of the training part and of the part held out; None splits by the recipe.
+        judge: called after every epoch with it and what the monitor has found so far; what it returns, if anything, is
+            why training stops there.
     Raises:
-        InputError: options that do not fit the data, a checkpoint of another run, or a loss that is not finite: then
-            with what `rowgrad.diagnose` finds, and the checkpoint is that of the last good epoch.
+        InputError: options that do not fit the data, or a checkpoint of another run.
+        DivergedError: a loss that is not finite, with what `rowgrad.diagnose` finds; the checkpoint is that of the last
+            good epoch.
     Warns:
         RowgradWarning: an audit with batch normalization, which costs a backward pass for each example.
     """
     recipe = recipe or Recipe()
-    problem = pose(table, recipe)
+    problem = pose(table, recipe, parts)
     run = _Run(recipe, problem, directory)
+    run.judge = judge
     run.checked = {round(k * recipe.epochs / check_grad) for k in range(check_grad)}
     if audit:
         run.follow()
@@ -196,6 +207,7 @@ class _Run:
         self.best_epoch, self.stopped = 0, ""
         self.checked: set[int] = set()
         self.monitor: Monitor | None = None
+        self.judge: Judge = lambda epoch, findings: None
         self.audit: Audit | None = None
         self.loop.before = self._observe
         self.seen: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
@@ -254,7 +266,9 @@ class _Run:
         total = self.recipe.epochs * self.loop.steps_per_epoch
         while self.loop.epoch < self.recipe.epochs and not self.stopped:
             self._epoch(progress, total)
-            self._judge()
+            self._keep_best()
+            findings = () if self.monitor is None else self.monitor.findings
+            self.stopped = self.judge(self.epochs[-1], findings) or self.stopped
             if self.directory is not None:
                 save_state(self.directory / CHECKPOINT, self.state())
         self.stopped = self.stopped or f"all {self.recipe.epochs} epochs are done"
@@ -269,7 +283,7 @@ class _Run:
                 losses.append(found)
                 progress(self.loop.step, total)
         except NonFiniteError as error:
-            raise InputError(self._diverged(error)) from error
+            raise DivergedError(self._diverged(error)) from error
         if self.recipe.bn_statistics == "population":
             self._take_statistics()
         val_loss, val_score = self._validated()
@@ -313,7 +327,7 @@ class _Run:
         loss = float(problem.criterion(outputs, targets).double().mean())
         return loss, problem.score(outputs, targets)
 
-    def _judge(self) -> None:
+    def _keep_best(self) -> None:
         """Keep the weights of the best epoch; stop after too many that are no better."""
         now = self.epochs[-1]
         if now.val_loss is None:

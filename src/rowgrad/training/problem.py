@@ -59,13 +59,19 @@ class Problem:
         return "accuracy" if self.classes is not None else "R² of the reconstruction" if self.reconstructs else "R²"
 
     def score(self, outputs: Tensor, targets: Tensor) -> float:
-        """Accuracy, or R^2 (nan where the targets are all equal)."""
-        if self.classes is not None:
-            return float((outputs.argmax(1) == targets).double().mean())
-        outputs, targets = (outputs if self.reconstructs else outputs[:, 0]).double(), targets.double()
-        residual = (outputs - targets).square().sum()
-        spread = (targets - targets.mean(0)).square().sum()
-        return float(1 - residual / spread) if float(spread) > 0 else float("nan")
+        """See `score`."""
+        is_classes = self.classes is not None
+        return score(outputs if is_classes or self.reconstructs else outputs[:, 0], targets, is_classes)
+
+
+def score(outputs: Tensor, targets: Tensor, is_classes: bool) -> float:
+    """Accuracy of logits or probabilities, or R^2 of values (nan where the targets are all equal)."""
+    if is_classes:
+        return float((outputs.argmax(1) == targets).double().mean())
+    outputs, targets = outputs.double(), targets.double()
+    residual = (outputs - targets).square().sum()
+    spread = (targets - targets.mean(0)).square().sum()
+    return float(1 - residual / spread) if float(spread) > 0 else float("nan")
 
 
 def split(table: Table, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -84,9 +90,9 @@ def split(table: Table, recipe: Recipe) -> tuple[Tensor, Tensor]:
     return order[n_val:].sort().values, order[:n_val].sort().values
 
 
-def pose(table: Table, recipe: Recipe) -> Problem:
-    """Split and prepare; everything fitted is fitted on the training part."""
-    train, val = split(table, recipe)
+def pose(table: Table, recipe: Recipe, parts: tuple[Tensor, Tensor] | None = None) -> Problem:
+    """Split, if the parts are not given, and prepare; everything fitted is fitted on the training part."""
+    train, val = split(table, recipe) if parts is None else parts
     if table.images is not None and recipe.kind == "cnn" and recipe.prepare == "whiten":
         raise InputError("--model cnn needs images, and whitened pixels are none; leave out --whiten, or use mlp")
     if table.steps is not None and table.lengths is not None:
@@ -101,18 +107,18 @@ def pose(table: Table, recipe: Recipe) -> Problem:
         image = table.images[..., None] if table.images.ndim == 3 else table.images
         shape = (image.shape[3], image.shape[1], image.shape[2])
         inputs = inputs.view(len(inputs), *shape[1:], shape[0]).movedim(-1, 1).contiguous()
-    parts = (train, val, shape)
+    divided = (train, val, shape)
     if recipe.kind == "autoencoder":
-        return Problem(prepared, inputs, inputs.flatten(1), *parts, lengths=table.lengths, reconstructs=True)
+        return Problem(prepared, inputs, inputs.flatten(1), *divided, lengths=table.lengths, reconstructs=True)
     if table.classes is not None:
-        return Problem(prepared, inputs, table.targets, *parts, table.classes, lengths=table.lengths)
+        return Problem(prepared, inputs, table.targets, *divided, table.classes, lengths=table.lengths)
     center, scale = float(table.targets[train].mean()), float(table.targets[train].std(correction=0))
     if scale == 0:
         raise InputError(
             f"{table.name}: the target is {center:g} in all of the training part; there is nothing to learn"
         )
     targets = ((table.targets - center) / scale).float()
-    return Problem(prepared, inputs, targets, *parts, None, center, scale, table.lengths)
+    return Problem(prepared, inputs, targets, *divided, None, center, scale, table.lengths)
 
 
 def model_for(problem: Problem, recipe: Recipe) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,57 @@ class Predictor:
             )
 
 
+@dataclass(frozen=True)
+class Ensemble:
+    """Several models whose answers are averaged: probabilities, or values (Aggarwal 2018, section 3.3.1)."""
+
+    members: tuple[Predictor, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """As of each member."""
+        return self.members[0].classes
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """As of each member."""
+        return self.members[0].columns
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the members are autoencoders."""
+        return self.members[0].reconstructs
+
+    def codes(self, features: Tensor) -> Tensor:
+        """Refused: each member has a code of its own."""
+        raise InputError("an ensemble has no one hidden code; give one of its members, such as winner.safetensors")
+
+    def of_table(self, table: Table) -> Tensor:
+        """As `Predictor.of_table`."""
+        return torch.stack([member.of_table(table) for member in self.members]).mean(0)
+
+
+def predictor_of(fitted: Fitted, table: Table) -> Predictor:
+    """A fitted model that takes features as they are read; `table` is what it was trained on."""
+    p = fitted.problem
+    return Predictor(
+        fitted.model, p.prepared, table.feature_names, p.shape, p.classes, p.center, p.scale, table.columns
+    )
+
+
 def save_model(fitted: Fitted, table: Table, path: Path) -> None:
     """Write a fitted model; see `load_model`."""
+    save_state(path, _state(fitted, table))
+
+
+def save_ensemble(members: Sequence[Fitted], table: Table, path: Path) -> None:
+    """Write several fitted models as one; see `load_model`."""
+    save_state(path, {"members": [_state(fitted, table) for fitted in members]})
+
+
+def _state(fitted: Fitted, table: Table) -> dict[str, Any]:
     problem = fitted.problem
-    state: dict[str, Any] = {
+    return {
         "recipe": fitted.recipe.to_dict(),
         "weights": dict(fitted.model.state_dict()),
         "prepared": problem.prepared.state_dict(),
@@ -118,11 +166,10 @@ def save_model(fitted: Fitted, table: Table, path: Path) -> None:
         "scale": problem.scale,
         "columns": [asdict(column) for column in table.columns],
     }
-    save_state(path, state)
 
 
-def load_model(path: Path) -> Predictor:
-    """Read what `save_model` wrote; nothing is unpickled.
+def load_model(path: Path) -> Predictor | Ensemble:
+    """Read what `save_model` or `save_ensemble` wrote; nothing is unpickled.
 
     Batch normalization before the activation is folded into the layer in front of it, which changes outputs by rounding
     alone (`rowgrad.layers.fold`); behind the activation it stays.
@@ -131,8 +178,14 @@ def load_model(path: Path) -> Predictor:
         InputError: no such file, or another kind of file.
     """
     state = load_state(path)
+    if "members" in state:
+        return Ensemble(tuple(map(_predictor, state["members"])))
     if "weights" not in state:
         raise InputError(f"{path}: a checkpoint of a training, not a model; take model.safetensors of the same folder")
+    return _predictor(state)
+
+
+def _predictor(state: dict[str, Any]) -> Predictor:
     recipe, classes = Recipe(**state["recipe"]), state["classes"]
     n_outputs = 1 if classes is None else len(classes)
     form = Form(state["shape"], n_outputs, recipe.act, recipe.alpha, recipe.norm, recipe.dropout)

@@ -26,8 +26,10 @@ def output_norms(loss: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
          NotAVectorError: the losses are not (B,).
      Source: Katharopoulos and Fleuret 2018 (arXiv:1803.00942), the upper bound on the gradient norm.
 
-     >>> import torch, rowgrad
-     >>> rowgrad.output_norms(lambda z: (z - 1).square().sum(1), torch.tensor([[1.0, 1.0], [4.0, 5.0]]))
+     >>> import torch
+
+     >>> from rowgrad import uses
+     >>> uses.output_norms(lambda z: (z - 1).square().sum(1), torch.tensor([[1.0, 1.0], [4.0, 5.0]]))
      tensor([ 0., 10.])
     """
     with torch.enable_grad():
@@ -56,9 +58,9 @@ class PoolSampler(WeightedSampler):
 
         def score(index):
             x, y = default_collate([dataset[i] for i in index])
-            return rg.output_norms(lambda z: F.cross_entropy(z, y, reduction="none"), model(x))
+            return uses.output_norms(lambda z: F.cross_entropy(z, y, reduction="none"), model(x))
 
-        sampler = rg.PoolSampler(len(dataset), score, batch_size=32)
+        sampler = uses.PoolSampler(len(dataset), score, batch_size=32)
         loader = DataLoader(rg.Weighted(dataset), batch_sampler=sampler)
 
     and in the loop as with `NormSampler`. With workers a batch is scored when ordered, some steps before it comes.
@@ -76,8 +78,10 @@ class PoolSampler(WeightedSampler):
         NonFiniteError: a score is inf or nan.
     Source: Katharopoulos and Fleuret 2018 (arXiv:1803.00942).
 
-    >>> import torch, rowgrad
-    >>> sampler = rowgrad.PoolSampler(100, lambda index: torch.tensor(index) % 2, batch_size=4, switch=None)
+    >>> import torch
+
+    >>> from rowgrad import uses
+    >>> sampler = uses.PoolSampler(100, lambda index: torch.tensor(index) % 2, batch_size=4, switch=None)
     >>> odd = [i % 2 for batch in sampler for i in batch]
     >>> len(odd), sum(odd) > 80
     (100, True)

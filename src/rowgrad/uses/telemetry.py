@@ -40,7 +40,7 @@ def batch_statistics(
     arXiv:1706.05699.
 
     >>> import torch, rowgrad
-    >>> from rowgrad.uses.telemetry import batch_statistics
+    >>> from rowgrad.uses import batch_statistics
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> J = rowgrad.jacobian(model(torch.tensor([[3.0, 4.0], [4.0, -3.0], [-3.0, -4.0]])).squeeze(1), model)
     >>> found = batch_statistics(J)
