@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from rowgrad.data.preparation import prepare
+from rowgrad.data.readers import read_table
 from rowgrad.errors import InputError
 
 WINE = torch.from_numpy(load_wine().data)
@@ -67,3 +70,23 @@ def test_bad_input() -> None:
         prepare(torch.ones(5, 2), "whiten")
     with pytest.raises(InputError, match=r"features of shape \(178, 12\); the model was made for \(N, 13\)"):
         prepare(WINE)(WINE[:, 1:])
+
+
+def test_medians_are_those_of_the_rows_that_are_named(tmp_path: Path) -> None:
+    lines = ["color,size,weight,kind"] + [
+        f"{'red' if k % 2 else 'blue'},{'' if k in (1, 6) else k},{'' if k == 7 else 10 * k},{k % 3}" for k in range(9)
+    ]
+    path = tmp_path / "things.csv"
+    path.write_text("\n".join(lines))
+    table = read_table(str(path), target="kind", task="classification")
+    names = table.feature_names
+    found = table.with_medians_of(torch.tensor([0, 1, 2, 3]))
+    assert [column.width for column in table.columns] == [2, 2, 2]
+    assert found.features[[1, 6], names.index("size")].tolist() == [2, 2]  # of 0, 2 and 3
+    assert found.features[7, names.index("weight")] == 15  # of 0, 10, 20 and 30
+    assert [column.median for column in found.columns] == [None, 2, 15]
+    assert table.features[1, names.index("size")] == 4  # the table itself is as it was
+    there = table.with_medians_of(torch.tensor([1, 6]))
+    assert [column.median for column in there.columns] == [None, 4, 35]  # no size among these: that of all
+    again = read_table(str(path), target="kind", task="classification", like=found.columns)
+    assert torch.equal(again.features, found.features)

@@ -59,7 +59,7 @@ def moments() -> list[Moment]:
 
 
 def test_early_a_small_batch_has_the_direction_and_later_it_has_not(moments: list[Moment]) -> None:
-    """Section 3.3: of batches of 32 the cosine falls from above 0.6 to below 0.2; late 128 do worse than 8 did early."""
+    """Section 3.3: of batches of 32 it falls from above 0.6 to below 0.2; late 128 do worse than 8 did early."""
     early, between, late = moments
     assert early.of(32).mean > 0.6 > 0.3 > between.of(32).mean > 0.2 > late.of(32).mean
     assert late.of(128).mean < early.of(8).mean

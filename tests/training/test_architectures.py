@@ -21,11 +21,9 @@ def kinds(model: nn.Module) -> list[str]:
     ("spec", "form"),
     [
         ("mlp:8,5", TABLE),
-        ("mlp", TABLE),
         ("mlp:8", IMAGES),
         ("mlp:4", SEQUENCES),
         ("cnn:4,6,8,8", IMAGES),
-        ("cnn", IMAGES),
     ],
 )
 def test_outputs_have_the_shape_asked_for(spec: str, form: Form, norm: str) -> None:
@@ -34,6 +32,13 @@ def test_outputs_have_the_shape_asked_for(spec: str, form: Form, norm: str) -> N
     assert model(x).shape == (4, 3)
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("spec", "form"), [("mlp", TABLE), ("cnn", IMAGES)])
+def test_without_widths_a_model_is_one_linear_layer(spec: str, form: Form) -> None:
+    model = build(spec, form)
+    assert [type(m).__name__ for m in model.modules() if list(m.parameters(recurse=False))] == ["Linear"]
+    assert model(torch.randn(4, *form.shape)).shape == (4, 3)
 
 
 def test_layers_are_those_of_the_word() -> None:
@@ -75,6 +80,8 @@ def test_an_lstm_reads_each_sequence_to_its_end() -> None:
     ("spec", "form", "said"),
     [
         ("mpl:8", TABLE, "'mpl' is no kind of model; there are mlp, cnn, lstm, autoencoder"),
+        ("mlp", Form((6,), 3, norm="layer"), "--norm layer: --model mlp has no hidden layer"),
+        ("cnn", Form((1, 8, 8), 3, "tanh"), "--act tanh: --model cnn has no hidden layer"),
         ("mlp:8,x", TABLE, "expected widths of 1 or more"),
         ("mlp:0", TABLE, "expected widths of 1 or more"),
         ("cnn:8", TABLE, r"needs images, the examples have shape \(6,\)"),

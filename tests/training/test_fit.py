@@ -25,7 +25,8 @@ from rowgrad.layers import BatchNorm
 from rowgrad.optim.factory import SECOND_ORDER
 from rowgrad.training.checkpoint import load_state, same
 from rowgrad.training.fit import CHECKPOINT, Fitted, fit
-from rowgrad.training.problem import model_for, outputs_of, pose
+from rowgrad.training.loop import seed_of
+from rowgrad.training.problem import SPLIT, model_for, outputs_of, pose
 from rowgrad.training.recipe import Recipe
 from rowgrad.training.saved import load_model, save_model
 from rowgrad.uses.tables import score_columns
@@ -456,3 +457,24 @@ def test_bad_sequences(arrays: dict[str, np.ndarray], said: str, tmp_path: Path)
     np.savez(tmp_path / "s.npz", **{"X": np.zeros((4, 4)), "y": np.array([0, 1, 0, 1])} | arrays)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match=said):
         read_table(tmp_path / "s.npz")
+
+
+def test_missing_numbers_are_those_of_the_training_part(tmp_path: Path) -> None:
+    """What stands in the part held out changes neither weights nor what a prediction fills in."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 2))
+    recipe = Recipe(model="mlp:4", epochs=1)  # one, as the part held out chooses among more
+    models = []
+    for shift in (0.0, 100.0):
+        path = tmp_path / "table.csv"
+        values = x.copy()
+        table_val = torch.randperm(60, generator=torch.Generator().manual_seed(seed_of(recipe.seed, SPLIT)))[:12]
+        values[table_val.numpy(), 0] += shift
+        lines = [f"{'' if k % 7 == 0 else a},{b},{k % 2}" for k, (a, b) in enumerate(values.tolist())]
+        path.write_text("\n".join(["a,b,y", *lines]))
+        table = read_table(str(path), target="y", task="classification")
+        found = fit(table, recipe)
+        save_model(found, table, tmp_path / "model.safetensors")
+        models.append((found.model.state_dict(), load_model(tmp_path / "model.safetensors").columns))
+    assert models[0][1] == models[1][1]
+    assert same(dict(models[0][0]), dict(models[1][0]))

@@ -45,6 +45,11 @@ class Column:
     median: float | None = None
     categories: tuple[str, ...] | None = None
 
+    @property
+    def width(self) -> int:
+        """How many numeric columns it became."""
+        return 1 + (self.median is not None) if self.categories is None else len(self.categories)
+
 
 @dataclass
 class Encoded:

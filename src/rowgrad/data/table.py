@@ -69,6 +69,23 @@ class Table:
             lengths=None if self.lengths is None else self.lengths[index],
         )
 
+    def with_medians_of(self, rows: torch.Tensor) -> Table:
+        """Missing numbers as the medians over these examples alone, which a part that is held out cannot have shaped.
+
+        A column without any number among these examples keeps the median of all.
+        """
+        features, columns, start = self.features, [], 0
+        for column in self.columns:
+            if column.median is not None:
+                values, absent = features[:, start], features[:, start + 1] == 1
+                there = values[rows][~absent[rows]]
+                median = float(np.median(there.numpy())) if len(there) else column.median
+                features = features.index_put((absent.nonzero()[:, 0], torch.tensor(start)), values.new_tensor(median))
+                column = replace(column, median=median)
+            columns.append(column)
+            start += column.width
+        return replace(self, features=features, columns=tuple(columns))
+
 
 def standardize(
     features: torch.Tensor, rows: torch.Tensor, block: int = 256

@@ -76,7 +76,20 @@ def _hidden(n_in: int, n_out: int, form: Form) -> list[nn.Module]:
     return [*layer, *([nn.Dropout(form.dropout)] if form.dropout else [])]
 
 
+def _refuse_hidden(kind: str, form: Form, example: str) -> None:
+    """Options of hidden layers where there is none."""
+    plain = Form(form.shape, form.n_outputs)
+    for name in ("act", "alpha", "norm", "dropout"):
+        given = getattr(form, name)
+        if given != getattr(plain, name):
+            raise InputError(
+                f"--{name} {given}: --model {kind} has no hidden layer; name its widths, such as {example}"
+            )
+
+
 def _mlp(widths: Sequence[int], form: Form) -> nn.Module:
+    if not widths:
+        _refuse_hidden("mlp", form, "mlp:64,64")
     layers: list[nn.Module] = [nn.Flatten()] if len(form.shape) > 1 else []
     for n_in, n_out in pairwise((_flat(form), *widths)):
         layers += _hidden(n_in, n_out, form)
@@ -88,6 +101,8 @@ def _cnn(channels: Sequence[int], form: Form) -> nn.Module:
         raise InputError(f"--model cnn needs images, the examples have shape {form.shape}; use mlp")
     if form.act == "maxout":
         raise InputError("--act maxout: for mlp and autoencoder alone")
+    if not channels:
+        _refuse_hidden("cnn", form, "cnn:16,32")
     depth, *size = form.shape
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise((depth, *channels)):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from rowgrad.data.columns import Column
 from rowgrad.data.preparation import Preparation, prepare, prepare_steps, steps_of
 from rowgrad.data.table import Table
 from rowgrad.errors import InputError
@@ -28,7 +29,7 @@ class Problem:
     """Examples as a model takes them, in two parts.
 
     Targets are positions among the classes, or (target - center) / scale, or where a model `reconstructs` its inputs,
-    laid out flat, (N, d).
+    laid out flat, (N, d). `columns` are the table's, with medians of the training part.
     """
 
     prepared: Preparation
@@ -42,6 +43,7 @@ class Problem:
     scale: float = 1.0
     lengths: Tensor | None = None
     reconstructs: bool = False
+    columns: tuple[Column, ...] = ()
 
     def given(self, index: Tensor) -> tuple[Tensor, ...]:
         """What a model gets for these examples: inputs, and lengths where they are sequences."""
@@ -93,6 +95,7 @@ def split(table: Table, recipe: Recipe) -> tuple[Tensor, Tensor]:
 def pose(table: Table, recipe: Recipe, parts: tuple[Tensor, Tensor] | None = None) -> Problem:
     """Split, if the parts are not given, and prepare; everything fitted is fitted on the training part."""
     train, val = split(table, recipe) if parts is None else parts
+    table = table.with_medians_of(train)
     if table.images is not None and recipe.kind == "cnn" and recipe.prepare == "whiten":
         raise InputError("--model cnn needs images, and whitened pixels are none; leave out --whiten, or use mlp")
     if table.steps is not None and table.lengths is not None:
@@ -107,18 +110,19 @@ def pose(table: Table, recipe: Recipe, parts: tuple[Tensor, Tensor] | None = Non
         image = table.images[..., None] if table.images.ndim == 3 else table.images
         shape = (image.shape[3], image.shape[1], image.shape[2])
         inputs = inputs.view(len(inputs), *shape[1:], shape[0]).movedim(-1, 1).contiguous()
-    divided = (train, val, shape)
+    posed = Problem(
+        prepared, inputs, table.targets, train, val, shape, table.classes, lengths=table.lengths, columns=table.columns
+    )
     if recipe.kind == "autoencoder":
-        return Problem(prepared, inputs, inputs.flatten(1), *divided, lengths=table.lengths, reconstructs=True)
+        return replace(posed, targets=inputs.flatten(1), classes=None, reconstructs=True)
     if table.classes is not None:
-        return Problem(prepared, inputs, table.targets, *divided, table.classes, lengths=table.lengths)
+        return posed
     center, scale = float(table.targets[train].mean()), float(table.targets[train].std(correction=0))
     if scale == 0:
         raise InputError(
             f"{table.name}: the target is {center:g} in all of the training part; there is nothing to learn"
         )
-    targets = ((table.targets - center) / scale).float()
-    return Problem(prepared, inputs, targets, *divided, None, center, scale, table.lengths)
+    return replace(posed, targets=((table.targets - center) / scale).float(), center=center, scale=scale)
 
 
 def model_for(problem: Problem, recipe: Recipe) -> nn.Module:

@@ -138,9 +138,7 @@ class Ensemble:
 def predictor_of(fitted: Fitted, table: Table) -> Predictor:
     """A fitted model that takes features as they are read; `table` is what it was trained on."""
     p = fitted.problem
-    return Predictor(
-        fitted.model, p.prepared, table.feature_names, p.shape, p.classes, p.center, p.scale, table.columns
-    )
+    return Predictor(fitted.model, p.prepared, table.feature_names, p.shape, p.classes, p.center, p.scale, p.columns)
 
 
 def save_model(fitted: Fitted, table: Table, path: Path) -> None:
@@ -164,7 +162,7 @@ def _state(fitted: Fitted, table: Table) -> dict[str, Any]:
         "classes": problem.classes,
         "center": problem.center,
         "scale": problem.scale,
-        "columns": [asdict(column) for column in table.columns],
+        "columns": [asdict(column) for column in problem.columns],
     }
 
 

@@ -156,6 +156,7 @@ def tune(
     recipe, plan = recipe or Recipe(), plan or Plan()
     space = _space(space, recipe)
     parts = _split(table, recipe, plan)
+    table = table.with_medians_of(parts["train"])
     config = _config(table, space, recipe, plan, parts)
     if directory is not None:
         _begin(directory, config, resume)
