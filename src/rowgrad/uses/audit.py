@@ -5,7 +5,7 @@ A probability averaged over the whole run still shows the label that the other e
 was learned by heart; the probability at the end does not. Averaging the loss ranks examples for the same reason.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from rowgrad.errors import InputError
+from rowgrad.files import whole
 from rowgrad.uses.batch import Batch, checked, gathered, joined
 from rowgrad.uses.calibration import calibrate as calibrated
 from rowgrad.uses.calibration import draw_shifts
+from rowgrad.uses.page import audit_page
 from rowgrad.uses.scores import AuditScores
 from rowgrad.uses.tables import scores_table
 
@@ -255,6 +257,32 @@ class Audit:
             InputError: `to` is none of these, or what it needs is not installed.
         """
         return scores_table(self.compute(), to)
+
+    def report(
+        self,
+        path: str | PathLike[str],
+        *,
+        title: str = "Audit",
+        classes: Sequence[str] | None = None,
+        examples: Any = None,
+        conflict: Tensor | None = None,
+        further: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write a page about the audit: one HTML file that needs nothing else.
+
+        Args:
+            path: of the file; its directory must be there.
+            classes: names of the labels.
+            examples: gives by position what to show of an example: a picture (tensor or array of 2 or 3 dimensions), a
+                text, or a mapping of named values.
+            conflict: mean cosines between classes, (n_classes, n_classes), from `rowgrad.uses.sections.class_conflict`.
+            further: sections of your own, {heading: HTML}; the HTML is taken as it is.
+        """
+        shown = audit_page(
+            self.compute(), title=title, classes=classes, examples=examples, conflict=conflict, further=further
+        )
+        with whole(path) as stage:
+            stage.write_text(shown, encoding="utf-8")
 
     def _norm_scores(self, seen: Tensor) -> dict[str, Tensor]:
         names = {"final_norm": "norm", "peak_norm": "peak", "self_influence": "influence"}
