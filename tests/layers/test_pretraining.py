@@ -104,6 +104,22 @@ def test_norms_dropout_and_images_take_part() -> None:
     assert int(model[1][1].num_batches_tracked) == 30 * 4
 
 
+@pytest.mark.parametrize(("n", "sizes"), [(129, (64, 65)), (65, (65,)), (66, (64, 2)), (3, (3,))])
+def test_a_single_example_left_joins_the_last_batch(n: int, sizes: tuple[int, ...]) -> None:
+    model = nn.Sequential(hidden_layer(8, 6, norm="batch-pre"), nn.Linear(6, 2)).double()
+    seen: list[int] = []
+    with model[0][0].register_forward_pre_hook(lambda m, args: seen.append(len(args[0])) if m.training else None):
+        pretrain(model, correlated(n), epochs=1, generator=generator())
+    assert tuple(seen) == sizes
+
+
+def test_batches_of_one_stay_batches_of_one() -> None:
+    model, sizes = deep(1), list[int]()
+    with model[0][0].register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])) if m.training else None):
+        pretrain(model, correlated(3), epochs=1, batch_size=1)
+    assert sizes == [1, 1, 1]
+
+
 def test_the_same_generator_gives_the_same_layers() -> None:
     x, before = correlated(), torch.get_rng_state()
     first = nn.Sequential(nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 1)).double()
