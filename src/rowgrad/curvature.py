@@ -418,7 +418,7 @@ def _direction(params: Parameters, v: Direction) -> dict[str, Tensor]:
         p = params.by_name[name]
         if not isinstance(t, Tensor) or t.shape != p.shape:
             shown = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
-            raise GraphError(f"direction at {key}: {shown}, expected a tensor of the parameter's shape, {tuple(p.shape)}")
+            raise GraphError(f"direction at {key}: {shown}, expected the parameter's, {tuple(p.shape)}")
         found[name] = t.detach()
     return found
 

@@ -203,6 +203,21 @@ def test_no_examples_and_divergence_are_told() -> None:
     assert all(module.training for module in model.modules())
 
 
+def test_inputs_that_are_not_finite_are_named() -> None:
+    x = correlated(9)
+    x[4, 1] = torch.nan
+    with pytest.raises(InputError, match="pretrain: example 4 of the inputs holds inf or nan"):
+        pretrain(deep(1), x)
+
+
+def test_it_learns_under_no_grad_too() -> None:
+    first = deep(2)
+    second, x = copy.deepcopy(first), correlated()
+    errors = pretrain(first, x, epochs=2, generator=generator())
+    with torch.no_grad():
+        assert pretrain(second, x, epochs=2, generator=generator()) == errors
+
+
 def test_initialize_then_pretrain_with_batch_norm_before_the_output() -> None:
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), BatchNorm(6), nn.Linear(6, 1)).double()
     initialize(model, "he", generator=generator())

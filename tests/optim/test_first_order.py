@@ -224,7 +224,9 @@ def test_friction_of_a_group_or_a_schedule_is_nesterovs(set_later: bool) -> None
         (ConjugateGradient, {"delta": math.nan}, "ConjugateGradient: delta=nan"),
     ],
 )
-def test_options_are_checked_for_all_and_by_group(method: Callable[..., Any], option: dict[str, Any], said: str) -> None:
+def test_options_are_checked_for_all_and_by_group(
+    method: Callable[..., Any], option: dict[str, Any], said: str
+) -> None:
     with pytest.raises(InputError, match=said):
         method([nn.Parameter(torch.ones(2))], **option)
     with pytest.raises(InputError, match=said):
@@ -359,6 +361,8 @@ def test_what_cannot_decay() -> None:
         decay(Momentum([w]), "linear", 0.1)
     with pytest.raises(InputError, match="decay: k=-1"):
         decay(Momentum([w]), "inverse", -1)
+    with pytest.raises(InputError, match="decay: k='a', expected a number of at least 0"):
+        decay(Momentum([w]), "inverse", "a")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="Newton has no learning rate"):
         decay(make("newton", [w]), "inverse", 0.1)
 
@@ -392,6 +396,15 @@ def test_biases_and_norms_do_not_decay() -> None:
     ]
     assert (weights["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert len(weights["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_the_magnitude_of_a_weight_norm_does_not_decay(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(wrap(nn.Linear(3, 4)))
+    weights, others = weight_groups(model, 0.1)
+    assert [p.shape for _, p in weights["params"]] == [(4, 3)]
+    assert sorted(p.shape for _, p in others["params"]) == [(4,), (4, 1)]
 
 
 def test_with_no_gradient_only_weights_shrink() -> None:
@@ -448,6 +461,29 @@ def test_names_and_options_reach_the_optimizer() -> None:
     assert type(make("rmsprop", model, eps_inside=True, rho=0.5)) is RMSProp
     assert type(make("adagrad", model, eps_inside=True)) is AdaGrad
     assert make("lbfgs", model, max_eval=7).param_groups[0]["max_eval"] == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        (["sgd"], {}, r"optimizer \['sgd'\]: expected one of: sgd, momentum"),
+        ("sgd", {"lr": math.nan}, "sgd: lr=nan, expected a finite number"),
+        ("sgd", {"momentum": math.nan}, "sgd: momentum=nan, expected a finite number"),
+        ("momentum", {"lr": "0.1"}, r"momentum: lr='0\.1', expected a finite number"),
+        ("adam", {"lr": -1.0}, r"adam refuses lr=-1\.0, .*: Invalid learning rate: -1"),
+        (
+            "adam",
+            {"betas": (0.9, 1.5)},
+            r"adam refuses betas=\(0\.9, 1\.5\).*: Invalid beta parameter at index 1: 1\.5",
+        ),
+        ("sgd", {"nesterov": True}, "sgd refuses nesterov=True.*: Nesterov momentum requires a momentum"),
+        ("nesterov", {"nesterov": False}, "nesterov: nesterov=False; for momentum without it make 'momentum'"),
+        ("adamw", {"weight_decay": "a"}, "weight_decay='a', expected a number of at least 0"),
+    ],
+)
+def test_what_cannot_be_made(name: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make(name, nn.Linear(3, 2), **options)
 
 
 def test_the_default_decay_of_adamw_is_on_weights_too() -> None:

@@ -159,7 +159,9 @@ def test_without_held_out_examples_the_last_epoch_counts() -> None:
 @pytest.mark.parametrize("val", [0.0, 0.3])
 def test_nesterovs_marble_is_judged_and_kept_at_its_weights(val: float) -> None:
     """A loop by hand, with the same steps, gives the weights and their validation loss."""
-    recipe = Recipe(model="mlp:4", optimizer="nesterov", lr=0.05, dropout=0.0, val=val, patience=0, epochs=1, batch_size=10**6)
+    recipe = Recipe(
+        model="mlp:4", optimizer="nesterov", lr=0.05, dropout=0.0, val=val, patience=0, epochs=1, batch_size=10**6
+    )
     found = fit(read_table("wine"), recipe)
     problem = found.problem
     model = model_for(problem, recipe)
@@ -389,7 +391,7 @@ def test_bad_recipes(options: dict[str, object], said: str) -> None:
         ),
         (Recipe(optimizer="newton", lr=0.1, model="mlp:8"), "newton has no option 'lr'; it has: damping"),
         (Recipe(optimizer_options={"beta": 0.9}), "adam has no option 'beta'; it has: lr, betas"),
-        (Recipe(optimizer_options={"betas": 0.9}), "--optimizer-option betas=0.9: adam refuses it"),
+        (Recipe(optimizer_options={"betas": 0.9}), r"adam refuses .*betas=0\.9.*: 'float' object is not subscriptable"),
         (Recipe(optimizer="momentum", optimizer_options={"beta": 2.0}), "beta=2.0"),
         (Recipe(optimizer="lbfgs", optimizer_options={"line_search_fn": "armijo"}), "line_search_fn='armijo'"),
         (Recipe(optimizer="adamm"), "optimizer 'adamm': expected one of"),

@@ -52,7 +52,7 @@ def pretrain(
         each epoch: epochs + 1 numbers, in squared units of what the layer is given.
     Raises:
         InputError: no `nn.Sequential`, fewer than two linear layers, a layer of another kind with parameters, no
-            examples, or a number out of its range.
+            examples, inputs that are not finite, or a number out of its range.
         NonFiniteError: the error overflowed; use a smaller rate.
 
     Source: Aggarwal 2018, sections 3.3 and 3.4, which name pretraining as a stronger initialization and leave it to a
@@ -67,6 +67,9 @@ def pretrain(
     prefix, blocks = _blocks(model)
     if len(inputs) == 0:
         raise InputError("pretrain: no examples")
+    if not bool(inputs.isfinite().all()):
+        bad = (~inputs.isfinite()).reshape(len(inputs), -1).any(1).nonzero()
+        raise InputError(f"pretrain: example {int(bad[0])} of the inputs holds inf or nan; leave it out, or repair it")
     modes = {module: module.training for module in model.modules()}
     errors: dict[str, tuple[float, ...]] = {}
     try:
@@ -129,6 +132,7 @@ def _leaves(chain: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Mo
             yield prefix + name, module
 
 
+@torch.enable_grad()
 def _epoch(
     autoencoder: nn.Sequential,
     optimizer: torch.optim.Optimizer,
