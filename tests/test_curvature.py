@@ -300,5 +300,5 @@ def test_a_difference_needs_a_length(delta: float) -> None:
 @pytest.mark.parametrize("options", [{"n": 0}, {"tol": math.nan}, {"tol": -1.0}])
 def test_critical_points_ask_for_a_step_and_a_tolerance(options: dict[str, float]) -> None:
     w = torch.ones(2, requires_grad=True)
-    with pytest.raises(InputError, match="critical_point: n=.* expected n of at least 1 and a finite tol"):
+    with pytest.raises(InputError, match=r"critical_point: n=.* expected n of at least 1 and a finite tol"):
         critical_point(w.square().sum(), {"w": w}, **options)  # type: ignore[arg-type]

@@ -95,7 +95,8 @@ def hidden_penalties(model: nn.Module, penalties: Mapping[str, Penalty]) -> Iter
     Yields:
         A function from losses to penalized losses, both of shape (B,), to be called after the forward pass.
     Raises:
-        InputError: no penalties, or one that is neither a finite number nor a function. The function raises others, see `HiddenPenalties`.
+        InputError: no penalties, or one that is neither a finite number nor a function. The function raises others,
+            see `HiddenPenalties`.
 
     Source: Aggarwal 2018, section 3.2, "Losses at Arbitrary Nodes".
 

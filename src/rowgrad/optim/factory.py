@@ -54,7 +54,7 @@ def make(
     "sgd", "adagrad", "rmsprop", "adadelta", "adam", "adamw", "nadam" and "radam" are PyTorch's; "momentum", "nesterov"
     and "rmsprop-nesterov" have the form of Aggarwal 2018; "newton", "conjugate-gradient", "bfgs", "lbfgs" and
     "gauss-newton" are of second order: their `step` needs a closure. Between steps "nesterov" and "rmsprop-nesterov"
-    have the parameters ahead of the weights: evaluate, and save a finished model, inside `with optimizer.at_weights():`.
+    have the parameters ahead of the weights: evaluate, and save a finished model, in `with optimizer.at_weights():`.
 
     Args:
         name: one of these.
