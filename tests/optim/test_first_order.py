@@ -474,7 +474,7 @@ def test_names_and_options_reach_the_optimizer() -> None:
         (
             "adam",
             {"betas": (0.9, 1.5)},
-            r"adam refuses betas=\(0\.9, 1\.5\).*: Invalid beta parameter at index 1: 1\.5",
+            r"adam refuses betas=\(0\.9, 1\.5\).*: Invalid beta parameter at index 1",
         ),
         ("sgd", {"nesterov": True}, "sgd refuses nesterov=True.*: Nesterov momentum requires a momentum"),
         ("nesterov", {"nesterov": False}, "nesterov: nesterov=False; for momentum without it make 'momentum'"),

@@ -158,7 +158,7 @@ def non_negative(name: str, **options: Any) -> None:
 def at_least_1(name: str, **options: Any) -> None:
     """Raise InputError for a count that is no whole number or below 1; None is let through."""
     for option, value in options.items():
-        if value is not None and not (isinstance(value, Integral) and value >= 1):
+        if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
             raise InputError(f"{name}: {option}={value!r}, expected at least 1")
 
 
