@@ -229,7 +229,7 @@ def second_order_on_a_bowl() -> Story:
         "Newton": trail(Newton, elliptical, START, 1),
         "conjugate directions": conjugate_directions(elliptical, START),
         "BFGS": trail(BFGS, elliptical, START, 12),
-        "L-BFGS": trail(LBFGS, elliptical, START, 12, n=1, max_eval=50),
+        "L-BFGS": trail(LBFGS, elliptical, START, 12, n=1),
     }
     return Story(
         "Elliptical bowl: Newton takes one step, conjugate gradients two", elliptical, BOWL, paths,
@@ -244,7 +244,7 @@ def second_order_in_a_valley() -> Story:
         "Newton": trail(Newton, curved_valley, start, 40),
         "conjugate gradient": trail(ConjugateGradient, curved_valley, start, 40),
         "BFGS": trail(BFGS, curved_valley, start, 60),
-        "L-BFGS": trail(LBFGS, curved_valley, start, 60, n=1, max_eval=50),
+        "L-BFGS": trail(LBFGS, curved_valley, start, 60, n=1),
         "Gauss-Newton": trail(GaussNewton, curved_valley, start, 40),
     }
     return Story(

@@ -492,6 +492,13 @@ def test_l_bfgs_fits_a_normal_distribution_whose_deviation_could_go_below_0(seed
     assert w.tolist() == pytest.approx([float(data.mean()), float(data.std(correction=0))], rel=1e-6)
 
 
+def test_one_iteration_a_step_moves() -> None:
+    """PyTorch's own bound on evaluations is 1 for one iteration, and no line search ends there."""
+    problem = rosenbrock()
+    run(LBFGS(problem.params, n=1), problem.loss, 100)
+    torch.testing.assert_close(problem.at(), torch.ones(2, dtype=F64))
+
+
 def test_l_bfgs_forgets_what_leads_nowhere() -> None:
     w, closure = saddle(1.0, 1e-9)
     optimizer = LBFGS([w])

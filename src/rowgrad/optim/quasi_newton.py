@@ -116,11 +116,12 @@ class LBFGS(torch.optim.LBFGS):
     and corrections that lead nowhere are forgotten.
 
     Args:
-        params: one group of parameters, of more than half precision in range: float16 is refused.
+        params: one group of parameters; float16 is refused.
         n: iterations a step.
         history: corrections remembered; memory is twice as many flat vectors.
         options: the others of `torch.optim.LBFGS`. Its tolerances are 0 here, so that a minimum is reached to rounding.
-            It leaves out corrections with y^T s below 1e-10: multiply losses that are so small.
+            Evaluations are bounded by 25 n, as in its line search. It leaves out corrections with y^T s below 1e-10:
+            multiply losses that are so small.
     `step(closure)` takes a function that computes the loss and does not call backward (the gradient is taken here; that
     of the last evaluation stays in `.grad`). Returns the loss before the step.
     Raises:
@@ -143,7 +144,7 @@ class LBFGS(torch.optim.LBFGS):
         if twice:
             raise InputError(f"LBFGS: {min(twice)} is called {'n' if 'max_iter' in twice else 'history'} here")
         defaults = {"line_search_fn": "strong_wolfe", "tolerance_grad": 0.0, "tolerance_change": 0.0}
-        options = {"max_iter": n, "history_size": history, **defaults, **options}
+        options = {"max_iter": n, "max_eval": 25 * n, "history_size": history, **defaults, **options}
         if options["line_search_fn"] not in (None, "strong_wolfe"):
             raise InputError(f"LBFGS: line_search_fn={options['line_search_fn']!r}, expected 'strong_wolfe' or None")
         super().__init__(params, **options)
