@@ -39,7 +39,7 @@ def norms_one_by_one(losses: Tensor, model: nn.Module) -> Tensor:
 
 
 def audited(*, calibrate: float = 0.0, skip: tuple[int, int] | None = None) -> rg.Audit:
-    """Three epochs in order of position, without anything of rows; the step `skip`, (epoch, step), is audited and not taken."""
+    """Three epochs in order of position, without rows; the step `skip`, (epoch, step), is audited and not taken."""
     audit, model = rg.Audit(N, CLASSES, calibrate=calibrate), build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for epoch in range(3):
