@@ -39,7 +39,7 @@ else:
 FLIP = 0.1
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "tkinter", "unittest", "xml")
 Data = tuple[Tensor, Tensor]  # features (N, d) and labels (N,)
-Ranking = Callable[[Tensor, Tensor, int], Tensor]  # features, labels, seed -> suspicion (N,)
+Ranking = Callable[[Tensor, Tensor, int, Settings], Tensor]  # features, labels, seed -> suspicion (N,)
 
 
 def standardized(x: Tensor, y: Tensor) -> Data:
@@ -84,9 +84,11 @@ def text() -> Data:
     return x * x.shape[1] ** 0.5, torch.tensor([PACKAGES.index(package) for _, package in pairs])
 
 
-def train(x: Tensor, y: Tensor, n_classes: int, seed: int, audit: rg.Audit | None = None) -> nn.Module:
+def train(
+    x: Tensor, y: Tensor, n_classes: int, seed: int, settings: Settings, audit: rg.Audit | None = None
+) -> nn.Module:
     """As `rowgrad audit` does, without gradient norms."""
-    settings, rng = Settings(), torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = mlp(x.shape[1], settings.hidden, n_classes, settings.dropout)
@@ -103,31 +105,31 @@ def train(x: Tensor, y: Tensor, n_classes: int, seed: int, audit: rg.Audit | Non
     return model.eval()
 
 
-def audited(x: Tensor, y: Tensor, seed: int) -> Tensor:
+def audited(x: Tensor, y: Tensor, seed: int, settings: Settings) -> Tensor:
     audit = rg.Audit(len(y), int(y.max()) + 1)
-    train(x, y, int(y.max()) + 1, seed, audit)
+    train(x, y, int(y.max()) + 1, seed, settings, audit)
     return audit.compute().mean_loss
 
 
 @torch.no_grad()
-def at_the_end(x: Tensor, y: Tensor, seed: int) -> Tensor:
+def at_the_end(x: Tensor, y: Tensor, seed: int, settings: Settings) -> Tensor:
     with torch.enable_grad():
-        model = train(x, y, int(y.max()) + 1, seed)
+        model = train(x, y, int(y.max()) + 1, seed, settings)
     return F.cross_entropy(model(x), y, reduction="none")
 
 
 @torch.no_grad()
-def cleanlab_network(x: Tensor, y: Tensor, seed: int) -> Tensor:
+def cleanlab_network(x: Tensor, y: Tensor, seed: int, settings: Settings) -> Tensor:
     n_classes = int(y.max()) + 1
     probabilities = torch.zeros(len(y), n_classes)
     for rest, fold in StratifiedKFold(5, shuffle=True, random_state=seed).split(x, y):
         with torch.enable_grad():
-            model = train(x[rest], y[rest], n_classes, seed)
+            model = train(x[rest], y[rest], n_classes, seed, settings)
         probabilities[fold] = model(x[fold]).softmax(1)
     return cleanlab_scores(y, probabilities)
 
 
-def cleanlab_logistic(x: Tensor, y: Tensor, seed: int) -> Tensor:
+def cleanlab_logistic(x: Tensor, y: Tensor, seed: int, settings: Settings) -> Tensor:
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
     model = LogisticRegression(max_iter=1000)
     found = cross_val_predict(model, x.numpy(), y.numpy(), cv=folds, method="predict_proba")
@@ -149,11 +151,11 @@ RANKINGS: dict[str, Ranking] = {
 }
 
 
-def measured(ranking: Ranking, x: Tensor, y: Tensor, seed: int) -> tuple[float, float]:
+def measured(ranking: Ranking, x: Tensor, y: Tensor, seed: int, settings: Settings) -> tuple[float, float]:
     """Average precision for 10% changed labels, and seconds."""
     given, changed = flip_labels(y, int(y.max()) + 1, FLIP, torch.Generator().manual_seed(seed))
     start = time.perf_counter()
-    suspicion = ranking(x, given, seed)
+    suspicion = ranking(x, given, seed, settings)
     seconds = time.perf_counter() - start
     return average_precision(changed[suspicion.argsort(descending=True, stable=True)]), seconds
 
@@ -162,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", nargs="+", choices=DATA, default=[*DATA])
+    parser.add_argument("--epochs", type=int, help="of the networks; default 40, as `rowgrad audit`")
     options = parser.parse_args(arguments)
     try:
         import cleanlab  # pyright: ignore[reportMissingImports]
@@ -171,6 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"average precision for {FLIP:.0%} changed labels, mean +- standard error of {options.seeds} seeds [seconds]; "
     )
     print(f"cleanlab {cleanlab.__version__}, torch {torch.__version__}\n")
+    settings = Settings(epochs=options.epochs)
+    audited(torch.randn(64, 4), torch.arange(64) % 2, 0, Settings(epochs=1))  # what a first training loads is not timed
     sets = {name: DATA[name]() for name in options.data}
     heads = [f"{name}, {len(y)} x {x.shape[1]}, {int(y.max()) + 1} classes" for name, (x, y) in sets.items()]
     print("| ranked by | " + " | ".join(heads) + " |")
@@ -178,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, ranking in RANKINGS.items():
         cells = []
         for x, y in sets.values():
-            runs = [measured(ranking, x, y, seed) for seed in range(options.seeds)]
+            runs = [measured(ranking, x, y, seed, settings) for seed in range(options.seeds)]
             precisions, seconds = zip(*runs, strict=True)
             cells.append(f"{shown(precisions)} [{sum(seconds) / len(runs):.1f}]")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
