@@ -151,6 +151,28 @@ def test_the_matrix_of_bfgs_is_the_inverse_hessian_after_d_exact_line_searches()
     assert max(np.diff(errors)) < 1e-9  # ever nearer
 
 
+@pytest.mark.parametrize(("curvature", "near"), [(1e-10, 1e-10), (0.9, 0.1)])
+def test_the_matrix_of_bfgs_stays_the_inverse_hessian_at_the_minimum(curvature: float, near: float) -> None:
+    """Changes of the gradient that are rounding teach it nothing."""
+    problem, H, minimum = quadratic(8, 50)
+    optimizer = BFGS(problem.params, curvature=curvature)
+    expected = torch.linalg.inv(H)
+    for _ in range(200):
+        optimizer.step(problem.loss)
+    torch.testing.assert_close(problem.at(), minimum)
+    assert float((optimizer.inverse_hessian - expected).norm() / expected.norm()) < near
+
+
+def test_the_matrix_of_bfgs_is_made_anew_when_a_parameter_is_frozen() -> None:
+    w, v = nn.Parameter(torch.tensor([3.0], dtype=F64)), nn.Parameter(torch.tensor([2.0], dtype=F64))
+    optimizer = BFGS([w, v])
+    optimizer.step(lambda: (w**2 + 3 * v**2).sum())
+    v.requires_grad_(False)
+    run(optimizer, lambda: (w**2 + 3 * v**2).sum(), 20)
+    assert optimizer.inverse_hessian.shape == (1, 1)
+    assert abs(float(w.detach())) < 1e-8
+
+
 def test_the_matrix_of_bfgs_maps_the_last_change_of_the_gradient_to_the_last_step() -> None:
     problem = rosenbrock()
     optimizer = BFGS(problem.params)
@@ -201,6 +223,25 @@ def test_gauss_newton_reaches_the_least_squares_of_scipy() -> None:
     losses = run(optimizer, lambda: w[0] * (-w[1] * t).exp() - y, 15)
     np.testing.assert_allclose(w.detach().numpy(), expected.x, rtol=1e-7)
     assert losses[-1] == pytest.approx(expected.cost / 20, rel=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gauss_newton_with_a_penalty_among_the_residuals(seed: int) -> None:
+    """A penalty of its own leaves the other residuals small; in every loss it keeps them all large."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    x = torch.randn(40, 2, dtype=F64)
+    y, n = x[:, 0].sin() + 0.5 * x[:, 1] + 0.1 * torch.randn(40, dtype=F64), 40
+
+    def residuals() -> Tensor:
+        weights = torch.cat([p.flatten() for p in model.parameters()])
+        return torch.cat([model(x).squeeze(1) - y, (n * 1e-2) ** 0.5 * weights])
+
+    problem = Problem(list(model.parameters()), lambda: residuals().square() / 2)
+    optimizer = GaussNewton(problem.params, residuals=True)
+    run(optimizer, residuals, 100)
+    assert float(problem.gradient().abs().max()) < 1e-5
+    assert np.linalg.eigvalsh(Hessian(problem.loss(), problem.params).dense().numpy())[0] > 0  # a minimum
 
 
 # Negative curvature
@@ -418,7 +459,7 @@ def test_nan_is_refused_and_the_weights_stay(method: str) -> None:
     assert w.tolist() == [-1, 2]
 
 
-@pytest.mark.parametrize("method", ["newton", "conjugate gradient", "BFGS", "Gauss-Newton"])
+@pytest.mark.parametrize("method", ["newton", "conjugate gradient", "BFGS", "L-BFGS", "Gauss-Newton"])
 def test_places_without_a_loss_are_avoided(method: str) -> None:
     """A first step over the edge, into nan, is shortened: w - log w from 5 by Newton goes to -15."""
     w = nn.Parameter(torch.tensor([5.0], dtype=F64))
@@ -439,8 +480,47 @@ def test_an_error_in_the_closure_leaves_the_weights(method: str) -> None:
 
     with pytest.raises(KeyError, match="batch"):
         METHODS[method]([w]).step(closure)
-    if method != "L-BFGS":
-        assert w.tolist() == [2, 3]
+    assert w.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_l_bfgs_fits_a_normal_distribution_whose_deviation_could_go_below_0(seed: int) -> None:
+    torch.manual_seed(seed)
+    data = 1 + 0.3 * torch.randn(40, dtype=F64)
+    w = nn.Parameter(torch.tensor([3.0, 2.0], dtype=F64))
+    run(LBFGS([w]), lambda: (w[1].log() + ((data - w[0]) / w[1]).square() / 2).mean(), 10)
+    assert w.tolist() == pytest.approx([float(data.mean()), float(data.std(correction=0))], rel=1e-6)
+
+
+def test_l_bfgs_forgets_what_leads_nowhere() -> None:
+    w, closure = saddle(1.0, 1e-9)
+    optimizer = LBFGS([w])
+    for _ in range(30):
+        optimizer.step(closure)
+    assert float(closure().detach()) == pytest.approx(-1, abs=1e-10)
+    assert abs(float(w.detach()[1])) == pytest.approx(math.sqrt(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_kept_has_its_own_dtype_in_a_run_that_goes_on(method: str, dtype: torch.dtype) -> None:
+    def made() -> tuple[nn.Parameter, Any, Callable[[], Tensor]]:
+        w = nn.Parameter(torch.tensor([3.0, -1.0], dtype=dtype))
+        optimizer = METHODS[method]([w])
+        is_vector = isinstance(optimizer, GaussNewton)
+        return w, optimizer, lambda: (1 + (w - 1) ** 2).log() if is_vector else (1 + (w - 1) ** 2).log().sum()
+
+    w, optimizer, closure = made()
+    for _ in range(2):
+        optimizer.step(closure)
+    v, again, other = made()
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        v.copy_(w)
+    for _ in range(2):
+        optimizer.step(closure)
+        again.step(other)
+    assert torch.equal(v, w)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -488,6 +568,14 @@ def test_options_are_checked() -> None:
         ConjugateGradient([w], n=0)
     with pytest.raises(InputError, match="BFGS: curvature=1, expected a number between 0 and 1"):
         BFGS([w], curvature=1)
+    with pytest.raises(InputError, match="LBFGS: max_iter is called n here"):
+        LBFGS([w], n=5, max_iter=3)
+    with pytest.raises(ParameterError, match=r"is of float16, .* use bfloat16"):
+        LBFGS([nn.Parameter(torch.ones(2, dtype=torch.float16))])
+    with pytest.raises(ParameterError):
+        LBFGS([nn.Parameter(torch.ones(2), requires_grad=False)])
+    with pytest.raises(GraphError, match="returned no losses; the batch is empty"):
+        GaussNewton([w]).step(lambda: w.square()[:0])
     with pytest.raises(InputError, match="LBFGS: history=0, expected at least 1"):
         LBFGS([w], history=0)
     with pytest.raises(ParameterError, match="Newton: a second group of parameters, expected one"):

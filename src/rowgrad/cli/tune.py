@@ -46,7 +46,8 @@ def tune(
     ] = Plan.winners,
     test: Annotated[float, typer.Option(help="Share of the examples looked at once, at the end.")] = Plan.test,
     keep: Annotated[
-        float, typer.Option(help="Share of earlier runs a run has to keep up with; 1 kills none for its loss.")
+        float,
+        typer.Option(help="Share of the runs that go on after a third of their epochs; 1: all do."),
     ] = Plan.keep,
     diagnose: Annotated[bool, typer.Option(help="Kill runs whose gradients vanish or explode.")] = Plan.diagnose,
     out: Annotated[Path | None, typer.Option(help="Directory of the results; default rowgrad-tune-NAME.")] = None,

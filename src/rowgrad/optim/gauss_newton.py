@@ -30,6 +30,9 @@ class GaussNewton(SecondOrder):
     K K^T is the Gram matrix of the losses' gradients with rows and columns divided by r. So the system has the size of
     the batch, whatever P is, and K is never formed. Squared errors give the classical method: a linear model is fitted
     in one step. Where the mean loss does not fall, the step is solved anew with more and more damping (Levenberg).
+    Near a minimum with small residuals it is as fast as Newton's method, with large ones its error falls by a constant
+    factor a step. A penalty belongs in residuals of its own (`residuals=True`), not in every example's loss, where it
+    keeps all residuals large.
 
     Args:
         params: one group of parameters.
@@ -41,7 +44,8 @@ class GaussNewton(SecondOrder):
     does not call backward. Returns their mean before the step.
     Raises:
         NotAVectorError: the closure returned a mean.
-        GraphError: a loss is below 0. NonFiniteError, NoGraphError, ParameterError, InputError, TypeError: as `Newton`.
+        GraphError: a loss is below 0, or there is none.
+        NonFiniteError, NoGraphError, ParameterError, InputError, TypeError: as `Newton`.
     Source: Gauss 1809; Levenberg 1944; the system in the space of the examples: Cai et al. 2019, "Gram-Gauss-Newton".
 
     >>> import torch
@@ -61,6 +65,8 @@ class GaussNewton(SecondOrder):
         """One update; returns the mean loss before it."""
         evaluate, is_residual = checked(self, closure), self.options["residuals"]
         values = loss_at_start(self, evaluate)
+        if values.ndim and not len(values):
+            raise GraphError("GaussNewton: the closure returned no losses; the batch is empty")
         J = jacobian(values, self.parameters)
         values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
         if not is_residual and bool((values < 0).any()):

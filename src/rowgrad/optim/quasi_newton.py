@@ -15,6 +15,8 @@ from rowgrad.optim.newton import MOST_PARAMETERS
 from rowgrad.optim.second_order import ROUNDING, Closure, SecondOrder, at_least_1, check_finite, checked, loss_at_start
 from rowgrad.parameters import named
 
+FAR = 1e6  # times the first loss: how high a place without a finite loss is taken to be
+
 
 class BFGS(SecondOrder):
     """Quasi-Newton: a matrix that becomes the inverse Hessian, corrected after each step so that it maps the change of
@@ -69,6 +71,8 @@ class BFGS(SecondOrder):
         if not bool(g.any()):
             return loss.detach()
         M = self.memory.get("inverse_hessian")
+        if M is not None and len(M) != len(g):  # a parameter was frozen
+            M = None
         direction, t = (-g, min(1.0, 1 / float(g.norm()))) if M is None else (-M @ g, 1.0)
         start = Place(0.0, float(loss.detach()), float(direction @ g), g)
 
@@ -84,8 +88,10 @@ class BFGS(SecondOrder):
             self.memory.pop("inverse_hessian", None)  # the next step starts along the gradient
             return loss.detach()
         step = found.t * direction
+        told = float(step.norm()) > torch.finfo(g.dtype).eps ** 0.5 * float(self.weights().norm())
         self.advance(step)
-        self.memory["inverse_hessian"] = _corrected(M, step, found.gradient - g)
+        if told or M is None:  # the change of the gradient along a shorter step is its rounding
+            self.memory["inverse_hessian"] = _corrected(M, step, found.gradient - g)
         return loss.detach()
 
 
@@ -106,16 +112,20 @@ def _corrected(M: Tensor | None, s: Tensor, y: Tensor) -> Tensor | None:
 class LBFGS(torch.optim.LBFGS):
     """L-BFGS: `torch.optim.LBFGS` with its line search on, given the same closure as the other methods here.
 
+    Beside PyTorch's, a place without a finite loss counts as very high, an error in the closure puts the weights back,
+    and corrections that lead nowhere are forgotten.
+
     Args:
-        params: one group of parameters.
+        params: one group of parameters, of more than half precision in range: float16 is refused.
         n: iterations a step.
         history: corrections remembered; memory is twice as many flat vectors.
-        options: the others of `torch.optim.LBFGS`. Its tolerances are 1e-10 for the gradient and 0 for changes here, so
-            that a minimum is reached to rounding.
+        options: the others of `torch.optim.LBFGS`. Its tolerances are 0 here, so that a minimum is reached to rounding.
+            It leaves out corrections with y^T s below 1e-10: multiply losses that are so small.
     `step(closure)` takes a function that computes the loss and does not call backward (the gradient is taken here; that
     of the last evaluation stays in `.grad`). Returns the loss before the step.
     Raises:
-        InputError: a line search that does not exist.
+        InputError: a line search that does not exist, or an option given twice, as n and as max_iter.
+        ParameterError: no parameter needs a gradient, or one is of float16.
         NonFiniteError, GraphError, NoGraphError, TypeError: as `Newton`.
     Source: Aggarwal 2018, "Other Second-Order Methods"; Liu and Nocedal 1989.
 
@@ -129,27 +139,56 @@ class LBFGS(torch.optim.LBFGS):
 
     def __init__(self, params: Iterable[Any], *, n: int = 20, history: int = 10, **options: Any) -> None:
         at_least_1("LBFGS", n=n, history=history)
-        defaults = {"line_search_fn": "strong_wolfe", "tolerance_grad": 1e-10, "tolerance_change": 0.0}
+        twice = {"max_iter": "n", "history_size": "history"}.keys() & options.keys()
+        if twice:
+            raise InputError(f"LBFGS: {min(twice)} is called {'n' if 'max_iter' in twice else 'history'} here")
+        defaults = {"line_search_fn": "strong_wolfe", "tolerance_grad": 0.0, "tolerance_change": 0.0}
         options = {"max_iter": n, "history_size": history, **defaults, **options}
         if options["line_search_fn"] not in (None, "strong_wolfe"):
             raise InputError(f"LBFGS: line_search_fn={options['line_search_fn']!r}, expected 'strong_wolfe' or None")
         super().__init__(params, **options)
+        half = [name for name, p in named(self.param_groups).by_name.items() if p.dtype == torch.float16]
+        if half:
+            raise ParameterError(
+                f"LBFGS: {half[0]} is of float16, whose range its line search leaves; use bfloat16 or float32"
+            )
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """`n` iterations at most; returns the loss before them."""
         evaluate = checked(self, closure)
         parameters = named(self.param_groups).by_name
-        is_start = True
+        start = {name: p.detach().clone() for name, p in parameters.items()}
+        first: Tensor | None = None
+        is_bounded = True
 
         def with_gradient() -> Tensor:
-            nonlocal is_start
-            loss = loss_at_start(self, evaluate) if is_start else evaluate()
+            nonlocal first, is_bounded
+            loss = loss_at_start(self, evaluate) if first is None else evaluate()
             parts = gradient_of(loss, parameters)
-            if is_start:
+            if first is None:
                 check_finite(self, parts)
-            is_start = False
+                first = loss.detach()
+            found = loss.detach()
+            if not bool(found.isfinite()) or not all(bool(part.isfinite().all()) for part in parts.values()):
+                is_bounded = False
+                found, parts = FAR * (1 + first.abs()), {name: torch.zeros_like(p) for name, p in parts.items()}
             for name, p in parameters.items():
                 p.grad = parts[name]
-            return loss.detach()
+            return found
 
-        return super().step(with_gradient)  # type: ignore[arg-type, return-value]
+        def put_back() -> None:
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    p.copy_(start[name])
+
+        try:
+            loss = super().step(with_gradient)  # type: ignore[arg-type]
+            if not is_bounded and not bool(evaluate().detach().isfinite()):
+                put_back()
+        except BaseException:
+            put_back()
+            self.state.clear()
+            raise
+        if all(torch.equal(p, start[name]) for name, p in parameters.items()):
+            self.state.clear()  # the next step starts along the gradient
+        return loss  # type: ignore[return-value]

@@ -58,6 +58,13 @@ class SecondOrder(torch.optim.Optimizer):
         """What is kept between steps, as in `state`."""
         return self.state[self.param_groups[0]["params"][0]]
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As PyTorch's, but what is kept between steps stays in its own dtype, not the parameter's."""
+        super().load_state_dict(state_dict)
+        given = state_dict["state"].get(state_dict["param_groups"][0]["params"][0], {})
+        kept = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        self.memory.update({name: value.detach().to(self.memory[name].device).clone() for name, value in kept.items()})
+
     def weights(self) -> Tensor:
         """All weights as a flat vector (P,)."""
         return flat(self.parameters)
@@ -111,7 +118,7 @@ def loss_at_start(optimizer: torch.optim.Optimizer, evaluate: Closure) -> Tensor
     if not bool(loss.detach().isfinite().all()):
         raise NonFiniteError(
             f"{name}: the loss is {_shown(loss)} at the present weights, which are left as they are; rowgrad.diagnose "
-            "finds where it was born"
+            "finds where it was born (a mean over no examples is nan, too)"
         )
     return loss
 

@@ -104,6 +104,8 @@ def plot(
         ends = float(x.min()), float(x.max())
         ends = _roomy(*ends) if x_log else ends if ends[1] > ends[0] else (ends[0] - 0.5, ends[1] + 0.5)
         x_ticks = _decades(*ends) if x_log else [t for t in _ticks(*ends) if ends[0] <= t <= ends[1]]
+        if (x == x.round()).all():
+            x_ticks = [t for t in x_ticks if x_log or t == round(t)]  # whole numbers have no places between them
         x_range = (float(np.log10(ends[0])), float(np.log10(ends[1]))) if x_log else ends
     frame = _Frame(width, height, x_range, (float(np.log10(low)), float(np.log10(high))))
     parts = _axes(frame, x_ticks, y_ticks, x_label, y_label, log=x_log, y_log=True, names=x_names)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from math import isclose, isfinite
+from math import ceil, isclose, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
@@ -45,7 +46,7 @@ DRAWS, RUNS = 4, 5  # uses of the seed, beside those of `Loop` and `fit`
 N_TRIALS = 30
 PER_TRIAL = 3  # runs that are started at most, for each that is to be completed
 LEARNING = 0.9  # of the loss of a constant; a run below it learns, whatever is found in it
-COMPARED = 4  # completed runs before any is ended for its loss
+COMPARED = 4  # earlier runs before any is ended for its loss
 FATAL = ("not finite", "exploding", "vanishing", "dead")  # findings that end a run
 STUDY = "rowgrad"
 
@@ -63,8 +64,8 @@ class Plan:
         trial_epochs: passes over the data in a run.
         winners: how many of the best are trained to completion and make up the ensemble.
         test: share of the examples that are looked at once, at the end.
-        keep: share of the completed runs that a run has to keep up with: it is ended when its best validation loss so
-            far is above that of so many of them at the same epoch. 1 ends none for its loss.
+        keep: share of the runs that go on after the first epochs (see `milestone`): a run is ended there when its best
+            validation loss is behind that share of the earlier runs', the ended ones among them. 1 ends none.
         diagnose: whether runs that have not begun to learn are ended in their first half for what `rowgrad.Monitor`
             finds in them: gradients that vanish or explode, dead units.
     """
@@ -106,9 +107,9 @@ class Plan:
         return None if self.wanted is None else PER_TRIAL * self.wanted
 
     @property
-    def warmup(self) -> int:
-        """Epochs in which no run is ended for its loss."""
-        return max(1, self.trial_epochs // 5)
+    def milestone(self) -> int:
+        """Epoch after which runs are compared by their loss, once: at every epoch, few would ever come to the end."""
+        return -(-self.trial_epochs // 3)
 
 
 @dataclass(frozen=True)
@@ -298,11 +299,36 @@ class _Watch:
         return "" if seen is None else f"{seen.finding.kind} at {seen.finding.where}: {seen.finding.evidence}"
 
     def _left_behind(self, epoch: Epoch) -> str:
-        if self.plan.keep == 1 or not self.trial.should_prune():
+        if not self.trial.should_prune():
             return ""
         return (
             f"epoch {epoch.number}: loss {epoch.val_loss:.4g}, behind the better {self.plan.keep:.0%} of earlier runs"
         )
+
+
+class _Behind(BasePruner):
+    """Ends a run whose loss at the milestone is behind a share of all earlier runs there.
+
+    Optuna's own percentiles are those of the completed runs. As only the better ones are completed, the bar would rise
+    from run to run until none passes.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        at = self.plan.milestone
+        if self.plan.keep == 1 or trial.last_step != at:
+            return False
+        ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        earlier = sorted(_best_until(t, at) for t in ended if at in t.intermediate_values)
+        if len(earlier) < COMPARED:
+            return False
+        return _best_until(trial, at) > earlier[max(0, ceil(self.plan.keep * len(earlier)) - 1)]
+
+
+def _best_until(trial: FrozenTrial, epoch: int) -> float:
+    return min(loss for at, loss in trial.intermediate_values.items() if at <= epoch)
 
 
 def ranked(trials: Iterable[Trial]) -> list[Trial]:
@@ -427,5 +453,4 @@ def _storage(path: Path) -> Iterator[optuna.storages.RDBStorage]:
 
 
 def _study(storage: optuna.storages.BaseStorage, plan: Plan) -> optuna.Study:
-    pruner = optuna.pruners.PercentilePruner(100 * plan.keep, COMPARED, plan.warmup + 1)
-    return optuna.create_study(storage=storage, pruner=pruner, study_name=STUDY, load_if_exists=True)
+    return optuna.create_study(storage=storage, pruner=_Behind(plan), study_name=STUDY, load_if_exists=True)

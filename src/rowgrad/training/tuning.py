@@ -175,6 +175,8 @@ def tune(
 
 
 def _space(space: Space | Mapping[str, Any] | None, recipe: Recipe) -> Space:
+    if recipe.kind == "autoencoder":
+        raise InputError(f"--model {recipe.model} learns its inputs, not a target to be tested on; use rowgrad train")
     if space is None:
         return default_space(recipe)
     found = space if isinstance(space, Space) else Space.of(space)
