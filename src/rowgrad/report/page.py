@@ -235,7 +235,7 @@ def _noise(run: AuditRun, width: int) -> Markup | None:
         return None
     x, y = np.array(found).T
     return plot(
-        [Series(x, y, "course", is_joined=True)],
+        [Series(x, y, "tried")],
         width=width,
         height=220,
         x_label="epoch",

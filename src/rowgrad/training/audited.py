@@ -32,7 +32,8 @@ class Epoch:
     """What one pass over the audited examples showed, each example measured just before the step that used it.
 
     accuracy: share whose most probable label is the given one; None for regression.
-    noise_scale: the gradient noise scale over the epoch, in examples, and its standard error; None where undefined.
+    noise_scale: the gradient noise scale in examples, over about the last hundred steps, and its standard error; None
+        where undefined.
     """
 
     number: int
@@ -217,8 +218,9 @@ def _train(
     n_epochs = settings.epochs_for(n)
     total = n_epochs * -(-n // batch_size)
     record = _Record(Audit(n, problem.n_classes), *torch.zeros(2, n_epochs, n).unbind(), epochs=[])
+    noise = NoiseScale()
     for epoch in range(n_epochs):
-        start, n_correct, noise = time.perf_counter(), 0, NoiseScale()
+        start, n_correct = time.perf_counter(), 0
         for index in torch.randperm(n, generator=generator).split(batch_size):
             targets = problem.targets[index]
             step = trainee.step_with_rows(problem.inputs[index], targets)
@@ -230,7 +232,7 @@ def _train(
             done += 1
             progress(done, total)
         accuracy = None if problem.n_classes is None else n_correct / n
-        record.epochs.append(_summary(epoch, record, accuracy, noise.total, time.perf_counter() - start))
+        record.epochs.append(_summary(epoch, record, accuracy, noise.running, time.perf_counter() - start))
     return record
 
 

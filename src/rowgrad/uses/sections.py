@@ -19,7 +19,7 @@ MOST_DOTS = 3000  # examples drawn in a chart; of more, every second, third, ...
 MOST_CLASSES = 20  # rows of a matrix; of more classes those with the largest entries
 NAME = 18  # characters of a class in a matrix
 WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 22, 40
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 32, 50  # room for the larger letters of narrow screens
 
 STYLE = """
 .audit svg { display: block; width: 100%; max-width: 760px; height: auto; overflow: visible; }
@@ -211,7 +211,7 @@ def _y(share: float) -> float:
 def _axes(
     across: tuple[float, float], up: tuple[float, float], x_label: str, y_label: str, decades: bool = False
 ) -> list[str]:
-    parts = [f'<text x="0" y="11">{escape(y_label)}{", log scale" if decades else ""}</text>']
+    parts = [f'<text x="0" y="13">{escape(y_label)}{", log scale" if decades else ""}</text>']
     for share in _steps(int(up[1] - up[0])) if decades else (0.0, 0.25, 0.5, 0.75, 1.0):
         value = up[0] + share * (up[1] - up[0])
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{_y(share):.1f}" x2="{WIDTH - RIGHT}" y2="{_y(share):.1f}"/>')
@@ -220,7 +220,7 @@ def _axes(
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         value = across[0] + share * (across[1] - across[0])
         shown = number(round(value)) if decades else number(value)
-        parts.append(f'<text class="middle" x="{_x(share):.1f}" y="{HEIGHT - BOTTOM + 16}">{shown}</text>')
+        parts.append(f'<text class="middle" x="{_x(share):.1f}" y="{HEIGHT - BOTTOM + 21}">{shown}</text>')
     parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}">{escape(x_label)}</text>')
     return parts
 
