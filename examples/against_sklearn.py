@@ -21,7 +21,8 @@ from sklearn.preprocessing import StandardScaler
 
 from rowgrad.data.readers import read_table
 from rowgrad.data.table import Table
-from rowgrad.training.fit import fit, outputs_of, score
+from rowgrad.training.fit import fit
+from rowgrad.training.problem import outputs_of
 from rowgrad.training.recipe import Recipe
 
 DATA = ("digits", "breast_cancer", "wine", "diabetes")
@@ -60,15 +61,14 @@ def compare(name: str, n_seeds: int) -> Result:
 
 def _ours(table: Table, train: torch.Tensor, test: torch.Tensor, seed: int) -> tuple[float, float]:
     start = time.perf_counter()
-    part = replace(table, features=table.features[train], targets=table.targets[train], images=None, frame=None)
-    found = fit(part, Recipe(epochs=EPOCHS, seed=seed))
+    found = fit(replace(table, images=None).take(train), Recipe(epochs=EPOCHS, seed=seed))
     seconds = time.perf_counter() - start
     problem = found.problem
     outputs = outputs_of(found.model, problem.prepared(table.features[test]))
     targets = table.targets[test]
     if table.classes is None:
         targets = (targets - problem.center) / problem.scale
-    return score(outputs, targets, table.classes is not None), seconds
+    return problem.score(outputs, targets), seconds
 
 
 def _theirs(table: Table, train: torch.Tensor, test: torch.Tensor, seed: int, early: bool) -> tuple[float, float]:

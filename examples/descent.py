@@ -9,6 +9,7 @@ The page needs nothing from outside. `stories()` gives the paths and `numbers()`
 import argparse
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
@@ -21,7 +22,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from rowgrad.curvature import Hessian
-from rowgrad.optim import BFGS, LBFGS, AdaGrad, ConjugateGradient, GradientClip, Momentum, Newton, RMSProp
+from rowgrad.errors import RowgradWarning
+from rowgrad.optim import BFGS, LBFGS, AdaGrad, ConjugateGradient, GaussNewton, GradientClip, Momentum, Newton, RMSProp
 from rowgrad.optim.conjugate import conjugate_gradient
 
 Point = tuple[float, float]
@@ -59,6 +61,12 @@ def saddle(x: Tensor, y: Tensor) -> Tensor:
     return x**2 - y**2 + y**4 / 4
 
 
+# Surfaces as sums of squares, which is what Gauss-Newton is given
+SQUARES: dict[Surface, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    curved_valley: lambda x, y: (100 * (y - x**2) ** 2, (1 - x) ** 2),
+}
+
+
 # Paths
 
 SECOND_ORDER = (Newton, ConjugateGradient, BFGS, LBFGS)
@@ -69,6 +77,7 @@ def trail(
     surface: Surface,
     start: Point,
     n: int,
+    /,
     *,
     max_norm: float | None = None,
     **options: float | bool,
@@ -79,6 +88,12 @@ def trail(
     clip = None if max_norm is None else GradientClip([w], max_norm)
     points = [start]
     for _ in range(n):
+        if isinstance(optimizer, GaussNewton):
+            with warnings.catch_warnings():  # each square has a formula and a backward pass of its own
+                warnings.simplefilter("ignore", RowgradWarning)
+                optimizer.step(lambda: torch.stack(SQUARES[surface](w[0], w[1])))
+            points.append(as_point(w))
+            continue
         if isinstance(optimizer, SECOND_ORDER):
             optimizer.step(lambda: surface(w[0], w[1]))
             points.append(as_point(w))
@@ -176,11 +191,11 @@ def zig_zag() -> Story:
 
 def overshoot() -> Story:
     paths = {
-        "momentum": trail(Momentum, circular, START, 40, lr=0.05, beta=0.8),
-        "Nesterov momentum": trail(Momentum, circular, START, 40, lr=0.05, beta=0.8, nesterov=True),
+        "momentum": trail(Momentum, elliptical, START, 40, lr=0.05, beta=0.8),
+        "Nesterov momentum": trail(Momentum, elliptical, START, 40, lr=0.05, beta=0.8, nesterov=True),
     }
     return Story(
-        "Circular bowl: Nesterov's momentum brakes earlier", circular, BOWL, paths,
+        "Elliptical bowl: Nesterov's momentum brakes earlier", elliptical, BOWL, paths,
         "The gradient is taken where the velocity is about to lead, so it turns round before the marble does.",
     )  # fmt: skip
 
@@ -188,8 +203,8 @@ def overshoot() -> Story:
 def slowing() -> Story:
     start = (-3.0, 1.0)
     paths = {
-        "AdaGrad": trail(AdaGrad, valley, start, 100, lr=0.05),
-        "RMSProp": trail(RMSProp, valley, start, 100, lr=0.05, rho=0.9),
+        "AdaGrad": trail(AdaGrad, valley, start, 90, lr=0.05),
+        "RMSProp": trail(RMSProp, valley, start, 90, lr=0.05, rho=0.9),
     }
     return Story(
         "Valley: AdaGrad slows down, RMSProp does not", valley, (-3.4, 3.4, -1.2, 1.2), paths,
@@ -214,6 +229,7 @@ def second_order_on_a_bowl() -> Story:
         "Newton": trail(Newton, elliptical, START, 1),
         "conjugate directions": conjugate_directions(elliptical, START),
         "BFGS": trail(BFGS, elliptical, START, 12),
+        "L-BFGS": trail(LBFGS, elliptical, START, 12, n=1, max_eval=50),
     }
     return Story(
         "Elliptical bowl: Newton takes one step, conjugate gradients two", elliptical, BOWL, paths,
@@ -228,6 +244,8 @@ def second_order_in_a_valley() -> Story:
         "Newton": trail(Newton, curved_valley, start, 40),
         "conjugate gradient": trail(ConjugateGradient, curved_valley, start, 40),
         "BFGS": trail(BFGS, curved_valley, start, 60),
+        "L-BFGS": trail(LBFGS, curved_valley, start, 60, n=1, max_eval=50),
+        "Gauss-Newton": trail(GaussNewton, curved_valley, start, 40),
     }
     return Story(
         "Curved valley: methods that see the curvature follow it", curved_valley, (-1.6, 1.4, -0.6, 1.6), paths,
@@ -279,7 +297,7 @@ def numbers(told: dict[str, Story]) -> dict[str, dict[str, float]]:
             "way along the floor, momentum over gradient descent": way(momentum) / way(plain),
         },
         "overshoot": {f"beyond the minimum, {name}": max(x for x, _ in t) / 3 for name, t in marble.trails.items()},
-        "slowing": {f"step 100 over step 30 along the floor, {name}": slowed(t) for name, t in slow.trails.items()},
+        "slowing": {f"step 90 over step 30 along the floor, {name}": slowed(t) for name, t in slow.trails.items()},
         "cliff": {f"longest step, {name}": longest(t) for name, t in edge.trails.items()},
         "second order, bowl": steps_needed(told["second order, bowl"], (0.0, 0.0)),
         "second order, valley": steps_needed(told["second order, valley"], (1.0, 1.0)),
@@ -298,8 +316,8 @@ def way(points: Trail) -> float:
 
 
 def slowed(points: Trail) -> float:
-    """Step 100 along the floor over step 30."""
-    return (points[100][0] - points[99][0]) / (points[30][0] - points[29][0])
+    """Step 90 along the floor over step 30."""
+    return (points[90][0] - points[89][0]) / (points[30][0] - points[29][0])
 
 
 def longest(points: Trail) -> float:
@@ -318,7 +336,7 @@ def first(tests: Iterable[bool]) -> float:
 
 # Drawing
 
-COLORS = ("#b8400e", "#2f5d8a", "#3d7a4a", "#7a4b94")
+COLORS = ("#b8400e", "#2f5d8a", "#3d7a4a", "#7a4b94", "#c08a00", "#1a9a9a")
 STYLE = """body { margin: 0 auto; padding: 16px 20px 48px; max-width: 860px; background: #f7f6f3; color: #1d1c1a;
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 36px 0 4px; } svg { width: 100%; height: auto; }
@@ -340,7 +358,7 @@ def svg(story: Story) -> str:
         dots = "o" if len(points) < 200 else None
         axes.plot(xs, ys, color=color, marker=dots, markersize=3, linewidth=1.3, label=f"{name} ({len(points) - 1})")
     axes.set(xlim=(x0, x1), ylim=(y0, y1), xlabel="x", ylabel="y")
-    axes.legend(loc="upper right", title="steps in brackets", framealpha=0.9)
+    axes.legend(loc="best", title="steps in brackets", framealpha=0.9)
     out = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": story.title}):  # text as text; the same names in every run
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -247,3 +247,58 @@ def test_spectra_of_what_is_not_finite_or_not_asked_for() -> None:
         critical_point(w.sqrt().sum(), {"w": w})
     with pytest.raises(InputError, match="n=0, probes=2; both must be at least 1"):
         spectrum(w.sum(), {"w": w}, n=0)
+
+
+class Tied(nn.Module):
+    """One weight with two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3, bias=False).double(), nn.Linear(3, 3, bias=False).double()
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).tanh())
+
+
+def test_a_shared_tensor_goes_by_any_of_its_names() -> None:
+    model, x, v = Tied(), torch.randn(5, 3, dtype=F64), torch.randn(3, 3, dtype=F64)
+    loss = model(x).square().mean()
+    expected = hvp(loss, model, {"a.weight": v})["a.weight"]
+    assert float(expected.norm()) > 0
+    assert torch.equal(hvp(loss, model, {"b.weight": v})["a.weight"], expected)
+    with pytest.raises(GraphError, match=r"'b\.weight' and 'a\.weight' are one tensor"):
+        hvp(loss, model, {"a.weight": v, "b.weight": v})
+
+
+@pytest.mark.parametrize(
+    ("v", "said"),
+    [
+        ([torch.ones(2)], "direction: a list, expected {name of a parameter: tensor"),
+        (torch.ones(2), "direction: a Tensor, expected"),
+        ({"w": 1.0}, r"direction at w: a float, expected the parameter's, \(2,\)"),
+    ],
+)
+def test_directions_that_are_none(v: object, said: str) -> None:
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(GraphError, match=said):
+        hvp(w.square().sum(), {"w": w}, v)  # type: ignore[arg-type]
+    with pytest.raises(GraphError, match=said):
+        quadratic_model(w.square().sum(), {"w": w}, v)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("delta", [0.0, math.nan, math.inf, "a"])
+def test_a_difference_needs_a_length(delta: float) -> None:
+    w = torch.ones(2, requires_grad=True)
+    said = f"delta={delta!r}, expected None or a finite number other than 0"
+    with pytest.raises(InputError, match=said):
+        hvp(lambda: w.square().sum(), {"w": w}, {"w": torch.ones(2)}, delta=delta)
+    with pytest.raises(InputError, match=said):
+        Hessian(lambda: w.square().sum(), {"w": w}, delta=delta)
+
+
+@pytest.mark.parametrize("options", [{"n": 0}, {"tol": math.nan}, {"tol": -1.0}])
+def test_critical_points_ask_for_a_step_and_a_tolerance(options: dict[str, float]) -> None:
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(InputError, match=r"critical_point: n=.* expected n of at least 1 and a finite tol"):
+        critical_point(w.square().sum(), {"w": w}, **options)  # type: ignore[arg-type]

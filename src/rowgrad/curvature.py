@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import pi, sqrt
+from math import isfinite, pi, sqrt
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from rowgrad.errors import GraphError, InputError, NoGraphError, NonFiniteError, OpaqueGraphError, ParameterError
-from rowgrad.parameters import Params, named
+from rowgrad.parameters import Parameters, Params, named
 from rowgrad.tape import engine_errors, is_differentiable
 
 Direction = Mapping[str, Tensor]
@@ -48,13 +49,15 @@ def hvp(
     Args:
         loss: a scalar with its graph, or a function that computes it. The graph is kept.
         params: as for `rowgrad.jacobian`.
-        v: {parameter: tensor of its shape}; parameters left out count as 0.
+        v: {parameter: tensor of its shape}, a shared tensor by any of its names; parameters left out count as 0.
         delta: None for the exact product, by differentiating the gradient again; a number for the difference of two
             gradients, (grad L(w + delta v) - grad L(w)) / delta (eq. 23), which needs a function.
     Returns:
         {parameter: tensor of its shape}, zeros where the gradient does not depend on it.
     Raises:
-        GraphError: the loss is no scalar, a direction has a wrong shape, or `delta` came without a function.
+        GraphError: the loss is no scalar, a direction is no mapping of tensors of the parameters' names and shapes, or
+            `delta` came without a function.
+        InputError: `delta` is 0 or not finite.
         FreedGraphError: a backward pass freed the graph.
         ParameterError: the loss depends on none of the parameters.
         NoGraphError: the loss has no graph.
@@ -67,8 +70,9 @@ def hvp(
     >>> hvp((w**3).sum(), {"w": w}, {"w": torch.tensor([1.0, 1.0])})
     {'w': tensor([ 6., 12.])}
     """
-    parameters = named(params).by_name
-    direction = _direction(parameters, v)
+    _check_delta(delta)
+    found = named(params)
+    parameters, direction = found.by_name, _direction(found, v)
     if delta is None:
         return _exact(parameters, _loss_gradient(_scalar(loss), parameters, create_graph=True), direction)
     if not callable(loss):
@@ -94,8 +98,8 @@ def quadratic_model(loss: Tensor | Callable[[], Tensor], params: Params, step: D
     >>> model, model(1)
     (Quadratic(value=1.0, slope=1.5, curvature=1.5), 3.25)
     """
-    parameters = named(params).by_name
-    direction = _direction(parameters, step)
+    found = named(params)
+    parameters, direction = found.by_name, _direction(found, step)
     value = _scalar(loss)
     gradient = _loss_gradient(value, parameters, create_graph=True)
     product = _exact(parameters, gradient, direction)
@@ -121,7 +125,7 @@ class Hessian:
         loss, params: as for `hvp`.
         delta: None for exact products; a number for those of eq. 23, where it is the length of the move.
     Raises:
-        GraphError, NoGraphError, RuntimeError: as `hvp`.
+        GraphError, InputError, NoGraphError, RuntimeError: as `hvp`.
 
     >>> import torch
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -131,6 +135,7 @@ class Hessian:
     """
 
     def __init__(self, loss: Tensor | Callable[[], Tensor], params: Params, *, delta: float | None = None) -> None:
+        _check_delta(delta)
         self._parameters = named(params).by_name
         self._loss, self._delta = loss, delta
         value = _scalar(loss)
@@ -314,6 +319,7 @@ def critical_point(
             eigenvalue, that is about tol away from the critical point.
         n: Lanczos steps.
     Raises:
+        InputError: n below 1, or tol below 0 or not finite.
         GraphError, NoGraphError, RuntimeError, NonFiniteError: as `spectrum`.
     Source: Aggarwal 2018, "Problems with Second-Order Methods".
 
@@ -322,6 +328,8 @@ def critical_point(
     >>> critical_point(x**2 - y**2, {"x": x, "y": y})
     CriticalPoint(kind='saddle', grad_norm=0.0, smallest=-2.0, largest=2.0)
     """
+    if n < 1 or not (isfinite(tol) and tol >= 0):
+        raise InputError(f"critical_point: n={n}, tol={tol}; expected n of at least 1 and a finite tol of at least 0")
     H = Hessian(loss, params)
     if len(H) <= DENSE_UP_TO:
         dense = H.dense()
@@ -390,17 +398,29 @@ def _scalar(loss: Tensor | Callable[[], Tensor]) -> Tensor:
         return loss.reshape(())
 
 
-def _direction(parameters: Mapping[str, Tensor], v: Direction) -> dict[str, Tensor]:
-    for name, t in v.items():
-        if name not in parameters:
-            first = ", ".join(list(parameters)[:5])
-            raise GraphError(f"direction: {name!r} is not among the {len(parameters)} parameters ({first}, ...)")
-        if t.shape != parameters[name].shape:
-            raise GraphError(
-                f"direction at {name}: shape {tuple(t.shape)}, expected the parameter's, "
-                f"{tuple(parameters[name].shape)}"
-            )
-    return {name: t.detach() for name, t in v.items()}
+def _check_delta(delta: float | None) -> None:
+    if delta is not None and not (isinstance(delta, Real) and isfinite(delta) and delta != 0):
+        raise InputError(f"delta={delta!r}, expected None or a finite number other than 0: a difference needs a length")
+
+
+def _direction(params: Parameters, v: Direction) -> dict[str, Tensor]:
+    """A direction by the first names of the parameters."""
+    if not isinstance(v, Mapping):
+        raise GraphError(f"direction: a {type(v).__name__}, expected {{name of a parameter: tensor of its shape}}")
+    found: dict[str, Tensor] = {}
+    for key, t in v.items():
+        name = params.name_of(key)
+        if name is None:
+            first = ", ".join(list(params.by_name)[:5])
+            raise GraphError(f"direction: {key!r} is not among the {len(params.by_name)} parameters ({first}, ...)")
+        if name in found:
+            raise GraphError(f"direction: {key!r} and {name!r} are one tensor; give it one direction, by either name")
+        p = params.by_name[name]
+        if not isinstance(t, Tensor) or t.shape != p.shape:
+            shown = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+            raise GraphError(f"direction at {key}: {shown}, expected the parameter's, {tuple(p.shape)}")
+        found[name] = t.detach()
+    return found
 
 
 def _loss_gradient(loss: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bool = False) -> dict[str, Tensor]:

@@ -115,6 +115,14 @@ def test_closed_form_gradients_are_those_of_autograd(shape: tuple[int, ...], eps
         assert_same(ours, theirs)
 
 
+def test_gradients_of_other_shapes_are_refused() -> None:
+    v, gamma = torch.ones(4, 3), torch.ones(3)
+    with pytest.raises(InputError, match=r"g of shape \(1, 3\), expected that of v, \(4, 3\)"):
+        batch_norm_gradients(torch.ones(1, 3), v, gamma)
+    with pytest.raises(InputError, match=r"gamma of shape \(1,\), expected one for each unit, \(3,\)"):
+        batch_norm_gradients(torch.ones(4, 3), v, gamma[:1])
+
+
 def test_closed_form_gradients_are_those_of_the_four_lines() -> None:
     """By the unfused operations, and by the sweep over their graph."""
     v, gamma = torch.randn(6, 3, dtype=F64, requires_grad=True), torch.randn(3, dtype=F64, requires_grad=True)
@@ -336,6 +344,27 @@ def test_what_cannot_be_folded_stays_and_outputs_are_equal(make, shape: tuple[in
     folded = fold(model)
     torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-11, atol=1e-11)
     assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules()) == left
+
+
+def doubled(*args: object) -> Tensor:
+    """A hook, of either kind, that changes what passes."""
+    found = args[-1]
+    return 2 * (found[0] if isinstance(found, tuple) else found)
+
+
+@pytest.mark.parametrize("on", [0, 1, 2, 3])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_beside_a_hook_nothing_is_folded(on: int, register: str) -> None:
+    """On a layer, on what is between, on the normalization, on the sequence that holds it."""
+    inner = nn.Sequential(nn.Dropout(0.2), BatchNorm(4))
+    model = randomized(nn.Sequential(nn.Linear(4, 4), inner, nn.Tanh(), nn.Linear(4, 4), BatchNorm(4)))
+    x = torch.randn(20, 4, dtype=F64)
+    model(x)
+    getattr([model[0], inner[0], inner[1], inner][on], register)(doubled)
+    folded = fold(model)
+    assert isinstance(folded[1][1], BatchNorm)
+    assert isinstance(folded[4], nn.Identity)
+    torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -43,7 +44,11 @@ def maxout(_: int) -> list[nn.Module]:
 
 
 def convolution(_: int) -> list[nn.Module]:
-    return [nn.Conv2d(256, 256, 3, padding=1, padding_mode="circular"), nn.ReLU()]
+    return [nn.Conv2d(256, 256, 3, padding=1, padding_mode="circular")]
+
+
+def convolution_with_relu(i: int) -> list[nn.Module]:
+    return [*convolution(i), nn.ReLU()]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +58,9 @@ def convolution(_: int) -> list[nn.Module]:
         (linear, "glorot", (32, WIDTH)),
         (with_relu, "he", (32, WIDTH)),
         (maxout, "lecun", (32, WIDTH)),
-        (convolution, "he", (8, 256, 4, 4)),
+        (convolution_with_relu, "he", (8, 256, 4, 4)),
+        (convolution, "lecun", (8, 256, 4, 4)),
+        (convolution, "glorot", (8, 256, 4, 4)),
     ],
 )
 def test_the_variance_is_flat_over_20_layers(layers, scheme: str, shape: tuple[int, ...]) -> None:
@@ -136,7 +143,7 @@ def test_only_what_is_returned_changes_and_biases_are_0() -> None:
     found = initialize(model, "lecun")
     assert set(found) == {"1.weight", "3.weight_ih_l0", "3.weight_hh_l0"}
     for name, p in model.named_parameters():
-        is_bias = name in {"1.bias", "3.bias_ih_l0", "3.bias_hh_l0"}
+        is_bias = name in {"1.bias", "4.bias", "3.bias_ih_l0", "3.bias_hh_l0"}
         assert (p == 7).any() == (name not in found and not is_bias), name
         assert (p == 0).all() == is_bias, name
 
@@ -208,10 +215,18 @@ def test_schemes_that_are_refused(scheme: str, value: float | None, message: str
         initialize(net(), scheme, value=value)
 
 
+def empty() -> nn.Linear:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, of a layer without entries
+        return nn.Linear(0, 2)
+
+
 def test_models_that_are_refused() -> None:
     with pytest.raises(InputError, match="no linear, convolutional or recurrent layer in the LayerNorm"):
         initialize(nn.LayerNorm(4), "he")
     with pytest.raises(ParameterError, match=r"1\.weight is parametrized .* initialize before"):
         initialize(nn.Sequential(nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))), "he")
+    with pytest.raises(InputError, match=r"0\.weight has 0 inputs and 2 outputs, expected at least 1 of both"):
+        initialize(nn.Sequential(empty()), "he")
     with pytest.raises(ParameterError, match="weight has no shape yet: run the model once"):
         initialize(nn.LazyLinear(3), "he")

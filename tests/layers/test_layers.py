@@ -144,6 +144,23 @@ def test_only_a_linear_layer_can_be_tied() -> None:
         TiedLinear(nn.Conv2d(1, 2, 3))  # type: ignore[arg-type]
 
 
+def test_a_layer_without_a_shape_cannot_be_tied() -> None:
+    encoder = nn.LazyLinear(3)
+    with pytest.raises(InputError, match="TiedLinear: the encoder has no shape yet: run it once"):
+        TiedLinear(encoder)
+    encoder(torch.ones(2, 5))
+    assert TiedLinear(encoder)(torch.ones(2, 3)).shape == (2, 5)
+
+
+def test_layers_are_made_where_and_as_they_are_asked_for() -> None:
+    like = {"device": "meta", "dtype": torch.bfloat16}
+    encoder = nn.Linear(5, 2, dtype=F64)
+    for layer in (Maxout(5, 2, **like), TiedLinear(encoder, **like)):
+        assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+    assert TiedLinear(encoder).bias.dtype == F64
+    assert Maxout(5, 2, dtype=F64)(torch.ones(3, 5, dtype=F64)).dtype == F64
+
+
 def test_an_autoencoder_mirrors_its_layers() -> None:
     model, x = autoencoder((5, 4, 2), "leaky_relu", alpha=0.2).double(), torch.randn(3, 5, dtype=F64)
     phi = activation("leaky_relu", alpha=0.2)

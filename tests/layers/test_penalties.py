@@ -178,6 +178,13 @@ def test_modules_that_are_refused() -> None:
             penalized(losses)
 
 
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), "a", None])
+def test_strengths_that_are_refused(net: Net, strength: object) -> None:
+    said = f"penalty at fc1: {strength!r}, expected a finite number, or a function of hidden units"
+    with pytest.raises(InputError, match=said), hidden_penalties(net, {"fc1": strength}):  # type: ignore[dict-item]
+        pass
+
+
 def test_no_penalties_are_refused(net: Net) -> None:
     with pytest.raises(InputError, match="no penalties; give"), hidden_penalties(net, {}):
         pass

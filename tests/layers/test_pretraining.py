@@ -104,6 +104,22 @@ def test_norms_dropout_and_images_take_part() -> None:
     assert int(model[1][1].num_batches_tracked) == 30 * 4
 
 
+@pytest.mark.parametrize(("n", "sizes"), [(129, (64, 65)), (65, (65,)), (66, (64, 2)), (3, (3,))])
+def test_a_single_example_left_joins_the_last_batch(n: int, sizes: tuple[int, ...]) -> None:
+    model = nn.Sequential(hidden_layer(8, 6, norm="batch-pre"), nn.Linear(6, 2)).double()
+    seen: list[int] = []
+    with model[0][0].register_forward_pre_hook(lambda m, args: seen.append(len(args[0])) if m.training else None):
+        pretrain(model, correlated(n), epochs=1, generator=generator())
+    assert tuple(seen) == sizes
+
+
+def test_batches_of_one_stay_batches_of_one() -> None:
+    model, sizes = deep(1), list[int]()
+    with model[0][0].register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])) if m.training else None):
+        pretrain(model, correlated(3), epochs=1, batch_size=1)
+    assert sizes == [1, 1, 1]
+
+
 def test_the_same_generator_gives_the_same_layers() -> None:
     x, before = correlated(), torch.get_rng_state()
     first = nn.Sequential(nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 1)).double()
@@ -185,6 +201,21 @@ def test_no_examples_and_divergence_are_told() -> None:
     with pytest.raises(NonFiniteError, match=r"error of 0\.0 is nan at lr=1e\+200; use a smaller lr"):
         pretrain(model := deep(1), correlated(), lr=1e200)
     assert all(module.training for module in model.modules())
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    x = correlated(9)
+    x[4, 1] = torch.nan
+    with pytest.raises(InputError, match="pretrain: example 4 of the inputs holds inf or nan"):
+        pretrain(deep(1), x)
+
+
+def test_it_learns_under_no_grad_too() -> None:
+    first = deep(2)
+    second, x = copy.deepcopy(first), correlated()
+    errors = pretrain(first, x, epochs=2, generator=generator())
+    with torch.no_grad():
+        assert pretrain(second, x, epochs=2, generator=generator()) == errors
 
 
 def test_initialize_then_pretrain_with_batch_norm_before_the_output() -> None:

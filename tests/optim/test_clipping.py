@@ -117,3 +117,27 @@ def test_wrong_modes_and_bounds() -> None:
     for bound in (0, -1, math.inf, math.nan):
         with pytest.raises(InputError, match=r"bound=.*, expected a positive finite number"):
             GradientClip(params, bound)
+
+
+@pytest.mark.parametrize("mode", ["value", "norm", "normalize"])
+def test_a_sparse_gradient_becomes_what_a_dense_one_does(mode: str) -> None:
+    """Row 1 comes twice, so that its entries are the sums of two."""
+    clips, found = [], []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Linear(3, 2)).double()
+        (7 * model(torch.tensor([1, 3, 1]))).square().sum().backward()
+        clip = GradientClip(model, 0.5, mode)
+        norm = clip()
+        clips.append((norm, clip.acted, clip.entries_clipped))
+        found.append([p.grad.to_dense() for p in model.parameters() if p.grad is not None])
+    assert clips[0] == pytest.approx(clips[1], nan_ok=True)
+    assert clips[0][1] == 1
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("bound", ["1", None, math.nan])
+def test_a_bound_that_is_no_number(bound: object) -> None:
+    with pytest.raises(InputError, match=f"GradientClip: bound={bound!r}, expected a positive finite number"):
+        GradientClip([nn.Parameter(torch.ones(1))], bound)  # type: ignore[arg-type]

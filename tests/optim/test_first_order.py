@@ -14,7 +14,7 @@ from tests.optim.problems import F64
 from torch import Tensor, nn
 
 from rowgrad.errors import GraphError, InputError
-from rowgrad.optim import AdaGrad, Momentum, RMSProp, decay, make, weight_groups
+from rowgrad.optim import AdaGrad, ConjugateGradient, Momentum, Newton, RMSProp, decay, make, weight_groups
 from rowgrad.optim.factory import OPTIMIZERS, SECOND_ORDER
 
 Array = np.ndarray
@@ -181,6 +181,72 @@ def test_a_look_at_the_weights_changes_no_later_step() -> None:
     assert torch.equal(*ends)
 
 
+def test_no_step_is_taken_where_it_would_be_undone() -> None:
+    w, optimizer = trained(lambda params: Momentum(params, 0.05, nesterov=True), 3)
+    with optimizer.at_weights():
+        with optimizer.at_weights():
+            pass
+        with pytest.raises(InputError, match=r"Momentum.step inside at_weights\(\), .* take steps outside the block"):
+            optimizer.step()
+    before = w.clone()
+    optimizer.step()
+    assert not torch.equal(w, before)
+
+
+@pytest.mark.parametrize("set_later", [False, True], ids=["by group", "set later"])
+def test_friction_of_a_group_or_a_schedule_is_nesterovs(set_later: bool) -> None:
+    """As with the friction given at the start."""
+    expected, _ = trained(lambda params: RMSProp(params, 0.1, beta=0.7), 6)
+
+    def method(params: list[nn.Parameter]) -> RMSProp:
+        if not set_later:
+            return RMSProp([{"params": params, "beta": 0.7}], 0.1)
+        optimizer = RMSProp(params, 0.1)
+        optimizer.param_groups[0]["beta"] = 0.7
+        return optimizer
+
+    assert torch.equal(trained(method, 6)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "said"),
+    [
+        (Momentum, {"beta": 1.5}, r"Momentum: beta=1\.5, expected a number from 0 to below 1"),
+        (Momentum, {"lr": -1.0}, r"Momentum: lr=-1\.0, expected a number of at least 0"),
+        (Momentum, {"weight_decay": "a"}, "Momentum: weight_decay='a'"),
+        (AdaGrad, {"eps": math.nan}, "AdaGrad: eps=nan"),
+        (RMSProp, {"rho": None}, "RMSProp: rho=None"),
+        (Newton, {"damping": -1.0}, r"Newton: damping=-1\.0"),
+        (ConjugateGradient, {"tol": math.inf}, "ConjugateGradient: tol=inf"),
+        (ConjugateGradient, {"n": 0}, "ConjugateGradient: n=0, expected at least 1"),
+        (ConjugateGradient, {"n": 1.5}, r"ConjugateGradient: n=1\.5, expected at least 1"),
+        (ConjugateGradient, {"delta": 0.0}, r"ConjugateGradient: delta=0\.0, expected None or a positive number"),
+        (ConjugateGradient, {"delta": math.nan}, "ConjugateGradient: delta=nan"),
+    ],
+)
+def test_options_are_checked_for_all_and_by_group(
+    method: Callable[..., Any], option: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        method([nn.Parameter(torch.ones(2))], **option)
+    with pytest.raises(InputError, match=said):
+        method([{"params": [nn.Parameter(torch.ones(2))], **option}])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, F64])
+@pytest.mark.parametrize("eps_inside", [True, False])
+@pytest.mark.parametrize("method", [AdaGrad, RMSProp])
+def test_a_gradient_of_0_moves_nothing(method: Callable[..., Any], eps_inside: bool, dtype: torch.dtype) -> None:
+    w = nn.Parameter(torch.ones(3, dtype=dtype))
+    eps = {} if dtype is torch.float16 else {"eps": 0.0}
+    optimizer = method([w], 0.5, eps_inside=eps_inside, **eps)
+    for _ in range(2):
+        w.grad = torch.tensor([0.0, 1.0, 0.0 if dtype is F64 else 1e-5], dtype=dtype)  # its square is 0 in float16
+        optimizer.step()
+    assert w[0] == w[2] == 1
+    assert float(w.detach()[1]) < 0.9
+
+
 def test_a_loss_falls_in_an_ordinary_loop_with_a_closure() -> None:
     w = nn.Parameter(torch.tensor([3.0, -2.0], dtype=F64))
     optimizer = RMSProp([w], 0.05, beta=0.5)
@@ -295,6 +361,8 @@ def test_what_cannot_decay() -> None:
         decay(Momentum([w]), "linear", 0.1)
     with pytest.raises(InputError, match="decay: k=-1"):
         decay(Momentum([w]), "inverse", -1)
+    with pytest.raises(InputError, match="decay: k='a', expected a number of at least 0"):
+        decay(Momentum([w]), "inverse", "a")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="Newton has no learning rate"):
         decay(make("newton", [w]), "inverse", 0.1)
 
@@ -328,6 +396,15 @@ def test_biases_and_norms_do_not_decay() -> None:
     ]
     assert (weights["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert len(weights["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_the_magnitude_of_a_weight_norm_does_not_decay(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(wrap(nn.Linear(3, 4)))
+    weights, others = weight_groups(model, 0.1)
+    assert [p.shape for _, p in weights["params"]] == [(4, 3)]
+    assert sorted(p.shape for _, p in others["params"]) == [(4,), (4, 1)]
 
 
 def test_with_no_gradient_only_weights_shrink() -> None:
@@ -384,6 +461,29 @@ def test_names_and_options_reach_the_optimizer() -> None:
     assert type(make("rmsprop", model, eps_inside=True, rho=0.5)) is RMSProp
     assert type(make("adagrad", model, eps_inside=True)) is AdaGrad
     assert make("lbfgs", model, max_eval=7).param_groups[0]["max_eval"] == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        (["sgd"], {}, r"optimizer \['sgd'\]: expected one of: sgd, momentum"),
+        ("sgd", {"lr": math.nan}, "sgd: lr=nan, expected a finite number"),
+        ("sgd", {"momentum": math.nan}, "sgd: momentum=nan, expected a finite number"),
+        ("momentum", {"lr": "0.1"}, r"momentum: lr='0\.1', expected a finite number"),
+        ("adam", {"lr": -1.0}, r"adam refuses lr=-1\.0, .*: Invalid learning rate: -1"),
+        (
+            "adam",
+            {"betas": (0.9, 1.5)},
+            r"adam refuses betas=\(0\.9, 1\.5\).*: Invalid beta parameter at index 1",
+        ),
+        ("sgd", {"nesterov": True}, "sgd refuses nesterov=True.*: Nesterov momentum requires a momentum"),
+        ("nesterov", {"nesterov": False}, "nesterov: nesterov=False; for momentum without it make 'momentum'"),
+        ("adamw", {"weight_decay": "a"}, "weight_decay='a', expected a number of at least 0"),
+    ],
+)
+def test_what_cannot_be_made(name: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make(name, nn.Linear(3, 2), **options)
 
 
 def test_the_default_decay_of_adamw_is_on_weights_too() -> None:

@@ -84,6 +84,8 @@ def batch_norm_gradients(g: Tensor, v: Tensor, gamma: Tensor, *, eps: float = 1e
         eps: epsilon inside the variance.
     Returns:
         dL/dv, of v's shape, dL/dgamma and dL/dbeta, of shape (units,).
+    Raises:
+        InputError: g is not of v's shape, or gamma not of one number for each unit.
 
     Source: the derivatives of the equations of Aggarwal 2018, section 3.6, which leaves them to its book.
 
@@ -92,6 +94,13 @@ def batch_norm_gradients(g: Tensor, v: Tensor, gamma: Tensor, *, eps: float = 1e
     (tensor([[0.],
             [0.]]), tensor([-1.]), tensor([1.]))
     """
+    if g.shape != v.shape:
+        raise InputError(f"batch_norm_gradients: g of shape {tuple(g.shape)}, expected that of v, {tuple(v.shape)}")
+    if gamma.shape != v.shape[1:2]:
+        raise InputError(
+            f"batch_norm_gradients: gamma of shape {tuple(gamma.shape)}, expected one for each unit, "
+            f"{tuple(v.shape[1:2])}"
+        )
     over = [d for d in range(v.dim()) if d != 1]
     by_unit = [-1 if d == 1 else 1 for d in range(v.dim())]
     variance, mu = torch.var_mean(v, over, correction=0, keepdim=True)

@@ -31,7 +31,8 @@ def fold(model: nn.Module) -> nn.Module:
 
     Only neighbors within an `nn.Sequential`, at any depth of the model, are known to follow each other. A batch
     normalization stays where it stands elsewhere, where no linear layer is beside it, and in front of a convolution
-    with padding, whose border would not be shifted.
+    with padding, whose border would not be shifted; so does one with a forward hook on it, on the layer beside it or on
+    what is between them, as hooks may see and change what passes there.
 
     Args:
         model: with batch normalizations that hold the statistics to be used, see `population_statistics`. Linear
@@ -80,9 +81,9 @@ def _places(chain: nn.Sequential, n_uses: Counter[int]) -> list[_Place]:
     """All that runs one after the other, chains within the chain looked into; one that is used twice is not."""
     found = []
     for index, module in enumerate(chain):
-        if is_chain(module) and n_uses[id(module)] == 1:
+        if is_chain(module) and n_uses[id(module)] == 1 and not _is_hooked(module):
             found += _places(module, n_uses)
-        elif not isinstance(module, TRANSPARENT):
+        elif not isinstance(module, TRANSPARENT) or _is_hooked(module):
             found.append(_Place(chain, index))
     return found
 
@@ -92,7 +93,7 @@ def _fold_chain(places: list[_Place]) -> int:
     n, i = 0, 0
     while i < len(places):
         norm = places[i].module
-        if isinstance(norm, BATCH_NORMS) and norm.running_mean is not None:
+        if isinstance(norm, BATCH_NORMS) and norm.running_mean is not None and not _is_hooked(norm):
             folded = _neighbor(norm, places, i)
             if folded is not None:
                 place, layer = folded
@@ -124,8 +125,14 @@ def _n_inputs(module: Layer) -> int | None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """A layer as PyTorch made it: no subclass, no parametrized weight."""
+    """A layer as PyTorch made it: no subclass, no hook, no parametrized weight."""
+    if _is_hooked(module):
+        return False
     return type(module) in (nn.Linear, *CONVOLUTIONS) and "weight" in dict(module.named_parameters(recurse=False))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _has_border(module: Layer) -> bool:

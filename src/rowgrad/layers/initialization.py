@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from rowgrad.errors import InputError, ParameterError
 from rowgrad.layers.maxout import Maxout
+from rowgrad.layers.tied import TiedLinear
 
 SCHEMES: dict[str, Callable[[int, int], float]] = {
     "lecun": lambda r_in, r_out: math.sqrt(1 / r_in),
@@ -36,7 +37,7 @@ def initialize(
 
     | scheme   | standard deviation       | keeps the variance of                                         |
     |----------|--------------------------|---------------------------------------------------------------|
-    | lecun    | sqrt(1 / r)              | activations through linear layers, tanh near 0, `Maxout`      |
+    | lecun    | sqrt(1 / r)              | activations: linear layers, tanh near 0, `Maxout` of 2 pieces |
     | he       | sqrt(2 / r)              | activations through ReLU, which leaves half of the units at 0 |
     | glorot   | sqrt(2 / (r_in + r_out)) | activations and gradients, as well as both can be kept        |
     | constant | 0, all weights `value`   | shows why not: all units of a layer move in lockstep          |
@@ -52,7 +53,8 @@ def initialize(
     Returns:
         {name of the weight: its standard deviation}, everything that was drawn.
     Raises:
-        InputError: unknown scheme, a value missing or out of place, or no layer in the model that is known here.
+        InputError: unknown scheme, a value missing or out of place, no layer in the model that is known here, or one
+            without inputs.
         ParameterError: a weight that is parametrized (weight norm and the like) or not there yet (lazy layers).
 
     Source: Aggarwal 2018, section 3.3, "Symmetry Breaking" and "Sensitivity to Number of Inputs".
@@ -69,7 +71,7 @@ def initialize(
             weight = _weight(module, name, label)
             if id(weight) not in seen:
                 seen.add(id(weight))
-                found[label] = 0.0 if value is not None else SCHEMES[scheme](r_in, r_out)
+                found[label] = 0.0 if value is not None else _std(scheme, r_in, r_out, label)
                 _draw(weight, found[label], value, generator)
     if not found:
         raise InputError(f"initialize: no linear, convolutional or recurrent layer in the {type(model).__name__}")
@@ -105,6 +107,12 @@ def _fans(module: nn.Module) -> Fans:
                 yield name, p.shape[1], module.embed_dim
 
 
+def _std(scheme: str, r_in: int, r_out: int, label: str) -> float:
+    if r_in < 1 or r_out < 1:
+        raise InputError(f"initialize: {label} has {r_in} inputs and {r_out} outputs, expected at least 1 of both")
+    return SCHEMES[scheme](r_in, r_out)
+
+
 def _weight(module: nn.Module, name: str, label: str) -> Tensor:
     if parametrize.is_parametrized(module, name):
         raise ParameterError(f"{label} is parametrized and computed at each call: initialize before parametrizing it")
@@ -123,7 +131,7 @@ def _draw(weight: Tensor, std: float, value: float | None, generator: torch.Gene
 
 def _zero_biases(model: nn.Module) -> None:
     for module in model.modules():
-        if next(_fans(module), None) is not None:
+        if isinstance(module, TiedLinear) or next(_fans(module), None) is not None:
             for name, p in module.named_parameters(recurse=False):
                 if "bias" in name:
                     p.zero_()

@@ -22,6 +22,7 @@ class Maxout(nn.Module):
         in_features, out_features: as in `nn.Linear`.
         pieces: k, at least 2; default 2, as in the source.
         bias: whether pieces have biases; default True, the source writes none.
+        device, dtype: as in `nn.Linear`.
     Attributes:
         weight: shape (pieces * out_features, in_features), piece by piece.
         bias: shape (pieces * out_features,), or None.
@@ -41,13 +42,23 @@ class Maxout(nn.Module):
     True
     """
 
-    def __init__(self, in_features: int, out_features: int, *, pieces: int = 2, bias: bool = True) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        pieces: int = 2,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if pieces < 2:
             raise InputError(f"Maxout with pieces={pieces}: a maximum needs at least 2; for one use torch.nn.Linear")
         self.in_features, self.out_features, self.pieces = in_features, out_features, pieces
-        self.weight = nn.Parameter(torch.empty(pieces * out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(pieces * out_features)) if bias else None
+        n = pieces * out_features
+        self.weight = nn.Parameter(torch.empty(n, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(n, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,7 +95,8 @@ def hidden_penalties(model: nn.Module, penalties: Mapping[str, Penalty]) -> Iter
     Yields:
         A function from losses to penalized losses, both of shape (B,), to be called after the forward pass.
     Raises:
-        InputError: no penalties. The function raises others, see `HiddenPenalties`.
+        InputError: no penalties, or one that is neither a finite number nor a function. The function raises others,
+            see `HiddenPenalties`.
 
     Source: Aggarwal 2018, section 3.2, "Losses at Arbitrary Nodes".
 
@@ -107,6 +110,9 @@ def hidden_penalties(model: nn.Module, penalties: Mapping[str, Penalty]) -> Iter
     """
     if not penalties:
         raise InputError("hidden_penalties: no penalties; give {name of a module or an operation: penalty}")
+    for name, penalty in penalties.items():
+        if not (callable(penalty) or _is_strength(penalty)):
+            raise InputError(f"penalty at {name}: {penalty!r}, expected a finite number, or a function of hidden units")
     seen = HiddenPenalties(model, penalties)
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name in penalties}
     with ExitStack() as stack:
@@ -116,6 +122,12 @@ def hidden_penalties(model: nn.Module, penalties: Mapping[str, Penalty]) -> Iter
         if len(modules) < len(penalties):
             stack.enter_context(_Watch(seen._computed))
         yield seen
+
+
+def _is_strength(penalty: object) -> bool:
+    if isinstance(penalty, Tensor):
+        return penalty.numel() == 1 and bool(penalty.isfinite().all())
+    return isinstance(penalty, Real) and isfinite(penalty)
 
 
 def _keep(outputs: list[tuple[object, int]]) -> Callable[..., None]:

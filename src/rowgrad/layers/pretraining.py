@@ -41,7 +41,7 @@ def pretrain(
         inputs: the training examples, shape (N, ...), as `model` takes them.
         epochs: passes over the examples for each layer; default 20.
         lr: rate of Adam; default its usual 1e-3.
-        batch_size: default 64.
+        batch_size: default 64; a single example that would be left at the end of an epoch joins the last batch.
         noise: share of each layer's inputs set to 0 before they are encoded, drawn anew each time, while the
             reconstruction is compared with the whole (denoising); default 0, at most below 1.
         generator: of the order of the examples and the noise; default PyTorch's global generator, from which dropout
@@ -52,7 +52,7 @@ def pretrain(
         each epoch: epochs + 1 numbers, in squared units of what the layer is given.
     Raises:
         InputError: no `nn.Sequential`, fewer than two linear layers, a layer of another kind with parameters, no
-            examples, or a number out of its range.
+            examples, inputs that are not finite, or a number out of its range.
         NonFiniteError: the error overflowed; use a smaller rate.
 
     Source: Aggarwal 2018, sections 3.3 and 3.4, which name pretraining as a stronger initialization and leave it to a
@@ -67,6 +67,9 @@ def pretrain(
     prefix, blocks = _blocks(model)
     if len(inputs) == 0:
         raise InputError("pretrain: no examples")
+    if not bool(inputs.isfinite().all()):
+        bad = (~inputs.isfinite()).reshape(len(inputs), -1).any(1).nonzero()
+        raise InputError(f"pretrain: example {int(bad[0])} of the inputs holds inf or nan; leave it out, or repair it")
     modes = {module: module.training for module in model.modules()}
     errors: dict[str, tuple[float, ...]] = {}
     try:
@@ -129,6 +132,7 @@ def _leaves(chain: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Mo
             yield prefix + name, module
 
 
+@torch.enable_grad()
 def _epoch(
     autoencoder: nn.Sequential,
     optimizer: torch.optim.Optimizer,
@@ -139,13 +143,20 @@ def _epoch(
 ) -> None:
     place = generator.device if generator else None
     order = torch.randperm(len(h), generator=generator, device=place)
-    for index in order.to(h.device).split(batch_size):
+    for index in _batches(order.to(h.device), batch_size):
         given = h[index]
         drawn = torch.rand(given.shape, generator=generator, device=place).to(h.device)
         seen = given * (drawn >= noise) if noise else given
         optimizer.zero_grad()
         F.mse_loss(autoencoder(seen), given).backward()
         optimizer.step()
+
+
+def _batches(order: Tensor, size: int) -> Iterator[Tensor]:
+    """Batches of an order; a single example that would be left joins the last, since batch normalization has no
+    variance of one."""
+    n = max(1, len(order) // size + (len(order) % size > 1))
+    return (order[k * size : (k + 1) * size if k + 1 < n else len(order)] for k in range(n))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from rowgrad.errors import InputError
 from rowgrad.layers.activations import activation
@@ -24,9 +25,10 @@ class TiedLinear(nn.Module):
     Args:
         encoder: the layer to be undone, shape of its weight (hidden, inputs). It must be elsewhere in the model.
         bias: whether to add c, shape (inputs,), zeros at first; default True.
+        device, dtype: of c; default those of the encoder's weight.
     Shapes: input (..., hidden), output (..., inputs).
     Raises:
-        InputError: `encoder` is not an `nn.Linear`.
+        InputError: `encoder` is not an `nn.Linear`, or a lazy one that has no shape yet.
 
     Source: Aggarwal 2018, section 3.2, "Handling Shared Weights", eq. 7: dL/dw = sum over the copies of dL/dw_i.
 
@@ -38,13 +40,22 @@ class TiedLinear(nn.Module):
     torch.Size([3, 5])
     """
 
-    def __init__(self, encoder: nn.Linear, *, bias: bool = True) -> None:
+    def __init__(
+        self,
+        encoder: nn.Linear,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(encoder, nn.Linear):
             raise InputError(f"TiedLinear needs the torch.nn.Linear it undoes, found a {type(encoder).__name__}")
+        if isinstance(encoder.weight, UninitializedParameter):
+            raise InputError("TiedLinear: the encoder has no shape yet: run it once, then tie it")
         self._encoder = (encoder,)  # in a tuple, so that its parameters are not registered a second time
         like = encoder.weight
-        c = torch.zeros(encoder.in_features, dtype=like.dtype, device=like.device)
+        c = torch.zeros(encoder.in_features, dtype=dtype or like.dtype, device=device or like.device)
         self.bias = nn.Parameter(c) if bias else None
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import inf, isfinite
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ class GradientClip:
     2018 has it. The gradients of single examples are clipped by `rowgrad.clipped_loss`.
 
     Args:
-        params: as for `rowgrad.jacobian`; parameters without `.grad` count as 0.
+        params: as for `rowgrad.jacobian`; parameters without `.grad` count as 0, as do the entries that a sparse
+            gradient leaves out.
         bound: positive and finite.
         mode: "value", "norm" or "normalize".
     Call it after `backward` (and after `GradScaler.unscale_`), before `optimizer.step()`. It returns the norm
@@ -55,7 +57,7 @@ class GradientClip:
     def __init__(self, params: Params, bound: float, mode: str = "norm") -> None:
         if mode not in MODES:
             raise InputError(f"GradientClip: mode={mode!r}, expected one of: {', '.join(MODES)}")
-        if not 0 < bound < inf:
+        if not (isinstance(bound, Real) and 0 < bound < inf):
             raise InputError(f"GradientClip: bound={bound!r}, expected a positive finite number")
         self._parameters = named(params).by_name
         self.bound, self.mode = bound, mode
@@ -79,7 +81,7 @@ class GradientClip:
 
     @torch.no_grad()
     def __call__(self) -> float:
-        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        gradients = {name: _entries(p) for name, p in self._parameters.items() if p.grad is not None}
         norm = _norm(gradients)
         self._refuse_non_finite(gradients, norm)
         has_acted = self._clip_values(gradients) if self.mode == "value" else self._scale(gradients, norm)
@@ -102,9 +104,9 @@ class GradientClip:
 
     def _clip_values(self, gradients: Mapping[str, Tensor]) -> bool:
         outside = 0
-        for g in gradients.values():
+        for name, g in gradients.items():
             outside += int((g.abs() > self.bound).sum())
-            self._entries += g.numel()
+            self._entries += self._parameters[name].numel()
             g.clamp_(-self.bound, self.bound)
         self._outside += outside
         return outside > 0
@@ -124,6 +126,15 @@ class GradientClip:
         """Go on with a record."""
         for name in self.state_dict():
             setattr(self, name, state[name])
+
+
+def _entries(p: Tensor) -> Tensor:
+    """What `.grad` holds, to be changed in place: of a sparse one the entries that are not 0, each once."""
+    assert p.grad is not None
+    if p.grad.layout is not torch.sparse_coo:
+        return p.grad
+    p.grad = p.grad.coalesce()
+    return p.grad.values()
 
 
 def _norm(gradients: Mapping[str, Tensor]) -> float:

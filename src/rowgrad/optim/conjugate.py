@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rowgrad.curvature import Hessian, lanczos
+from rowgrad.errors import InputError
 from rowgrad.optim.second_order import (
     HALVINGS,
     LEAST_DAMPING,
@@ -17,14 +18,13 @@ from rowgrad.optim.second_order import (
     Closure,
     SecondOrder,
     along,
-    at_least_1,
     check_finite,
     checked,
     downhill,
     falls,
     is_at_rest,
+    is_number,
     loss_at_start,
-    non_negative,
     relaxed,
 )
 
@@ -127,9 +127,16 @@ class ConjugateGradient(SecondOrder):
         tol: float = 1e-10,
         delta: float | None = None,
     ) -> None:
-        non_negative("ConjugateGradient", damping=damping, tol=tol, delta=delta or 0.0)
-        at_least_1("ConjugateGradient", n=n)
-        super().__init__(params, {"n": n, "damping": damping, "tol": tol, "delta": delta})
+        options = {"n": n, "damping": damping, "tol": tol, "delta": delta}
+        self.check(options)
+        super().__init__(params, options)
+
+    def check(self, options: dict[str, Any]) -> None:
+        """Raise InputError for an option out of range, whichever of them are there."""
+        super().check(options)
+        delta = options.get("delta")
+        if delta is not None and not (is_number(delta) and delta > 0):
+            raise InputError(f"ConjugateGradient: delta={delta!r}, expected None or a positive number")
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]

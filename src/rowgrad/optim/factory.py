@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rowgrad.errors import InputError
+from rowgrad.errors import InputError, RowgradError
 from rowgrad.optim.conjugate import ConjugateGradient
 from rowgrad.optim.first_order import AdaGrad, Momentum, RMSProp
 from rowgrad.optim.gauss_newton import GaussNewton
 from rowgrad.optim.newton import Newton
 from rowgrad.optim.quasi_newton import BFGS, LBFGS
 from rowgrad.optim.rates import weight_groups
+from rowgrad.optim.second_order import is_number
 from rowgrad.parameters import Params, named
 
 Maker = Callable[..., torch.optim.Optimizer]
@@ -52,7 +53,8 @@ def make(
 
     "sgd", "adagrad", "rmsprop", "adadelta", "adam", "adamw", "nadam" and "radam" are PyTorch's; "momentum", "nesterov"
     and "rmsprop-nesterov" have the form of Aggarwal 2018; "newton", "conjugate-gradient", "bfgs", "lbfgs" and
-    "gauss-newton" are of second order: their `step` needs a closure.
+    "gauss-newton" are of second order: their `step` needs a closure. Between steps "nesterov" and "rmsprop-nesterov"
+    have the parameters ahead of the weights: evaluate, and save a finished model, in `with optimizer.at_weights():`.
 
     Args:
         name: one of these.
@@ -63,7 +65,8 @@ def make(
         options: the optimizer's own. `eps_inside=True` gives "adagrad" and "rmsprop" the source's sqrt(A + eps), where
             PyTorch has sqrt(A) + eps; the options are then those of `AdaGrad` and `RMSProp`.
     Raises:
-        InputError: an unknown name or option; the message lists those that exist.
+        InputError: an unknown name or option, and the message lists those that exist; an option that is not finite or
+            that the optimizer refuses, with its own words.
 
     >>> import torch
     >>> from rowgrad.optim import make
@@ -72,7 +75,7 @@ def make(
     >>> [(group["param_names"], group["weight_decay"]) for group in optimizer.param_groups]
     [(['weight'], 0.1), (['bias'], 0.0)]
     """
-    if name not in OPTIMIZERS:
+    if not isinstance(name, str) or name not in OPTIMIZERS:
         raise InputError(f"optimizer {name!r}: expected one of: {', '.join(OPTIMIZERS)}")
     maker = OPTIMIZERS[name]
     if name in WITH_EPS_INSIDE and options.pop("eps_inside", False):
@@ -83,10 +86,30 @@ def make(
     if wrong:
         extra = [*defaults, "eps_inside"] if maker is OPTIMIZERS[name] and name in WITH_EPS_INSIDE else [*defaults]
         raise InputError(f"{name} has no option {wrong[0]!r}; it has: {', '.join(extra)}")
+    _check(name, given)
     if name in SECOND_ORDER:
-        return maker(_groups(params, None), **given)
-    on_weights = given.pop("weight_decay", defaults["weight_decay"])
-    return maker(_groups(params, on_weights), **given, weight_decay=on_weights)
+        return _made(name, maker, _groups(params, None), given)
+    given.setdefault("weight_decay", defaults["weight_decay"])
+    return _made(name, maker, _groups(params, given["weight_decay"]), given)
+
+
+def _check(name: str, given: dict[str, Any]) -> None:
+    """What PyTorch's optimizers let through."""
+    for option, value in given.items():
+        if (option == "lr" or isinstance(value, float)) and not is_number(value):
+            raise InputError(f"{name}: {option}={value!r}, expected a finite number")
+    if name == "nesterov" and not given.get("nesterov", True):
+        raise InputError("nesterov: nesterov=False; for momentum without it make 'momentum'")
+
+
+def _made(name: str, maker: Maker, groups: list[Any], given: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        return maker(groups, **given)
+    except RowgradError:
+        raise
+    except (TypeError, ValueError) as error:
+        said = ", ".join(f"{option}={value!r}" for option, value in given.items())
+        raise InputError(f"{name} refuses {said or 'its parameters'}: {error}") from error
 
 
 def _options(maker: Maker) -> dict[str, Any]:

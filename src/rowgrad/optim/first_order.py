@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rowgrad.errors import GraphError, InputError
-from rowgrad.optim.second_order import non_negative
+from rowgrad.optim.second_order import is_number, non_negative
 
 
 class Marble(torch.optim.Optimizer):
@@ -20,15 +20,33 @@ class Marble(torch.optim.Optimizer):
     and any training loop works as it is; `at_weights()` puts them to W for a while.
     """
 
+    _is_at_weights = False
+
     def __init__(self, params: Iterable[Any], options: dict[str, Any]) -> None:
-        name = type(self).__name__
-        non_negative(name, lr=options["lr"], weight_decay=options["weight_decay"])
-        _share(name, beta=options["beta"])
+        _check(type(self).__name__, options)
         super().__init__(params, options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take a group of parameters with options of its own.
+
+        Raises:
+            InputError: an option out of range.
+        """
+        _check(type(self).__name__, param_group)
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """One update from `.grad`; with a closure, which computes the loss and calls backward, its loss."""
+        """One update from `.grad`; with a closure, which computes the loss and calls backward, its loss.
+
+        Raises:
+            InputError: inside `at_weights()`, whose end would undo it. GraphError: a sparse gradient.
+        """
+        if self._is_at_weights:
+            raise InputError(
+                f"{type(self).__name__}.step inside at_weights(), whose end puts the parameters back and would undo "
+                "it; take steps outside the block"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -71,7 +89,12 @@ class Marble(torch.optim.Optimizer):
 
     @contextmanager
     def at_weights(self) -> Iterator[None]:
-        """The parameters at W while the block runs, for validation or saving; then at W + beta V again, bit for bit."""
+        """The parameters at W while the block runs, for validation; then at W + beta V again, bit for bit.
+
+        A finished model is saved inside the block. A checkpoint to go on from, of the model and of this optimizer, is
+        saved outside: training goes on from W + beta V.
+        """
+        was_at_weights, self._is_at_weights = self._is_at_weights, True
         kept = [(p, p.detach().clone(), self.state[p]["shift"]) for p in self.state if self.state[p].get("shift")]
         try:
             with torch.no_grad():
@@ -79,6 +102,7 @@ class Marble(torch.optim.Optimizer):
                     self._unshift(p)
             yield
         finally:
+            self._is_at_weights = was_at_weights
             with torch.no_grad():
                 for p, shifted, shift in kept:
                     p.copy_(shifted)
@@ -130,7 +154,7 @@ class AdaGrad(Marble):
 
     Args:
         params, lr, weight_decay: as for `Momentum`.
-        eps: against division by 0.
+        eps: against division by 0; where it is 0, or too small for float16, and so is A_i, w_i stays.
         eps_inside: sqrt(A_i + eps), as the source has it; False for sqrt(A_i) + eps, as `torch.optim.Adagrad` has it.
     Raises:
         InputError: an option out of range. GraphError: a sparse gradient.
@@ -155,14 +179,13 @@ class AdaGrad(Marble):
         eps_inside: bool = True,
         weight_decay: float = 0.0,
     ) -> None:
-        non_negative("AdaGrad", eps=eps)
         options = {"lr": lr, "beta": 0.0, "nesterov": False, "weight_decay": weight_decay}
         super().__init__(params, {**options, "eps": eps, "eps_inside": eps_inside})
 
     def _scaled(self, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
         A = state.setdefault("A", torch.zeros_like(g))  # (15)
         A.addcmul_(g, g)
-        return g / _root(A, group)
+        return _over_root(g, A, group)
 
 
 class RMSProp(Marble):
@@ -176,7 +199,7 @@ class RMSProp(Marble):
         params, lr, weight_decay: as for `Momentum`.
         rho: share of A that is kept at each step, from 0 to below 1.
         beta: friction, from 0 to below 1.
-        eps: against division by 0.
+        eps: against division by 0; where it is 0, or too small for float16, and so is A_i, w_i stays.
         eps_inside: sqrt(A_i + eps), as the source has it; False for sqrt(A_i) + eps, as `torch.optim.RMSprop` has it.
     Raises:
         InputError: an option out of range. GraphError: a sparse gradient.
@@ -206,22 +229,25 @@ class RMSProp(Marble):
         eps_inside: bool = True,
         weight_decay: float = 0.0,
     ) -> None:
-        non_negative("RMSProp", eps=eps)
-        _share("RMSProp", rho=rho)
-        options = {"lr": lr, "beta": beta, "nesterov": beta > 0, "weight_decay": weight_decay}
+        options = {"lr": lr, "beta": beta, "nesterov": True, "weight_decay": weight_decay}
         super().__init__(params, {**options, "rho": rho, "eps": eps, "eps_inside": eps_inside})
 
     def _scaled(self, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
         A = state.setdefault("A", torch.zeros_like(g))  # (17), (18)
         A.mul_(group["rho"]).addcmul_(g, g, value=1 - group["rho"])
-        return g / _root(A, group)
+        return _over_root(g, A, group)
 
 
-def _root(A: Tensor, group: dict[str, Any]) -> Tensor:
-    return (A + group["eps"]).sqrt() if group["eps_inside"] else A.sqrt() + group["eps"]
+def _over_root(g: Tensor, A: Tensor, group: dict[str, Any]) -> Tensor:
+    """g over the root of A; 0 where that root is 0, as without eps where every g was 0."""
+    root = (A + group["eps"]).sqrt() if group["eps_inside"] else A.sqrt() + group["eps"]
+    return (g / root).masked_fill_(root == 0, 0)
 
 
-def _share(name: str, **options: float) -> None:
-    for option, value in options.items():
-        if not 0 <= value < 1:
+def _check(name: str, options: dict[str, Any]) -> None:
+    """Raise InputError for an option out of range, whichever of them are there."""
+    non_negative(name, **{option: options[option] for option in ("lr", "weight_decay", "eps") if option in options})
+    for option in ("beta", "rho"):
+        value = options.get(option, 0)
+        if not (is_number(value) and 0 <= value < 1):
             raise InputError(f"{name}: {option}={value!r}, expected a number from 0 to below 1")

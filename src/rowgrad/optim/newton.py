@@ -21,7 +21,6 @@ from rowgrad.optim.second_order import (
     downhill,
     is_at_rest,
     loss_at_start,
-    non_negative,
     relaxed,
 )
 
@@ -56,7 +55,7 @@ class Newton(SecondOrder):
     """
 
     def __init__(self, params: Iterable[Any], *, damping: float = 0.0) -> None:
-        non_negative("Newton", damping=damping)
+        self.check({"damping": damping})
         super().__init__(params, {"damping": damping})
         size = sum(p.numel() for p in self.parameters.values())
         if size > MOST_PARAMETERS:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import exp
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm as WEIGHT_NORM
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 
 from rowgrad.errors import InputError
 from rowgrad.optim.second_order import non_negative
@@ -75,7 +78,8 @@ def decay(optimizer: torch.optim.Optimizer, kind: str, k: float) -> torch.optim.
 def weight_groups(params: Params, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups for an optimizer: weights, which decay, and biases and the parameters of norms, which do not.
 
-    A weight is a parameter of two dimensions or more that belongs to no normalization and is not called a bias.
+    A weight is a parameter of two dimensions or more that belongs to no normalization and is not called a bias. Of
+    weight normalization the direction is one, the magnitude is not.
 
     Args:
         params: as for `rowgrad.jacobian`; only a module tells which parameters are those of norms.
@@ -104,4 +108,14 @@ def weight_groups(params: Params, weight_decay: float) -> list[dict[str, Any]]:
 
 def _of_norms(model: nn.Module) -> set[int]:
     norms: list[Tensor] = [p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)]
-    return {id(p) for p in norms}
+    return {id(p) for p in (*norms, *_magnitudes(model))}
+
+
+def _magnitudes(model: nn.Module) -> Iterator[Tensor]:
+    """The lengths that weight normalization, as a parametrization or as a hook, gives to weights."""
+    for module in model.modules():
+        if isinstance(module, ParametrizationList) and any(isinstance(p, WEIGHT_NORM) for p in module):
+            yield module.get_parameter("original0")
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                yield module.get_parameter(f"{hook.name}_g")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import isfinite
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -35,13 +36,20 @@ class SecondOrder(torch.optim.Optimizer):
         named(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take the one group of parameters."""
+        """Take the one group of parameters, with options of its own."""
         if self.param_groups:
             raise ParameterError(
                 f"{type(self).__name__}: a second group of parameters, expected one: its curvature belongs to all "
                 "parameters together"
             )
+        self.check(param_group)
         super().add_param_group(param_group)
+
+    def check(self, options: dict[str, Any]) -> None:
+        """Raise InputError for an option out of range, whichever of them are there."""
+        name = type(self).__name__
+        non_negative(name, **{option: options[option] for option in ("damping", "tol") if option in options})
+        at_least_1(name, n=options.get("n"))
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -140,17 +148,24 @@ def _shown(loss: Tensor) -> str:
     return f"{float(bad[0])}" + (f" for {len(bad)} of {len(values)} examples" if len(values) > 1 else "")
 
 
-def non_negative(name: str, **options: float) -> None:
-    """Raise InputError for an option below 0 or not finite."""
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, or a tensor of one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and bool(value.isfinite().all())
+    return isinstance(value, Real) and isfinite(value)
+
+
+def non_negative(name: str, **options: Any) -> None:
+    """Raise InputError for an option that is no finite number or below 0."""
     for option, value in options.items():
-        if not (isfinite(value) and value >= 0):
+        if not (is_number(value) and value >= 0):
             raise InputError(f"{name}: {option}={value!r}, expected a number of at least 0")
 
 
-def at_least_1(name: str, **options: int | None) -> None:
-    """Raise InputError for a count below 1; None is let through."""
+def at_least_1(name: str, **options: Any) -> None:
+    """Raise InputError for a count that is no whole number or below 1; None is let through."""
     for option, value in options.items():
-        if value is not None and value < 1:
+        if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
             raise InputError(f"{name}: {option}={value!r}, expected at least 1")
 
 

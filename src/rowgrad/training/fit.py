@@ -6,6 +6,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rowgrad.errors import DivergedError, InputError, NonFiniteError, RowgradErr
 from rowgrad.layers.batchnorm import population_statistics
 from rowgrad.optim.clipping import GradientClip
 from rowgrad.optim.factory import make
+from rowgrad.optim.first_order import Marble
 from rowgrad.optim.rates import decay, weight_groups
 from rowgrad.rows.build import grad_norms
 from rowgrad.training.checkpoint import load_state, save_state
@@ -174,13 +176,7 @@ def optimizer_for(model: nn.Module, recipe: Recipe, batch_size: int) -> torch.op
     options = dict(recipe.optimizer_options)
     if recipe.l2 and not recipe.is_second_order:
         options["weight_decay"] = recipe.l2
-    try:
-        return make(name, model, recipe.rate, **options)
-    except RowgradError:
-        raise
-    except (TypeError, ValueError) as error:
-        said = ", ".join(f"{k}={v}" for k, v in recipe.optimizer_options.items())
-        raise InputError(f"--optimizer-option {said}: {name} refuses it ({error})") from error
+    return make(name, model, recipe.rate, **options)
 
 
 class _Run:
@@ -284,13 +280,23 @@ class _Run:
                 progress(self.loop.step, total)
         except NonFiniteError as error:
             raise DivergedError(self._diverged(error)) from error
-        if self.recipe.bn_statistics == "population":
-            self._take_statistics()
-        val_loss, val_score = self._validated()
+        with self._at_weights():
+            if self.recipe.bn_statistics == "population":
+                self._take_statistics()
+            val_loss, val_score = self._validated()
         clipped = max((clip.share for clip in self.clips), default=None)
         mean = float(torch.cat(losses).double().mean())
         seconds = time.perf_counter() - start
         self.epochs.append(Epoch(self.loop.epoch, mean, val_loss, val_score, rate, clipped, seconds))
+
+    def _at_weights(self) -> AbstractContextManager[None]:
+        """The model at its weights, where Nesterov's momentum has it stand ahead of them between steps."""
+        optimizer = self.loop.optimizer
+        return optimizer.at_weights() if isinstance(optimizer, Marble) else nullcontext()
+
+    def _weights(self) -> dict[str, Tensor]:
+        with self._at_weights():
+            return {name: t.clone() for name, t in self.model.state_dict().items()}
 
     def _take_statistics(self) -> None:
         """Give batch normalization the statistics of the whole training part."""
@@ -334,14 +340,13 @@ class _Run:
             return
         earlier = [e.val_loss for e in self.epochs[:-1] if e.val_loss is not None]
         if now.val_loss < min(earlier, default=float("inf")):
-            self.best = {name: t.clone() for name, t in self.model.state_dict().items()}
+            self.best = self._weights()
             self.best_epoch = now.number
         elif self.recipe.patience and now.number - self.best_epoch >= self.recipe.patience:
             self.stopped = f"no better validation loss in {self.recipe.patience} epochs"
 
     def fitted(self) -> Fitted:
-        if self.best is not None:
-            self.model.load_state_dict(self.best)
+        self.model.load_state_dict(self._weights() if self.best is None else self.best)
         best = self.best_epoch or self.loop.epoch
         model = self.model.eval()
         scores = None if self.audit is None else self.audit.compute()
