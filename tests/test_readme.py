@@ -11,6 +11,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,19 @@ def test_the_code_of_the_page_on_sampling_runs() -> None:
         for block in found:
             exec(compile(block, "sampling.md", "exec"), names)
     assert bool(names["draw"].weight.isfinite().all())  # type: ignore[attr-defined]
+
+
+def test_the_code_of_the_page_on_auditing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        for block in blocks("python", "docs/auditing.md"):
+            exec(compile(block, "auditing.md", "exec"), names)
+            assert block.count("# +") <= 5, f"more than five lines added:\n{block}"
+            if "print(scores.order" in block:
+                assert {*range(6)} <= {*names["scores"].order()[:12].tolist()}
+    assert names["audit"].compute().times_seen.tolist() == [5] * 96
+    assert {p.name for p in tmp_path.iterdir()} == {"audit.html"}
 
 
 def test_links_lead_somewhere() -> None:

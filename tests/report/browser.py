@@ -43,6 +43,7 @@ class Seen:
 
 OVERFLOWING = """
 [...document.querySelectorAll('body *')]
+  .filter(e => e.matches('.scroll') || !e.closest('.scroll'))  // what lies in there can be scrolled to
   .filter(e => e.getBoundingClientRect().right > innerWidth + 0.5 && e.getClientRects().length)
   .map(e => e.tagName + '.' + e.getAttribute('class') + ': ' + (e.textContent || '').trim().slice(0, 60))
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from matplotlib import image
 
 from rowgrad.graph.lettering import number
-from rowgrad.report.charts import Line, line_chart, log_histogram
+from rowgrad.report.charts import Line, line_chart
 from rowgrad.report.thumbnails import data_uri
 
 # fmt: off
@@ -76,35 +75,6 @@ def test_all_zero_values_can_be_drawn() -> None:
 
 def test_titles_are_escaped() -> None:
     assert _chart(np.ones(3)).find("title").text == "t<"
-
-
-def _bars(groups: list[tuple[str, np.ndarray]], n_bins: int = 10) -> ElementTree.Element:
-    return _tree(
-        log_histogram(groups, n_bins=n_bins, width=600, height=200, x_label="norm", y_label="examples", title="t")
-    )
-
-
-def test_bars_count_every_value_once() -> None:
-    values = np.geomspace(0.01, 100, 400)
-    tree = _bars([("rest", values[::2]), ("marked", values[1::2])])
-    heights = dict.fromkeys(("rest", "marked"), 0.0)
-    for bar in tree.iter("rect"):
-        heights[bar.get("class")] += float(bar.get("height"))
-    assert heights["rest"] == pytest.approx(heights["marked"], rel=0.02)
-    top = max(float(element.text) for element in tree.iter("text") if element.get("class") == "tick end")
-    unit = 142 / top  # pixels for one value
-    assert sum(heights.values()) / unit == pytest.approx(400, rel=0.02)
-    assert {"0.01", "0.1", "1", "10", "100"} <= set(_texts(tree))
-
-
-@pytest.mark.parametrize("values", [np.zeros(5), np.full(5, 3.0), np.array([0.0, 2.0]), np.array([1e-30, 1e30])])
-def test_bars_of_strange_values(values: np.ndarray) -> None:
-    tree = _bars([("rest", values), ("marked", values[:0])])
-    numbers = [float(value) for bar in tree.iter("rect") for value in (bar.get("x"), bar.get("y"), bar.get("height"))]
-    assert numbers
-    assert np.isfinite(numbers).all()
-    assert min(numbers) >= 0
-    assert not re.search("nan|inf", ElementTree.tostring(tree, encoding="unicode"))
 
 
 @pytest.mark.parametrize(

@@ -120,12 +120,29 @@ def test_thumbnails_or_values(run: AuditRun) -> None:
 def test_plots_have_axes_with_units(run: AuditRun) -> None:
     page = _Page(render(run))
     charts = [attributes for tag, attributes in page.elements if tag == "svg"]
-    assert len(charts) == 2 * 6 + 2 + 4
+    is_labels = run.table.classes is not None
+    is_measured = any(epoch.noise_scale_error for epoch in run.epochs)
+    assert len(charts) == 2 * 6 + (2 if is_labels else 1) + 2 * is_measured + 4
     assert all(attributes["aria-label"] for attributes in charts)
-    unit = "sd²" if run.table.classes is None else "nats"
-    for label in (f"loss ({unit})", f"gradient norm ({unit} per unit of weight)", "epoch", "examples"):
+    unit = "nats" if is_labels else "sd²"
+    for label in (f"loss ({unit})", f"gradient norm ({unit} per unit of weight)", "epoch"):
         assert label in page.text
-    assert f"mean norm ({unit} per unit of weight), log scale" in page.text
+    assert ("noise scale (examples)" in page.text) is is_measured
+    assert "mean gradient norm, log scale" in page.text
+    assert ("confidence" in page.text) is is_labels
+
+
+def test_sections_of_any_audit(run: AuditRun) -> None:
+    page, classes = _Page(render(run)), run.table.classes
+    for name, mask in run.scores.flags.items():
+        assert f"{int(mask.sum())} {name}: " in page.text
+    matrices = sum(attributes.get("class") == "matrix" for _, attributes in page.elements)
+    assert matrices == (0 if classes is None else 1 + bool(run.scores.flagged.any()))
+    assert ("Classes that pull against each other" in page.text) is (classes is not None)
+    marked = sum(attributes.get("class") == "doubted" for _, attributes in page.elements)
+    expected = run.planted if classes is None else run.scores.flagged
+    assert marked == (0 if expected is None else (1 if classes is None else 2) * int(expected.sum()))
+    assert page.text.count("The result depends on the model") == 1
 
 
 def test_the_same_run_gives_the_same_page(run: AuditRun) -> None:

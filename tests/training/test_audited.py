@@ -250,3 +250,21 @@ def test_epochs_by_the_size_of_the_data(n: int, epochs: int) -> None:
 def test_no_hidden_layer_is_a_linear_model() -> None:
     run = audit_table(_small(), Settings(epochs=1, hidden=()))
     assert run.n_parameters == 4 * 3 + 3
+
+
+def test_the_conflict_of_classes_is_that_of_their_gradients() -> None:
+    run = audit_table(read_table("iris"), Settings(epochs=3))
+    assert run.conflict is not None
+    assert run.conflict.shape == (3, 3)
+    torch.testing.assert_close(run.conflict, run.conflict.T)
+    assert (run.conflict.diagonal() > run.conflict[0, 2]).all()  # flowers of a kind agree; the kinds apart do not
+    assert audit_table(read_table("diabetes"), Settings(epochs=1)).conflict is None
+
+
+def test_the_noise_scale_of_each_epoch_has_an_error_or_is_left_out() -> None:
+    for epoch in audit_table(read_table("digits"), Settings(epochs=2, lr=1e-4, dropout=0)).epochs:
+        assert epoch.noise_scale is not None
+        assert epoch.noise_scale_error is not None
+        assert 0 < epoch.noise_scale_error < epoch.noise_scale < 100  # hardly learned: examples still agree
+    (alone,) = audit_table(read_table("iris"), Settings(epochs=1, batch_size=150)).epochs
+    assert alone.noise_scale_error is None  # a single batch

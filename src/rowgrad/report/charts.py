@@ -126,43 +126,6 @@ def _roomy(low: float, high: float) -> tuple[float, float]:
     return low / room, high * room
 
 
-def log_histogram(
-    groups: Sequence[tuple[str, np.ndarray]],
-    *,
-    n_bins: int,
-    width: int,
-    height: int,
-    x_label: str,
-    y_label: str,
-    title: str,
-) -> Markup:
-    """Stacked counts of positive values in bins of equal ratio; a value of 0 counts in the first bin."""
-    values = np.concatenate([group for _, group in groups])
-    positive = values[values > 0]
-    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (0.1, 10.0)
-    if high < low * 1.1:  # all alike: some room around them
-        low, high = low / 2, high * 2
-    edges = np.geomspace(low, high, n_bins + 1)
-    counts = [np.histogram(group.clip(low, high), edges)[0] for _, group in groups]
-    y_ticks = _ticks(0, float(np.sum(counts, axis=0).max()), whole=True)
-    frame = _Frame(width, height, (np.log10(low), np.log10(high)), (0, y_ticks[-1]))
-    parts = _axes(frame, _decades(low, high), y_ticks, x_label, y_label, log=True)
-    below = np.zeros(n_bins)
-    for (style, _), count in zip(groups, counts, strict=True):
-        parts += [_bar(frame, style, edges[k : k + 2], below[k], count[k]) for k in range(n_bins) if count[k]]
-        below += count
-    return _svg(frame, parts, title)
-
-
-def _bar(frame: _Frame, style: str, edges: np.ndarray, below: float, count: float) -> str:
-    left, right = (frame.x(float(np.log10(edge))) for edge in edges)
-    top, bottom = frame.y(below + count), frame.y(below)
-    return (
-        f'<rect class="{style}" x="{left + 0.5:.1f}" y="{top:.1f}" width="{max(right - left - 1, 0.5):.1f}" '
-        f'height="{bottom - top:.1f}"/>'
-    )
-
-
 def _axes(
     frame: _Frame,
     x_ticks: Sequence[float],

@@ -10,11 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rowgrad.graph.lettering import number, percent
-from rowgrad.report.charts import Line, line_chart, log_histogram
+from rowgrad.report.charts import Line, Series, line_chart, plot
 from rowgrad.report.metrics import versions
 from rowgrad.report.scores import readable, targets_text
 from rowgrad.report.thumbnails import data_uri
-from rowgrad.training.audited import AuditRun
+from rowgrad.training.audited import N_COMPARED, AuditRun
+from rowgrad.uses import sections
 from rowgrad.uses.planted import PlantedScores, score_planted
 
 N_LISTED = (12, 60)  # suspects on the page: at least, at most
@@ -87,7 +88,10 @@ def render(run: AuditRun, command: Sequence[str] = ()) -> str:
             _curves(run, suspect, position)
             for suspect, position in zip(suspects, _listed(run)[:N_CURVES], strict=False)
         ],
-        histograms={"wide": _histogram(run, WIDE, 260, 48), "narrow": _histogram(run, NARROW, 220, 24)},
+        sections=_sections(run),
+        style=Markup(sections.STYLE),
+        n_compared=min(N_COMPARED, len(run.rows)),
+        noise={"wide": _noise(run, WIDE), "narrow": _noise(run, NARROW)},
         training={"wide": _training(run, WIDE // 2 - 40), "narrow": _training(run, NARROW)},
         loss_unit=loss_unit(run),
         norm_unit=norm_unit(run),
@@ -224,22 +228,52 @@ def _training(run: AuditRun, width: int) -> list[Markup]:
     ]
 
 
-def _histogram(run: AuditRun, width: int, height: int, n_bins: int) -> Markup:
-    norms = run.norms.mean(dim=0).numpy()
-    marked = _marked(run)
-    groups = [("rest", norms[~marked]), ("marked", norms[marked])]
-    return log_histogram(
-        groups,
-        n_bins=n_bins,
+def _noise(run: AuditRun, width: int) -> Markup | None:
+    """The noise scale by epoch, where it has a finite error; None where it is nowhere."""
+    found = [(epoch.number, epoch.noise_scale) for epoch in run.epochs if epoch.noise_scale and epoch.noise_scale_error]
+    if not found:
+        return None
+    x, y = np.array(found).T
+    return plot(
+        [Series(x, y, "tried")],
         width=width,
-        height=height,
-        x_label=f"mean norm ({norm_unit(run)}), log scale",
-        y_label="examples",
-        title="Distribution of the mean gradient norm over the audited examples",
+        height=220,
+        x_label="epoch",
+        y_label="noise scale (examples), log scale",
+        title="gradient noise scale over training",
     )
 
 
-def _marked(run: AuditRun) -> np.ndarray:
-    """The examples to mark among all: the flagged ones, or for a regression the planted ones."""
-    marked = run.scores.flagged if run.scores.flagged is not None else run.planted
-    return np.zeros(len(run.rows), dtype=bool) if marked is None else marked.numpy()
+def _sections(run: AuditRun) -> dict[str, Markup]:
+    """What the page of any audit shows, by name; empty where there is nothing to show."""
+    scores, classes = run.scores, run.table.classes
+    marked = run.planted if scores.flagged is None else scores.flagged
+    found = {
+        "summary": sections.summary(scores),
+        "data_map": sections.data_map(scores),
+        "ranked_norms": sections.ranked_norms(scores, marked),
+        "given_by_suggested": sections.given_by_suggested(scores, classes),
+        "conflict": "" if run.conflict is None else sections.conflict_matrix(run.conflict, classes),
+        "caveats": sections.caveats(scores, _caveats(run)),
+    }
+    return {name: Markup(html) for name, html in found.items()}
+
+
+def _caveats(run: AuditRun) -> list[str]:
+    """What holds of this way to audit, and of this run."""
+    if run.table.classes is None:
+        found = ["Errors smaller than the scatter of the target cannot be told from it."]
+    else:
+        found = [
+            "A network that predicts more of the given labels than can be right needs fewer <code>--epochs</code>.",
+            "The suggestion can only be one of the labels that occur in the data.",
+        ]
+    if run.planted is None:
+        told = "How many errors this run finds is not known: <code>--flip 0.1</code> measures it with a known share."
+    elif run.table.classes is None:
+        told = (
+            "Planted errors are drawn at random and some hardly change the target; real ones may be easier or harder."
+        )
+    else:
+        told = "Planted errors are drawn at random. Real ones concentrate on hard examples: expect to find fewer."
+    return [*found, told]

@@ -1,9 +1,11 @@
 """Train a model on a table and audit its examples in that same training."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,12 +14,17 @@ from rowgrad.data.corrupt import flip_labels, permute_targets
 from rowgrad.data.split import split_rows
 from rowgrad.data.table import Table, standardize
 from rowgrad.errors import InputError, NonFiniteError
+from rowgrad.rows.build import jacobian
 from rowgrad.training.cost import Cost, measure_cost, update
 from rowgrad.training.mlp import adam, mlp
 from rowgrad.training.settings import Settings
 from rowgrad.training.step import Criterion, Trainee, label_losses, squared_losses
 from rowgrad.uses.audit import Audit
+from rowgrad.uses.noise import Noise, NoiseScale
 from rowgrad.uses.scores import AuditScores
+from rowgrad.uses.sections import class_conflict
+
+N_COMPARED = 500  # examples whose gradients are compared in pairs
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,8 @@ class Epoch:
     """What one pass over the audited examples showed, each example measured just before the step that used it.
 
     accuracy: share whose most probable label is the given one; None for regression.
+    noise_scale: the gradient noise scale in examples, over about the last hundred steps, and its standard error; None
+        where undefined.
     """
 
     number: int
@@ -32,6 +41,8 @@ class Epoch:
     median_norm: float
     largest_norm: float
     accuracy: float | None
+    noise_scale: float | None
+    noise_scale_error: float | None
     seconds: float
 
 
@@ -43,6 +54,7 @@ class AuditRun:
     given: the targets that were trained on; `planted` marks those that were corrupted on purpose (None: none were).
     scores: as computed by the audit.
     losses, norms: each example's loss and gradient norm in each epoch, shape (epochs, n).
+    conflict: mean cosine between the gradients of two classes after the training, (K, K); None for regression.
     held_out: score on the rows that were not audited: accuracy, or R^2 for regression; None where all were audited.
     """
 
@@ -56,6 +68,7 @@ class AuditRun:
     scores: AuditScores
     losses: torch.Tensor
     norms: torch.Tensor
+    conflict: torch.Tensor | None
     epochs: tuple[Epoch, ...]
     held_out: float | None
     n_parameters: int
@@ -145,6 +158,7 @@ def _audit(
         scores=record.audit.compute(),
         losses=record.losses,
         norms=record.norms,
+        conflict=_conflict(problem, model, generator),
         epochs=tuple(record.epochs),
         held_out=_held_out_score(problem, model),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -204,6 +218,7 @@ def _train(
     n_epochs = settings.epochs_for(n)
     total = n_epochs * -(-n // batch_size)
     record = _Record(Audit(n, problem.n_classes), *torch.zeros(2, n_epochs, n).unbind(), epochs=[])
+    noise = NoiseScale()
     for epoch in range(n_epochs):
         start, n_correct = time.perf_counter(), 0
         for index in torch.randperm(n, generator=generator).split(batch_size):
@@ -211,13 +226,18 @@ def _train(
             step = trainee.step_with_rows(problem.inputs[index], targets)
             with _divergence_told(f"in epoch {epoch + 1}", settings):
                 update(record.audit, index, step, targets)
+            noise.update(norms=step.norms, mean_norm=nn.utils.get_total_norm(_gradients(trainee.model)))
             record.losses[epoch, index], record.norms[epoch, index] = step.losses, step.norms
             n_correct += int((step.outputs.argmax(dim=1) == targets).sum())
             done += 1
             progress(done, total)
         accuracy = None if problem.n_classes is None else n_correct / n
-        record.epochs.append(_summary(epoch, record, accuracy, time.perf_counter() - start))
+        record.epochs.append(_summary(epoch, record, accuracy, noise.running, time.perf_counter() - start))
     return record
+
+
+def _gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 @contextlib.contextmanager
@@ -228,7 +248,7 @@ def _divergence_told(when: str, settings: Settings) -> Iterator[None]:
         raise InputError(f"training diverged {when} at --lr {settings.lr:g} ({error}); use a smaller --lr") from error
 
 
-def _summary(epoch: int, record: _Record, accuracy: float | None, seconds: float) -> Epoch:
+def _summary(epoch: int, record: _Record, accuracy: float | None, noise: Noise, seconds: float) -> Epoch:
     losses, norms = record.losses[epoch], record.norms[epoch]
     return Epoch(
         number=epoch + 1,
@@ -236,8 +256,20 @@ def _summary(epoch: int, record: _Record, accuracy: float | None, seconds: float
         median_norm=float(norms.median()),
         largest_norm=float(norms.max()),
         accuracy=accuracy,
+        noise_scale=noise.scale if math.isfinite(noise.scale) else None,
+        noise_scale_error=noise.error if math.isfinite(noise.error) else None,
         seconds=seconds,
     )
+
+
+def _conflict(problem: _Problem, model: nn.Module, generator: torch.Generator) -> torch.Tensor | None:
+    """Of at most `N_COMPARED` examples, drawn at random."""
+    if problem.n_classes is None:
+        return None
+    shown = torch.randperm(len(problem.targets), generator=generator)[:N_COMPARED]
+    losses = problem.criterion(model.eval()(problem.inputs[shown]), problem.targets[shown])
+    cosines = cast(torch.Tensor, jacobian(losses, model).cosines())
+    return class_conflict(cosines, problem.targets[shown], problem.n_classes)
 
 
 @torch.no_grad()

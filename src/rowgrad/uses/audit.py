@@ -19,6 +19,7 @@ from rowgrad.uses.calibration import calibrate as calibrated
 from rowgrad.uses.calibration import draw_shifts
 from rowgrad.uses.page import audit_page
 from rowgrad.uses.scores import AuditScores
+from rowgrad.uses.select import select
 from rowgrad.uses.tables import scores_table
 
 # Accumulated for each example, in float64: counts are exact up to 2^53.
@@ -247,6 +248,43 @@ class Audit:
             scores["calibration"] = calibrated(doubted[is_seen], mean_loss[is_seen], planted[is_seen], self.n_classes)
             scores["flagged"] = doubted & ~planted
         return AuditScores(rank=_ranks(mean_loss, planted), **scores)
+
+    def select(
+        self,
+        keep: float = 0.4,
+        drop_top: str | float = "flags",
+        *,
+        prefer: str = "high",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Positions of the examples to train on: the suspicious left out, then a share of all kept.
+
+        On digits, a fresh network trained on 40% of 1257 examples reached a test accuracy of .972 with the highest
+        losses among the unflagged and of .953 with 40% at random; with 20% wrong labels .962 against .776, and .951 at
+        random among the unflagged. Of 20% kept, the highest losses were no better than random among the unflagged; of
+        10% they were worse (.869 against .906, with 20% wrong labels .813 against .908). The lowest were always worse.
+        All standard errors are below .025 (`examples/select_examples.py`). Other data may differ: compare with random.
+
+        Args:
+            keep: share of the examples seen, above 0 and at most 1; where fewer are left, all of these are kept.
+            drop_top: what to leave out first: "flags", those that are likely mislabelled; a share (float) or a number
+                (int) of the ranking by mean loss. Examples never seen, and planted ones, are always left out.
+            prefer: of the rest the "high" mean losses, "low" ones, or "random" ones.
+            generator: draws the random ones; None takes one of its own with seed 0.
+        Returns:
+            int64, ascending.
+        Warns:
+            RowgradWarning: where random was measured to be better: "low"; "high" with less than a fifth kept, or with
+                flagged examples making up over a twentieth of what is kept.
+        Raises:
+            InputError: an argument is out of range, or there are no flags, for want of labels.
+
+        >>> audit = Audit(5)
+        >>> audit.update(torch.arange(5), losses=torch.tensor([0.1, 9.0, 0.3, 0.4, 0.2]))
+        >>> audit.select(0.4, drop_top=1)
+        tensor([2, 3])
+        """
+        return select(self.compute(), keep, drop_top, prefer, generator)
 
     def table(self, to: str | PathLike[str] = "polars") -> Any:
         """The scores as a table, one row per example; see `rowgrad.uses.tables.scores_table`.

@@ -19,7 +19,7 @@ MOST_DOTS = 3000  # examples drawn in a chart; of more, every second, third, ...
 MOST_CLASSES = 20  # rows of a matrix; of more classes those with the largest entries
 NAME = 18  # characters of a class in a matrix
 WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 22, 40
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 32, 50  # room for the larger letters of narrow screens
 
 STYLE = """
 .audit svg { display: block; width: 100%; max-width: 760px; height: auto; overflow: visible; }
@@ -28,6 +28,7 @@ STYLE = """
 .audit svg .usual { fill: var(--rest); fill-opacity: 0.55; stroke: none; }
 .audit svg .doubted { fill: var(--mark); fill-opacity: 0.9; stroke: none; }
 .audit svg .curve { fill: none; stroke: var(--rest); stroke-width: 2; }
+@media (max-width: 760px) { .audit svg text { font-size: 18px; } }
 .audit .found { list-style: none; margin: 12px 0 0; padding: 0; }
 .audit .found li { margin: 0 0 6px; } .audit .found b { display: inline-block; min-width: 3.5em; text-align: right;
   margin-right: 10px; font-variant-numeric: tabular-nums; }
@@ -76,8 +77,12 @@ def data_map(scores: AuditScores) -> str:
     return _svg(parts, "Confidence by variability of each example")
 
 
-def ranked_norms(scores: AuditScores) -> str:
-    """Mean gradient norms from the largest to the smallest on a logarithmic scale; empty without norms."""
+def ranked_norms(scores: AuditScores, marked: Tensor | None = None) -> str:
+    """Mean gradient norms from the largest to the smallest on a logarithmic scale; empty without norms.
+
+    Args:
+        marked: mask of the examples to mark, (N,); None marks the flagged ones.
+    """
     if scores.mean_norm is None:
         return ""
     order = scores.mean_norm.nan_to_num(nan=-1).argsort(descending=True, stable=True)
@@ -94,8 +99,9 @@ def ranked_norms(scores: AuditScores) -> str:
         for k, v in zip(shown.tolist(), places[shown].tolist(), strict=True)
     )
     parts.append(f'<polyline class="curve" points="{points}"/>')
-    if scores.flagged is not None:
-        for k in _thinned(scores.flagged[order].nonzero()[:, 0]).tolist():
+    marked = scores.flagged if marked is None else marked
+    if marked is not None:
+        for k in _thinned(marked[order].nonzero()[:, 0]).tolist():
             parts.append(
                 f'<circle class="doubted" cx="{_x(k / (len(order) - 1)):.1f}" cy="{_y(float(places[k])):.1f}" r="2.6"/>'
             )
@@ -153,12 +159,12 @@ OF_QUANTITIES = ("A large loss may be a wrong target, a missing input, or an unu
 OF_FLIPS = ("Flips fall at random. Real errors concentrate on hard examples, so expect to find fewer of them.",)
 
 
-def caveats(scores: AuditScores) -> str:
-    """What the page does not prove."""
+def caveats(scores: AuditScores, further: Sequence[str] = ()) -> str:
+    """What the page does not prove; `further` are caveats of its own, as HTML."""
     found = [*ALWAYS, *(OF_QUANTITIES if scores.flagged is None else OF_LABELS)]
     if scores.calibration is not None:
         found += OF_FLIPS
-    return f'<ul class="plain">{"".join(f"<li>{text}</li>" for text in found)}</ul>'
+    return f'<ul class="plain">{"".join(f"<li>{text}</li>" for text in (*found, *further))}</ul>'
 
 
 def _names(classes: Sequence[str] | None, n: int) -> list[str]:
@@ -205,7 +211,7 @@ def _y(share: float) -> float:
 def _axes(
     across: tuple[float, float], up: tuple[float, float], x_label: str, y_label: str, decades: bool = False
 ) -> list[str]:
-    parts = [f'<text x="0" y="11">{escape(y_label)}{", log scale" if decades else ""}</text>']
+    parts = [f'<text x="0" y="13">{escape(y_label)}{", log scale" if decades else ""}</text>']
     for share in _steps(int(up[1] - up[0])) if decades else (0.0, 0.25, 0.5, 0.75, 1.0):
         value = up[0] + share * (up[1] - up[0])
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{_y(share):.1f}" x2="{WIDTH - RIGHT}" y2="{_y(share):.1f}"/>')
@@ -214,7 +220,7 @@ def _axes(
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         value = across[0] + share * (across[1] - across[0])
         shown = number(round(value)) if decades else number(value)
-        parts.append(f'<text class="middle" x="{_x(share):.1f}" y="{HEIGHT - BOTTOM + 16}">{shown}</text>')
+        parts.append(f'<text class="middle" x="{_x(share):.1f}" y="{HEIGHT - BOTTOM + 21}">{shown}</text>')
     parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}">{escape(x_label)}</text>')
     return parts
 

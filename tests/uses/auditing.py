@@ -1,0 +1,90 @@
+"""The loop that audits are compared with; run as a program, one of two processes that audit together (gloo)."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+import rowgrad as rg
+from rowgrad.uses.scores import AuditScores
+
+N, CLASSES = 16, 3
+
+
+def points() -> Tensor:
+    return torch.randn(N, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def labels() -> Tensor:
+    return torch.randint(CLASSES, (N,), generator=torch.Generator().manual_seed(2))
+
+
+def build() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+
+
+def norms_one_by_one(losses: Tensor, model: nn.Module) -> Tensor:
+    parameters = [*model.parameters()]
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    return torch.stack([torch.cat([g.flatten() for g in row]).norm() for row in rows])
+
+
+def audited(*, calibrate: float = 0.0, skip: tuple[int, int] | None = None) -> rg.Audit:
+    """Three epochs in order of position, without rows; the step `skip`, (epoch, step), is audited and not taken."""
+    audit, model = rg.Audit(N, CLASSES, calibrate=calibrate), build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for epoch in range(3):
+        for step, index in enumerate(torch.arange(N).split(4)):
+            y = audit.plant(index, labels()[index])
+            logits = model(points()[index])
+            losses = F.cross_entropy(logits, y, reduction="none")
+            audit.update(index, losses=losses, norms=norms_one_by_one(losses, model), logits=logits, labels=y)
+            optimizer.zero_grad()
+            losses.mean().backward()
+            if (epoch, step) != skip:
+                optimizer.step()
+    return audit
+
+
+def equal(one: AuditScores, other: AuditScores, rtol: float = 1e-6) -> None:
+    """Field by field; sums of floats may be rounded otherwise."""
+    for field in dataclasses.fields(one):
+        values, expected = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(values, Tensor):
+            torch.testing.assert_close(values, expected, rtol=rtol, atol=1e-9, equal_nan=True, msg=field.name)
+        else:
+            assert values == expected, field.name
+
+
+def audit(rank: int) -> None:
+    """Each process trains on every other example; both hold the audit of one process with batches twice as large."""
+    found = rg.Audit(N, CLASSES, gather=True)
+    model = DistributedDataParallel(build())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dataset = rg.Indexed(TensorDataset(points(), labels()))
+    for _ in range(3):
+        for index, x, y in DataLoader(dataset, batch_size=2, sampler=DistributedSampler(dataset, shuffle=False)):
+            logits = model(x)
+            J = rg.jacobian(F.cross_entropy(logits, y, reduction="none"), model)
+            found.update(index, losses=J.losses, norms=J.norms(), logits=logits, labels=y)
+            optimizer.zero_grad()
+            J.loss(1 / len(J)).backward()
+            optimizer.step()
+    equal(found.compute(), audited().compute())
+    assert int(index[0]) % 2 == rank, "both processes saw the same examples"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[3]), world_size=2)
+    {"audit": audit}[sys.argv[1]](int(sys.argv[3]))
+    dist.destroy_process_group()
