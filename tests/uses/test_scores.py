@@ -112,3 +112,19 @@ def test_what_is_missing_is_named(to: str, library: str, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(InputError, match=f"needs {library}; install it with pip install "):
         _audit().table(to)
+
+
+def test_where_all_norms_are_restless_none_spikes() -> None:
+    """Dropout lifts many norms to six times their mean; only the one that rises to thirty stands out."""
+    n, generator = 100, torch.Generator().manual_seed(0)
+    audit = Audit(n)
+    for visit in range(20):
+        norms = torch.full((n,), 0.5)
+        norms[visit * 5 : visit * 5 + 5] = 6 + torch.rand(5, generator=generator)
+        norms[7] = 100.0 if visit == 9 else 0.5
+        audit.update(torch.arange(n), losses=torch.rand(n, generator=generator), norms=norms)
+    scores = audit.compute()
+    assert scores.peak_norm is not None
+    assert scores.mean_norm is not None
+    assert int((scores.peak_norm > 5 * scores.mean_norm).sum()) == n
+    assert scores.flags["spiking"].nonzero().flatten().tolist() == [7]

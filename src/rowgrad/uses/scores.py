@@ -78,7 +78,8 @@ class AuditScores:
         never learned: the prediction was wrong at every one of at least two visits.
         redundant: never forgotten once learned, and its self-influence (without norms its mean loss) is below a tenth
             of the median.
-        spiking: at a visit after the second, its norm was its largest, five times its mean and above the median peak.
+        spiking: at a visit after the second, its norm was its largest, above the median peak, five times its mean and
+            beyond Tukey's fence for that ratio, as dropout makes all norms restless.
         """
         may = self.times_seen > 0 if self.planted is None else (self.times_seen > 0) & ~self.planted
         doubted = torch.zeros_like(may) if self.flagged is None else self.flagged
@@ -136,8 +137,7 @@ class AuditScores:
     @cached_property
     def _fence(self) -> float:
         others = self.mean_loss if self.flagged is None else self.mean_loss[~self.flagged]
-        low, high = _quantiles(others, 0.25, 0.75)
-        return high + FENCE * (high - low)
+        return _fence(others)
 
     @property
     def _pull(self) -> Tensor:
@@ -159,11 +159,18 @@ class AuditScores:
         if self.peak_norm is None or self.mean_norm is None or self.peak_visit is None:
             return None
         high = self.peak_norm > _quantiles(self.peak_norm, 0.5)[0]
-        return high & (self.peak_norm > SPIKE * self.mean_norm) & (self.peak_visit >= LATE)
+        times = self.peak_norm / self.mean_norm
+        return high & (times > max(SPIKE, _fence(times))) & (self.peak_visit >= LATE)
 
 
 def _visits(n: int) -> str:
     return "one visit" if n == 1 else f"{n} visits"
+
+
+def _fence(values: Tensor) -> float:
+    """Far above the middle half."""
+    low, high = _quantiles(values, 0.25, 0.75)
+    return high + FENCE * (high - low)
 
 
 def _quantiles(values: Tensor, *shares: float) -> list[float]:
