@@ -20,6 +20,10 @@ RowgradError
 RowgradWarning                   something is right but not as expected (a slow exact path)
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class RowgradError(Exception):
     """Base of every error that rowgrad raises on purpose."""
@@ -66,7 +70,12 @@ class InputError(RowgradError, ValueError):
 
 
 class DivergedError(InputError):
-    """A training ended in losses that are not finite: its options do not suit the data."""
+    """A training ended in losses that are not finite: its options do not suit the data.
+
+    `fitted` is what came of the epochs before, a `rowgrad.training.fit.Fitted`; None if there was none.
+    """
+
+    fitted: Any = None
 
 
 class UserCodeError(InputError):

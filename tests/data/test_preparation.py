@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits, load_wine
 from sklearn.decomposition import PCA
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from rowgrad.data.preparation import prepare
@@ -32,11 +33,23 @@ def test_a_constant_feature_becomes_zero() -> None:
 
 def test_whitening_is_principal_components_of_variance_one() -> None:
     train = WINE[:100]
-    found = prepare(train, "whiten", 0)
-    white = found(train).double()
-    torch.testing.assert_close(white.T @ white / len(train), torch.eye(13, dtype=torch.float64), rtol=1e-4, atol=1e-4)
-    expected = PCA(whiten=True).fit(train.numpy()).transform(WINE.numpy()) * (100 / 99) ** 0.5
-    np.testing.assert_allclose(np.abs(found(WINE).numpy()), np.abs(expected), rtol=1e-3, atol=1e-4)
+    for kind, steps in (("whiten", [StandardScaler()]), ("whiten-raw", [])):
+        found = prepare(train, kind, 0)
+        white = found(train).double()
+        torch.testing.assert_close(white.T @ white / 100, torch.eye(13, dtype=torch.float64), rtol=1e-4, atol=1e-4)
+        pipeline = make_pipeline(*steps, PCA(whiten=True)).fit(train.numpy())
+        expected = pipeline.transform(WINE.numpy()) * (100 / 99) ** 0.5
+        np.testing.assert_allclose(np.abs(found(WINE).numpy()), np.abs(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_whitening_does_not_depend_on_units() -> None:
+    """Of the wines as they are measured, four directions are dropped for the small units of their features."""
+    assert prepare(WINE, "whiten").n_outputs == 13
+    assert prepare(WINE, "whiten-raw").n_outputs == 9
+    units = 10.0 ** torch.arange(-6, 7)
+    torch.testing.assert_close(
+        prepare(WINE * units, "whiten")(WINE * units).abs(), prepare(WINE, "whiten")(WINE).abs(), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_whitening_drops_directions_without_variance() -> None:
@@ -44,7 +57,7 @@ def test_whitening_drops_directions_without_variance() -> None:
     found = prepare(DIGITS, "whiten")
     assert found.n_outputs == 61
     twice = torch.cat([WINE, WINE[:, :1]], dim=1)
-    assert prepare(twice, "whiten", 1e-12).n_outputs == 13
+    assert prepare(twice, "whiten").n_outputs == 13
     assert float(found(DIGITS).std(0, correction=0).sub(1).abs().max()) < 1e-4
 
 

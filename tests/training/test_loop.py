@@ -161,7 +161,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError("disk full")
 
     monkeypatch.setattr("rowgrad.training.checkpoint.os.fsync", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=r"s: cannot be written \(disk full\); make room"):
         save_state(path, {"a": torch.zeros(2)})
     assert torch.equal(load_state(path)["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["s"]

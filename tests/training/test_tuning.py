@@ -162,7 +162,36 @@ def test_runs_whose_gradients_vanish_are_ended_for_that() -> None:
     assert [t.state for t in left.trials] == ["completed"] * 2
 
 
+def test_runs_that_cannot_be_made_are_told_and_replaced() -> None:
+    space = {"norm": {"values": ["none", "batch-pre"]}, "act": {"values": ["relu", "maxout"]}}
+    found = tune(IRIS, space, RECIPE, replace(PLAN, search="grid", trials=None, trial_epochs=1))
+    killed = [t for t in found.trials if t.state == "killed"]
+    assert [t.point for t in killed] == [{"norm": "batch-pre", "act": "maxout"}] or not killed
+    found = tune(IRIS, {"act": {"values": ["relu", "rleu"]}}, RECIPE, replace(PLAN, trials=2, trial_epochs=1))
+    killed = [t for t in found.trials if t.state == "killed"]
+    assert all(t.why.startswith("cannot be made: activation 'rleu'") for t in killed)
+    assert sum(t.state == "completed" for t in found.trials) == 2
+
+
+def test_a_search_that_fits_no_run_leaves_nothing(tmp_path: Path) -> None:
+    for recipe in (replace(RECIPE, act="rleu"), replace(RECIPE, optimizer="adma")):
+        with pytest.raises(InputError, match=r"none of 15 runs was completed\. .*cannot be made"):
+            tune(IRIS, SPACE, recipe, PLAN, directory=tmp_path / "search")
+        assert not (tmp_path / "search").exists()
+
+
 # Files
+
+
+def test_damaged_files_are_told(tmp_path: Path) -> None:
+    plan, recipe = replace(PLAN, trials=1, trial_epochs=1, winners=1), replace(RECIPE, epochs=1)
+    tune(IRIS, SPACE, recipe, plan, directory=tmp_path)
+    (tmp_path / "study.db").write_text("no database, but long enough to have a header of its own" * 20)
+    with pytest.raises(InputError, match=r"study.db: not a study, or a damaged one .*; name another --out"):
+        tune(IRIS, SPACE, recipe, plan, directory=tmp_path, resume=True)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config.json: not the configuration of a search"):
+        tune(IRIS, SPACE, recipe, plan, directory=tmp_path, resume=True)
 
 
 def test_a_finished_search_is_read_and_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

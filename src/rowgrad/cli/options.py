@@ -68,7 +68,9 @@ def recipe(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> Recipe:
     """How to train."""
-    prepare = "whiten" if whiten else "standardize" if standardize else "none"
+    prepare = "standardize" if standardize else "none"
+    if whiten:
+        prepare = "whiten" if standardize else "whiten-raw"
     return Recipe(
         model=model,
         act=act,

@@ -19,12 +19,13 @@ from rowgrad.cli.output import kind_of, write_text
 from rowgrad.cli.progress import progress_bar
 from rowgrad.data.readers import read_table
 from rowgrad.data.table import Table
-from rowgrad.errors import InputError
+from rowgrad.errors import DivergedError, InputError
 from rowgrad.files import whole
 from rowgrad.report.history import history_page
 from rowgrad.report.metrics import versions
 from rowgrad.report.scores import frame_of
 from rowgrad.training.fit import CHECKPOINT, Fitted, fit
+from rowgrad.training.problem import constant_loss
 from rowgrad.training.recipe import Recipe
 from rowgrad.training.saved import Ensemble, Predictor, load_model, save_model
 
@@ -52,24 +53,32 @@ def train(
     scores.parquet, and keeps a checkpoint after each epoch: a run that is stopped goes on with --resume to the same
     bits.
     """
-    if monitor < 0 or check_grad < 0:
-        raise InputError(f"--monitor {monitor} --check-grad {check_grad}: at least 0")
+    for name, value in (("--monitor", monitor), ("--check-grad", check_grad)):
+        if value < 0:
+            raise InputError(f"{name} {value}: at least 0")
     directory = out or Path(f"rowgrad-train-{Path(data).stem}")
     table = read_table(data, needs_target=recipe.kind != "autoencoder", **reading)
     for note in table.notes:
         Console().print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
-    with _begun(directory, resume), _warnings_as_lines(), progress_bar("training") as progress:
-        found = fit(
-            table,
-            recipe,
-            directory=directory,
-            resume=resume,
-            monitor=monitor,
-            check_grad=check_grad,
-            audit=audit,
-            progress=progress,
-        )
-    _write(found, table, directory, ["rowgrad", *context.obj])
+    command = ["rowgrad", *context.obj]
+    try:
+        with _begun(directory, resume), _warnings_as_lines(), progress_bar("training") as progress:
+            found = fit(
+                table,
+                recipe,
+                directory=directory,
+                resume=resume,
+                monitor=monitor,
+                check_grad=check_grad,
+                audit=audit,
+                progress=progress,
+            )
+    except DivergedError as error:
+        if error.fitted is not None:  # what came of the epochs before
+            _write(error.fitted, table, directory, command)
+            _summarize(error.fitted, directory)
+        raise
+    _write(found, table, directory, command)
     _summarize(found, directory)
 
 
@@ -136,6 +145,12 @@ def _summarize(found: Fitted, directory: Path) -> None:
             f"Best epoch {found.best}: loss {best.val_loss:.4g}, {name} {best.val_score:.4g} on "
             f"{len(found.problem.val):,} examples held out."
         )
+    n_features, n_kept = found.problem.prepared.axes.shape[0], found.problem.prepared.n_outputs
+    if n_kept < n_features:
+        lines.append(f"Whitening kept {n_kept} of {n_features} directions; the others hardly vary.")
+    if found.problem.val.numel() and best.val_loss is not None and best.val_loss > constant_loss(found.problem):
+        lines.append("This is worse than one answer for all examples; lower --lr.")
+    lines += [f"Gradients {check}." for check in found.checks]
     if found.scores is not None:
         counts = ", ".join(f"{int(mask.sum()):,} {name}" for name, mask in found.scores.flags.items())
         lines.append(f"Of {len(found.problem.train):,} training examples: {counts}; see scores.parquet.")

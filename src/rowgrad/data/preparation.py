@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rowgrad.errors import InputError
 
+KINDS = ("none", "center", "standardize", "whiten", "whiten-raw")
 LEAST_VARIANCE = 1e-6  # of a direction, over the largest, below which whitening drops it
 
 
@@ -17,7 +18,7 @@ class Preparation:
     """(features - center) @ axes, in float32.
 
     Attributes:
-        kind: "none", "center", "standardize" or "whiten".
+        kind: "none", "center", "standardize", "whiten" or "whiten-raw".
         center: shape (d,).
         axes: shape (d,) to scale each feature by itself, or (d, k) to turn them into k directions.
     """
@@ -55,14 +56,15 @@ def prepare(features: Tensor, kind: str = "standardize", least_variance: float =
     Args:
         features: of the training part, shape (N, d).
         kind: "none"; "center" (mean 0); "standardize" (mean 0, variance 1, by the population's deviation; a constant
-            feature becomes 0); "whiten" (principal directions, each of variance 1).
-        least_variance: directions of less variance over the largest are dropped by "whiten": they are noise, and
+            feature becomes 0); "whiten" (principal directions of the standardized features, each of variance 1);
+            "whiten-raw" (of the features as they are, where those in small units are dropped).
+        least_variance: directions of less variance over the largest are dropped by whitening: they are noise, and
             would be blown up.
     Raises:
         InputError: an unknown kind, no examples, or nothing left after whitening.
     """
-    if kind not in {"none", "center", "standardize", "whiten"}:
-        raise InputError(f"preparation {kind!r}: expected none, center, standardize or whiten")
+    if kind not in KINDS:
+        raise InputError(f"preparation {kind!r}: expected {', '.join(KINDS)}")
     if len(features) == 0:
         raise InputError("there are no training examples to take means and deviations from")
     values = features.double()
@@ -72,9 +74,11 @@ def prepare(features: Tensor, kind: str = "standardize", least_variance: float =
         return Preparation(kind, center, ones)
     deviation = values.std(0, correction=0)
     deviation[deviation <= 1e-12 * center.abs()] = 0  # a constant whose mean was rounded
+    scales = torch.where(deviation > 0, 1 / deviation, 0)
     if kind == "standardize":
-        return Preparation(kind, center, torch.where(deviation > 0, 1 / deviation, 0))
-    return Preparation(kind, center, _whitening(values - center, least_variance))
+        return Preparation(kind, center, scales)
+    scales = scales if kind == "whiten" else ones
+    return Preparation(kind, center, scales[:, None] * _whitening((values - center) * scales, least_variance))
 
 
 def prepare_steps(features: Tensor, steps: tuple[int, int], lengths: Tensor, kind: str) -> Preparation:
@@ -84,7 +88,7 @@ def prepare_steps(features: Tensor, steps: tuple[int, int], lengths: Tensor, kin
     Raises:
         InputError: as for `prepare`, or "whiten", which would mix steps.
     """
-    if kind == "whiten":
+    if kind.startswith("whiten"):
         raise InputError("whitening turns all features together and would mix the steps of a sequence; standardize")
     there = torch.arange(steps[0]) < lengths[:, None]
     found = prepare(features.view(len(features), *steps)[there], kind)

@@ -31,13 +31,18 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: the state holds something else; names where.
+        InputError: it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     tree = _packed(state, "", tensors)
-    with whole(path) as stage:
-        save_file(tensors, stage, metadata={"format": FORMAT, "state": json.dumps(tree)})
-        with stage.open("rb") as file:
-            os.fsync(file.fileno())
+    try:
+        with whole(path) as stage:
+            save_file(tensors, stage, metadata={"format": FORMAT, "state": json.dumps(tree)})
+            with stage.open("rb") as file:
+                os.fsync(file.fileno())
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be written ({said}); make room, or name another directory") from error
 
 
 def load_state(path: Path) -> dict[str, Any]:

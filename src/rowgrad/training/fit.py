@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ MATRICES = {
     "bfgs": 10_000,
     "gauss-newton": 10_000,
 }  # rows at most; Newton's is split into eigenvectors
+LEARNED = 1e-4  # mean loss below which float32 leaves too few digits of a gradient to check
 CHECKED, N_ENTRIES = 16, 20  # examples and entries of a gradient check
 
 
@@ -81,6 +83,7 @@ class Fitted:
         best: number of the epoch whose weights the model has.
         stopped: why training ended.
         scores: of the training part in its order, where it was audited.
+        checks: what each check of the gradients came to.
         resolved: what the recipe left open, as it was used: batch size, options of the optimizer, number of parameters.
     """
 
@@ -93,6 +96,7 @@ class Fitted:
     stopped: str = ""
     resolved: dict[str, Any] = field(default_factory=dict)
     scores: AuditScores | None = None
+    checks: tuple[str, ...] = ()
 
 
 def fit(
@@ -128,12 +132,14 @@ def fit(
     Raises:
         InputError: options that do not fit the data, or a checkpoint of another run.
         DivergedError: a loss that is not finite, with what `rowgrad.diagnose` finds; the checkpoint is that of the last
-            good epoch.
+            good epoch, and `fitted` is what came of the good ones.
     Warns:
         RowgradWarning: an audit with batch normalization, which costs a backward pass for each example.
     """
     recipe = recipe or Recipe()
     problem = pose(table, recipe, parts)
+    if check_grad > recipe.epochs:
+        raise InputError(f"--check-grad {check_grad}: at most once before each of --epochs {recipe.epochs}")
     run = _Run(recipe, problem, directory)
     run.judge = judge
     run.checked = {round(k * recipe.epochs / check_grad) for k in range(check_grad)}
@@ -143,7 +149,12 @@ def fit(
         run.load(load_state(directory / CHECKPOINT))
     if monitor:
         run.watch(monitor)
-    run.train(progress)
+    try:
+        run.train(progress)
+    except DivergedError as error:
+        run.stopped = f"epoch {len(run.epochs) + 1} diverged"
+        error.fitted = run.fitted() if run.epochs else None
+        raise
     return run.fitted()
 
 
@@ -174,6 +185,8 @@ def optimizer_for(model: nn.Module, recipe: Recipe, batch_size: int) -> torch.op
             f"for at most {most:,}; use --optimizer conjugate-gradient or lbfgs, which form none"
         )
     options = dict(recipe.optimizer_options)
+    if name == "lbfgs":
+        options = {"n": 1} | options  # an epoch is one step, as for the others
     if recipe.l2 and not recipe.is_second_order:
         options["weight_decay"] = recipe.l2
     return make(name, model, recipe.rate, **options)
@@ -202,6 +215,7 @@ class _Run:
         self.best: dict[str, Any] | None = None
         self.best_epoch, self.stopped = 0, ""
         self.checked: set[int] = set()
+        self.checks: list[str] = []
         self.monitor: Monitor | None = None
         self.judge: Judge = lambda epoch, findings: None
         self.audit: Audit | None = None
@@ -308,9 +322,17 @@ class _Run:
     def _check(self) -> None:
         loop = self.loop
         index = loop.order(loop.epoch)[: min(loop.batch_size, CHECKED)]
+        when = f"before epoch {loop.epoch + 1}"
+        chosen = self.problem.train[index]
+        outputs = outputs_of(self.model, *self.problem.given(chosen))
+        loss = float(self.problem.criterion(outputs, self.problem.targets[chosen]).mean())
+        if loss < LEARNED:
+            self.checks.append(f"{when} not checked: with a loss of {loss:.2g} gradients are rounding")
+            return
         report = check_gradients(lambda: self._losses(index), self.model, N_ENTRIES)
         if not report.ok:
-            raise InputError(f"before epoch {loop.epoch + 1} the gradients are wrong: {report}")
+            raise InputError(f"{when} the gradients are wrong:\n{report}")
+        self.checks.append(f"{when} right")
 
     def _diverged(self, error: Exception) -> str:
         """The message, with what the diagnosis finds on the batch of the step that was not taken."""
@@ -318,11 +340,12 @@ class _Run:
         index = loop.batch(loop.order(loop.epoch), loop.step % loop.steps_per_epoch)
         try:
             findings = diagnose(self._losses(index), self.model).findings
-            said = "; ".join(f"{f.kind} at {f.where}: {f.evidence}. {f.remedy}" for f in findings[:1])
+            said = "".join(f"{f.kind}, {f.where}: {f.evidence}. {f.remedy}." for f in findings[:1])
         except RowgradError:
             said = ""
+        advice = "Lower --lr, or clip with --clip-norm." if not self.recipe.is_second_order else ""
         kept = "" if self.directory is None or loop.epoch == 0 else f" The checkpoint of epoch {loop.epoch} is kept."
-        return f"training diverged: {error}. {said or 'Lower --lr, or clip with --clip-norm'}.{kept}"
+        return " ".join(part for part in (f"training diverged: {error}.", advice, said, kept.strip()) if part)
 
     def _validated(self) -> tuple[float | None, float | None]:
         problem = self.problem
@@ -338,7 +361,7 @@ class _Run:
         now = self.epochs[-1]
         if now.val_loss is None:
             return
-        earlier = [e.val_loss for e in self.epochs[:-1] if e.val_loss is not None]
+        earlier = [e.val_loss for e in self.epochs[:-1] if e.val_loss is not None and isfinite(e.val_loss)]
         if now.val_loss < min(earlier, default=float("inf")):
             self.best = self._weights()
             self.best_epoch = now.number
@@ -351,7 +374,16 @@ class _Run:
         model = self.model.eval()
         scores = None if self.audit is None else self.audit.compute()
         return Fitted(
-            self.recipe, self.problem, model, self.monitor, self.epochs, best, self.stopped, self.resolved(), scores
+            self.recipe,
+            self.problem,
+            model,
+            self.monitor,
+            self.epochs,
+            best,
+            self.stopped,
+            self.resolved(),
+            scores,
+            tuple(self.checks),
         )
 
     def resolved(self) -> dict[str, Any]:
@@ -364,6 +396,8 @@ class _Run:
             "optimizer": type(optimizer).__name__,
             "optimizer_options": {name: value for name, value in optimizer.defaults.items() if name not in UNSAID},
             "n_parameters": sum(p.numel() for p in self.model.parameters()),
+            "n_inputs": self.problem.prepared.n_outputs,
+            "gradient_checks": self.checks,
         }
 
     def state(self) -> dict[str, Any]:
@@ -377,6 +411,7 @@ class _Run:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "stopped": self.stopped,
+            "checks": self.checks,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -388,6 +423,11 @@ class _Run:
             raise InputError(
                 f"{(self.directory or Path()) / CHECKPOINT} is of another run: {', '.join(changed)}. Resume with the "
                 "options of the first run (--epochs may grow), or choose another --out"
+            )
+        if len(state["epochs"]) > self.recipe.epochs:
+            raise InputError(
+                f"--epochs {self.recipe.epochs}: the run in {self.directory} has done {len(state['epochs'])}; name as "
+                "many or more"
             )
         self.loop.load_state_dict(state["loop"])
         if state["data"] != self.data:
@@ -401,3 +441,4 @@ class _Run:
             clip.load_state_dict(record)
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         self.best, self.best_epoch, self.stopped = state["best"], state["best_epoch"], state["stopped"]
+        self.checks = list(state["checks"])

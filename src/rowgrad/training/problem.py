@@ -76,6 +76,15 @@ def score(outputs: Tensor, targets: Tensor, is_classes: bool) -> float:
     return float(1 - residual / spread) if float(spread) > 0 else float("nan")
 
 
+def constant_loss(problem: Problem) -> float:
+    """Validation loss of answering every example alike, by the training part's frequencies or mean."""
+    train, val = problem.targets[problem.train], problem.targets[problem.val]
+    if problem.classes is None:
+        return float(0.5 * (val - train.mean(0)).square().mean())
+    shares = torch.bincount(train, minlength=len(problem.classes)).double().clamp_min(1) / len(train)
+    return float(-shares.log()[val].mean())
+
+
 def split(table: Table, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Positions of the training part and of the part held out, both ascending."""
     generator = torch.Generator().manual_seed(seed_of(recipe.seed, SPLIT))
@@ -96,7 +105,7 @@ def pose(table: Table, recipe: Recipe, parts: tuple[Tensor, Tensor] | None = Non
     """Split, if the parts are not given, and prepare; everything fitted is fitted on the training part."""
     train, val = split(table, recipe) if parts is None else parts
     table = table.with_medians_of(train)
-    if table.images is not None and recipe.kind == "cnn" and recipe.prepare == "whiten":
+    if table.images is not None and recipe.kind == "cnn" and recipe.prepare.startswith("whiten"):
         raise InputError("--model cnn needs images, and whitened pixels are none; leave out --whiten, or use mlp")
     if table.steps is not None and table.lengths is not None:
         prepared = prepare_steps(table.features[train], table.steps, table.lengths[train], recipe.prepare)
@@ -106,7 +115,7 @@ def pose(table: Table, recipe: Recipe, parts: tuple[Tensor, Tensor] | None = Non
         prepared = prepare(table.features[train], recipe.prepare)
         inputs = prepared(table.features)
         shape = (inputs.shape[1],)
-    if table.images is not None and recipe.prepare != "whiten":
+    if table.images is not None and not recipe.prepare.startswith("whiten"):
         image = table.images[..., None] if table.images.ndim == 3 else table.images
         shape = (image.shape[3], image.shape[1], image.shape[2])
         inputs = inputs.view(len(inputs), *shape[1:], shape[0]).movedim(-1, 1).contiguous()

@@ -40,7 +40,7 @@ class Recipe:
         clip_mode: "norm": clip_norm caps the norm; "normalize": every gradient is given that norm.
         bn_statistics: what batch normalization uses outside training: "running" averages over the batches, or the
             "population" statistics of the training part, taken anew after each epoch.
-        prepare: "none", "center", "standardize" or "whiten".
+        prepare: see `rowgrad.data.preparation.prepare`.
         batch_size: None takes a power of two from 32 to 256 by the number of examples; with an optimizer of second
             order the whole training part, so that an epoch is one step.
         epochs: at most.

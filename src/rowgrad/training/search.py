@@ -15,12 +15,14 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
-from math import ceil, isclose, isfinite
+from math import ceil, inf, isclose, isfinite
 from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy.exc
 import torch
 from optuna.distributions import (
     BaseDistribution,
@@ -38,6 +40,7 @@ from rowgrad.errors import DivergedError, InputError
 from rowgrad.files import whole
 from rowgrad.training.fit import Epoch, fit
 from rowgrad.training.loop import seed_of
+from rowgrad.training.problem import constant_loss, pose
 from rowgrad.training.recipe import Recipe
 from rowgrad.training.space import Axis, Space, Value, recipe_at
 
@@ -180,6 +183,11 @@ class Search:
                 space = space.narrowed(ranked(t for t in self.trials() if t.round < number)[0].point, self.space)
             self._round(number, space)
 
+    @cached_property
+    def constant(self) -> float:
+        """What a run that has learned nothing comes to, see `constant_loss`."""
+        return constant_loss(pose(self.data.table, self.recipe, (self.data.train, self.data.val)))
+
     def trials(self) -> list[Trial]:
         """All runs so far, in order."""
         return [_trial(frozen) for frozen in self.study.get_trials(deepcopy=False)]
@@ -221,7 +229,7 @@ class Search:
             trial.set_user_attr(name, value)
         try:
             recipe = replace(recipe_at(self.recipe, point), epochs=self.plan.trial_epochs, seed=seed)
-            watch = _Watch(trial, self.plan, self._progress(), constant_loss(self.data))
+            watch = _Watch(trial, self.plan, self._progress(), self.constant)
             n = len(self.data.train)
             every = -(-n // recipe.batch_size_for(n)) if self.plan.diagnose else 0
             parts = self.data.train, self.data.val
@@ -229,8 +237,7 @@ class Search:
         except DivergedError as error:
             return self._kill(trial, str(error))
         except InputError as error:
-            self.study.tell(trial, state=TrialState.FAIL)
-            raise InputError(f"the run of {shown(point)} cannot be made: {error}") from error
+            return self._kill(trial, f"cannot be made: {error}")
         if watch.why:
             return self._kill(trial, watch.why)
         best = fitted.epochs[fitted.best - 1]
@@ -278,6 +285,7 @@ class _Watch:
     progress: Callable[[int], None]
     constant: float
     why: str = ""
+    best: float = inf
 
     def __call__(self, epoch: Epoch, findings: tuple[Seen, ...]) -> str | None:
         assert epoch.val_loss is not None  # a search has examples held out
@@ -286,6 +294,7 @@ class _Watch:
             self.why = f"epoch {epoch.number}: the validation loss is {epoch.val_loss:g}"
             return self.why
         self.trial.report(epoch.val_loss, epoch.number)
+        self.best = min(self.best, epoch.val_loss)
         if epoch.number == self.plan.trial_epochs:
             return None
         self.why = self._diagnosed(epoch, findings) or self._left_behind(epoch)
@@ -296,14 +305,13 @@ class _Watch:
         if late or loss is None or loss < LEARNING * self.constant:
             return ""
         seen = next((s for s in findings if is_fatal(s)), None)
-        return "" if seen is None else f"{seen.finding.kind} at {seen.finding.where}: {seen.finding.evidence}"
+        return "" if seen is None else f"{seen.finding.kind}, {seen.finding.where}: {seen.finding.evidence}"
 
     def _left_behind(self, epoch: Epoch) -> str:
         if not self.trial.should_prune():
             return ""
-        return (
-            f"epoch {epoch.number}: loss {epoch.val_loss:.4g}, behind the better {self.plan.keep:.0%} of earlier runs"
-        )
+        share = f"{self.plan.keep:.0%}"
+        return f"epoch {epoch.number}: loss down to {self.best:.4g}, behind the better {share} of earlier runs"
 
 
 class _Behind(BasePruner):
@@ -334,16 +342,6 @@ def _best_until(trial: FrozenTrial, epoch: int) -> float:
 def ranked(trials: Iterable[Trial]) -> list[Trial]:
     """The completed runs, the lowest validation loss first."""
     return sorted((t for t in trials if t.loss is not None), key=lambda t: (t.loss, t.number))
-
-
-def constant_loss(data: Data) -> float:
-    """Validation loss of answering every example alike, by the training part's frequencies or mean."""
-    targets = data.table.targets
-    train, val = targets[data.train], targets[data.val]
-    if data.table.classes is None:
-        return float(0.5 * ((val - train.mean()) / train.std(correction=0)).square().mean())
-    shares = torch.bincount(train, minlength=data.table.n_outputs).double().clamp_min(1) / len(train)
-    return float(-shares.log()[val].mean())
 
 
 def is_fatal(seen: Seen) -> bool:
@@ -434,8 +432,11 @@ def opened(path: Path | None, plan: Plan) -> Iterator[optuna.Study]:
         if not path.exists():
             with whole(path) as stage, _storage(stage) as storage:
                 _study(storage, plan)
-        with _storage(path) as storage:
-            yield _study(storage, plan)
+        try:
+            with _storage(path) as storage:
+                yield _study(storage, plan)
+        except sqlalchemy.exc.DatabaseError as error:
+            raise InputError(f"{path}: not a study, or a damaged one ({error.orig}); name another --out") from error
     finally:
         logger.setLevel(level)
 

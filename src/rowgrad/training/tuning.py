@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def tune(
     within = {int(k): place for place, k in enumerate(rest)}
     train, val = (torch.tensor([within[int(k)] for k in parts[name]]) for name in ("train", "val"))
     work = _Work(table, Data(table.take(rest), train, val), parts, space, recipe, plan, directory, progress)
-    with opened(None if directory is None else directory / STUDY, plan) as study:
+    with _emptied(directory, resume), opened(None if directory is None else directory / STUDY, plan) as study:
         search = Search(space, plan, recipe, work.data, study, work.searched)
         if directory is not None and (directory / RESULT).exists():
             if not ranked(search.trials()):
@@ -244,6 +245,8 @@ def _begin(directory: Path, config: dict[str, Any], resume: bool) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not the configuration of a search ({error}); name another --out") from error
+    if not isinstance(before, dict):
+        raise InputError(f"{path}: not the configuration of a search; name another --out")
     changed = list(_changes(before, config))
     if changed:
         raise InputError(
@@ -263,6 +266,20 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
                 said = name.replace("_", "-") if head == "--" else name
                 found.append(f"{head}{said} {new.get(name)} instead of {old.get(name)}")
     return found
+
+
+@contextmanager
+def _emptied(directory: Path | None, resume: bool) -> Iterator[None]:
+    """A new search that comes to nothing, as its options fit no run, leaves nothing."""
+    try:
+        yield
+    except InputError:
+        if directory is not None and not resume:
+            for name in (CONFIG, STUDY):
+                (directory / name).unlink(missing_ok=True)
+            if not any(directory.iterdir()):
+                directory.rmdir()
+        raise
 
 
 def _make(directory: Path) -> None:
