@@ -219,3 +219,29 @@ def test_gradients_are_handed_over_and_not_copied(monkeypatch: pytest.MonkeyPatc
         model.zero_grad(set_to_none=True)
         backward(rg.jacobian(model(torch.randn(5, 3)).square().sum(1), model))
         assert places == {name: p.grad.data_ptr() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_rows_that_overflow_for_their_scale_reach_the_scaler() -> None:
+    """With weight 0 in place of nan a scaler would go on doubling, and the longest gradients would be left out."""
+    model = torch.nn.Linear(3, 1)
+    x = torch.tensor([[1.0, 2.0, 3.0], [1e3, 1e3, 1e3]])
+
+    def gradient(scale: float, bound: object = 1.0) -> torch.Tensor:
+        model.zero_grad()
+        rg.clipped_loss(100 * model(x).squeeze(1), model, bound, loss_scale=scale).backward()
+        return model.weight.grad
+
+    with torch.no_grad():
+        model.weight.fill_(1e-4)
+    assert gradient(1.0).isfinite().all()
+    torch.testing.assert_close(gradient(1024.0), gradient(1.0))
+    for bound in (1.0, {"weight": 1.0, "bias": 1.0}):
+        assert not gradient(1e37, bound).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_many_positions_keep_their_digits_in_half_precision(dtype: torch.dtype) -> None:
+    losses = torch.full((2, 8192), 10.0, dtype=dtype)
+    assert rg.per_example(losses).tolist() == [10, 10]
+    assert rg.per_example(losses).dtype == dtype
+    assert rg.per_example(torch.full((1, 1000), 3.0, dtype=dtype)).item() == 3

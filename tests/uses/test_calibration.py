@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import rowgrad as rg
 from rowgrad.errors import InputError
+from rowgrad.uses.audit import Audit
 from rowgrad.uses.calibration import calibrate, wilson
 
 N, CLASSES = 200, 5
@@ -169,3 +170,41 @@ def test_without_a_seen_flip_nothing_is_known() -> None:
     found = calibrate(torch.tensor([True]), torch.ones(1), torch.tensor([False]), n_classes=2)
     assert (found.low, found.high) == (0.0, 1.0)
     assert found.recall != found.recall
+
+
+@pytest.mark.parametrize(
+    ("index", "labels", "said"),
+    [
+        ([0, 1], [1, 3], "labels run from 1 to 3; expected 0 to 2"),
+        ([0, 100], [1, 1], "index runs from 0 to 100; this audit has examples 0 to 99"),
+        ([-1, 1], [1, 1], "index runs from -1 to 1"),
+        ([0, 1], [1], r"labels have shape \(1,\); expected one per example, \(2,\)"),
+    ],
+)
+def test_what_cannot_be_planted_is_refused(index: list[int], labels: list[int], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Audit(100, 3, calibrate=0.03).plant(torch.tensor(index), torch.tensor(labels))
+
+
+def test_small_integers_are_planted_like_large_ones() -> None:
+    labels = torch.arange(200)
+    found = [Audit(200, 200, calibrate=0.5).plant(torch.arange(200), labels.to(d)) for d in (torch.uint8, torch.int64)]
+    assert torch.equal(found[0].long(), found[1])
+    assert int((found[1] != labels).sum()) == 100
+
+
+def test_labels_that_were_not_planted_are_refused() -> None:
+    audit, index, labels = Audit(40, 2, calibrate=0.5), torch.arange(40), torch.zeros(40, dtype=torch.int64)
+    audit.plant(index, labels)
+    with pytest.raises(InputError, match=r"example \d+ was flipped by `plant`, and another label is passed here"):
+        audit.update(index, losses=torch.ones(40), logits=torch.zeros(40, 2), labels=labels)
+
+
+def test_where_every_label_is_doubted_nothing_is_estimated() -> None:
+    audit, index = Audit(40, 2, calibrate=0.1), torch.arange(40)
+    labels = audit.plant(index, torch.zeros(40, dtype=torch.int64))
+    audit.update(index, losses=torch.ones(40), logits=torch.tensor([[0.0, 1.0]]).expand(40, 2), labels=labels)
+    found = audit.compute().calibration
+    assert found is not None
+    assert found.recall != found.recall
+    assert (found.low, found.high) == (0, 1)

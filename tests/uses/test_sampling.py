@@ -581,3 +581,20 @@ def test_a_state_of_another_size_and_two_loops_at_once() -> None:
     next(iter(sampler))
     with pytest.raises(InputError, match="one loader at a time"):
         next(first)
+
+
+def test_draws_that_lost_their_weights_are_refused() -> None:
+    """Another wrapper around `Weighted` hands it plain positions."""
+    data = TensorDataset(torch.arange(20.0))
+    sampler = rg.NormSampler(20, switch=None)
+    _, draw = next(
+        iter(DataLoader(torch.utils.data.Subset(rg.Weighted(data), range(20)), batch_size=5, sampler=sampler))
+    )
+    with pytest.raises(InputError, match=r"lost their numbers and weights .* rg.Weighted be the outermost"):
+        sampler.update(draw, torch.ones(5))
+
+
+def test_norms_beyond_float32_are_left_out_of_the_table() -> None:
+    sampler = rg.NormSampler(10, switch=None)
+    sampler.update(torch.arange(10), torch.tensor([1.0] * 9 + [1e39], dtype=torch.float64))
+    assert bool(sampler.probabilities(torch.arange(10)).isfinite().all())

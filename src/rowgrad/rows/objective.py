@@ -96,7 +96,8 @@ def clipped_loss(
     """A scalar whose gradient is the mean (or sum) of the examples' gradients, each clipped to `max_norm`.
 
     Use it in place of `losses.mean()`. With a mapping {group: bound}, each group of parameters is clipped by its own
-    norm; groups must cover all parameters. Examples with a non-finite gradient get weight 0.
+    norm; groups must cover all parameters. Examples with a non-finite gradient get weight 0; with
+    a `loss_scale` they make the gradient nan, so that a GradScaler skips the step and lowers its scale.
 
     Args:
         losses, params, options: as for `rowgrad.jacobian`.
@@ -119,11 +120,13 @@ def clipped_loss(
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction={reduction!r}: expected "mean" or "sum"')
     J = jacobian(losses, params, **options)
+    # what overflows because of a scale has to reach the scaler, which lowers it
+    nonfinite = "zero" if options.get("loss_scale", 1.0) == 1.0 else "propagate"
     size = max(1, len(J)) if reduction == "mean" else 1
     if not isinstance(max_norm, Mapping):
         norms = J.norms()
         bound = _bound(max_norm, norms)
-        loss = J.loss(clip_weights(norms, bound, mode=mode) / size, nonfinite="zero")
+        loss = J.loss(clip_weights(norms, bound, mode=mode) / size, nonfinite=nonfinite)
         loss.share_clipped = share_clipped(norms, bound)  # type: ignore[attr-defined]
         return loss
     names = {group: J.group_names(group) for group in max_norm}
@@ -137,7 +140,7 @@ def clipped_loss(
     by_group = J.norms(by=names)
     bounds = {group: _bound(bound, by_group[group]) for group, bound in max_norm.items()}
     weights = {group: clip_weights(by_group[group], bound, mode=mode) / size for group, bound in bounds.items()}
-    loss = J.loss({name: weights[group] for group in names for name in names[group]}, nonfinite="zero")
+    loss = J.loss({name: weights[group] for group in names for name in names[group]}, nonfinite=nonfinite)
     loss.share_clipped = {g: share_clipped(by_group[g], b) for g, b in bounds.items()}  # type: ignore[attr-defined]
     return loss
 
@@ -177,7 +180,8 @@ def per_example(token_losses: Tensor, mask: Tensor | None = None, reduction: str
             raise ValueError(
                 f"mask of shape {tuple(mask.shape)} does not broadcast to the losses' {tuple(token_losses.shape)}"
             ) from error
-    total = torch.where(weights != 0, flat * weights, 0.0).sum(1)
-    if reduction == "sum":
-        return total
-    return total / weights.sum(1).clamp(min=torch.finfo(flat.dtype).tiny) * (weights != 0).any(1)
+    wide = torch.promote_types(flat.dtype, torch.float32)  # sums of many positions leave half precision
+    total = torch.where(weights != 0, flat * weights, 0.0).sum(1, dtype=wide)
+    if reduction == "mean":
+        total = total / weights.sum(1, dtype=wide).clamp(min=torch.finfo(wide).tiny) * (weights != 0).any(1)
+    return total.to(flat.dtype)

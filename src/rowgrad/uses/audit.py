@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rowgrad.errors import InputError
 from rowgrad.files import whole
-from rowgrad.uses.batch import Batch, checked, gathered, joined
+from rowgrad.uses.batch import Batch, check_planted, checked, gathered, joined
 from rowgrad.uses.calibration import calibrate as calibrated
 from rowgrad.uses.calibration import draw_shifts
 from rowgrad.uses.page import audit_page
@@ -85,6 +85,7 @@ class Audit:
         self._labels = torch.full((self.n,), -1, dtype=torch.int64)
         self._has_norms: bool | None = None
         self._has_planted = False
+        self._flipped = torch.full((0 if self._shifts is None else self.n,), -1)  # what `plant` returned
         self._waiting: list[tuple[Batch, float]] = []
         self._waiting_for: set[int] = set()
 
@@ -97,7 +98,7 @@ class Audit:
         plain = {"n": self.n, "n_classes": self.n_classes, "has_norms": self._has_norms, "shifts": shifts}
         return (
             plain
-            | {"has_planted": self._has_planted}
+            | {"has_planted": self._has_planted, "flipped": self._flipped.clone()}
             | {name: tensor.clone() for name, tensor in self._tensors().items()}
         )
 
@@ -118,6 +119,7 @@ class Audit:
         tensors = self._tensors()
         self._has_norms, self._has_planted = state["has_norms"], state["has_planted"]
         self._shifts = None if state["shifts"] is None else state["shifts"].clone()
+        self._flipped = state["flipped"].clone()
         for name, tensor in tensors.items():
             tensor.copy_(state[name])
 
@@ -137,6 +139,8 @@ class Audit:
             index, labels: positions and labels of B examples, shape (B,); labels of -100 are left alone.
         Returns:
             (B,), on the device of the labels.
+        Raises:
+            InputError: a position or a label is out of range, or their shapes differ.
 
         >>> audit = Audit(4, n_classes=2, calibrate=0.25)
         >>> (audit.plant(torch.arange(4), torch.zeros(4, dtype=torch.int64)) == 1).sum()
@@ -144,9 +148,13 @@ class Audit:
         """
         if self._shifts is None or self.n_classes is None:
             return labels
+        given, index = labels.detach().to("cpu", torch.int64), index.detach().to("cpu", torch.int64)
+        check_planted(index, given, self.n, self.n_classes)
         self._has_planted = True
-        shifts = self._shifts[index.detach().to("cpu", torch.int64)].to(labels.device, labels.dtype)
-        return torch.where(labels < 0, labels, (labels + shifts) % self.n_classes)
+        shifts = self._shifts[index]
+        flipped = torch.where((shifts > 0) & (given >= 0), (given + shifts) % self.n_classes, given)
+        self._flipped[index] = flipped
+        return flipped.to(labels.device, labels.dtype)
 
     def update(
         self,
@@ -179,6 +187,13 @@ class Audit:
             raise InputError(
                 "calibrate flips labels: train on `labels = audit.plant(index, labels)`, and pass these here"
             )
+        if self._shifts is not None and batch.labels is not None:
+            wrong = (self._shifts[batch.index] > 0) & (self._flipped[batch.index] != batch.labels)
+            if wrong.any():
+                raise InputError(
+                    f"example {int(batch.index[wrong][0])} was flipped by `plant`, and another label is passed here; "
+                    "train on what `plant` returned and pass that"
+                )
         if self.gather:
             batch = gathered(batch)
         self._take_labels(batch)

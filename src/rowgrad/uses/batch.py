@@ -85,7 +85,20 @@ def _check_index(index: Tensor, n: int) -> None:
     if positions and not 0 <= min(positions) <= max(positions) < n:
         raise InputError(f"index runs from {min(positions)} to {max(positions)}; this audit has examples 0 to {n - 1}")
     if len(set(positions)) < len(positions):
-        raise InputError("index holds an example twice; an update takes in different examples")
+        raise InputError(
+            "index holds an example twice; an update takes in different examples. Of a batch drawn with replacement "
+            "pass each example once"
+        )
+
+
+def check_planted(index: Tensor, labels: Tensor, n: int, n_classes: int) -> None:
+    """What `Audit.plant` refuses."""
+    _check_index(index, n)
+    if labels.shape != index.shape:
+        raise InputError(f"labels have shape {tuple(labels.shape)}; expected one per example, ({len(index)},)")
+    real = labels[labels != IGNORED].tolist()
+    if real and not 0 <= min(real) <= max(real) < n_classes:
+        raise InputError(f"labels run from {min(real)} to {max(real)}; expected 0 to {n_classes - 1}")
 
 
 def _vector(index: Tensor, name: str, values: Tensor) -> Tensor:

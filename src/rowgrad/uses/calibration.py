@@ -64,6 +64,8 @@ def calibrate(flagged: Tensor, loss: Tensor, planted: Tensor, n_classes: int) ->
     if not n_planted:
         return Calibration(0, 0, math.nan, 0.0, 1.0, n_flagged, math.nan, math.nan)
     still_wrong = 1 - n_flagged / max(1, len(others)) / (n_classes - 1)
+    if still_wrong <= 0:  # of two classes all are doubted: a flip is then as good as the label
+        return Calibration(n_planted, n_found, math.nan, 0.0, 1.0, n_flagged, math.nan, math.nan)
     recall, low, high = (min(1.0, p / still_wrong) for p in (n_found / n_planted, *wilson(n_found, n_planted)))
     n_above = math.ceil(CUT * n_planted * still_wrong)
     cut = loss[planted].sort(descending=True).values[n_above - 1]

@@ -127,7 +127,7 @@ class NormSampler(WeightedSampler):
         if isinstance(draw, Draw):
             self._finish(draw)
             self._measure(draw.weight, 1 / (self.n * self.probabilities(index)), norms, grad_norm)
-        finite = norms.isfinite()
+        finite = norms.float().isfinite()  # the table is of float32
         self._enter(index[finite], norms[finite])
 
     def state_dict(self) -> dict[str, Any]:

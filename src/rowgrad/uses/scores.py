@@ -78,8 +78,8 @@ class AuditScores:
         never learned: the prediction was wrong at every one of at least two visits.
         redundant: never forgotten once learned, and its self-influence (without norms its mean loss) is below a tenth
             of the median.
-        spiking: at a visit after the second, its norm was its largest, above the median peak, five times its mean and
-            beyond Tukey's fence for that ratio, as dropout makes all norms restless.
+        spiking: at a visit after the second, its norm was its largest, above the median peak, five times the mean of
+            the other visits and beyond Tukey's fence for that ratio, as dropout makes all norms restless.
         """
         may = self.times_seen > 0 if self.planted is None else (self.times_seen > 0) & ~self.planted
         doubted = torch.zeros_like(may) if self.flagged is None else self.flagged
@@ -159,7 +159,8 @@ class AuditScores:
         if self.peak_norm is None or self.mean_norm is None or self.peak_visit is None:
             return None
         high = self.peak_norm > _quantiles(self.peak_norm, 0.5)[0]
-        times = self.peak_norm / self.mean_norm
+        others = (self.mean_norm * self.times_seen - self.peak_norm) / (self.times_seen - 1)
+        times = self.peak_norm / others.clamp_min(torch.finfo(others.dtype).tiny)
         return high & (times > max(SPIKE, _fence(times))) & (self.peak_visit >= LATE)
 
 

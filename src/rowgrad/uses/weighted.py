@@ -155,6 +155,11 @@ class WeightedSampler(Sampler[Any]):
 
     def _finish(self, draw: Draw) -> None:
         """No draw up to the last of the batch is given again."""
+        if bool((draw.number < 0).any()):
+            raise InputError(
+                "these draws lost their numbers and weights on the way: let rg.Weighted be the outermost data set, "
+                "around any other wrapper, as in rg.Weighted(rg.Indexed(dataset))"
+            )
         if len(draw.number):
             self._done = max(self._done, min(int(draw.number.max()) + 1, self._drawn))
         while self._waiting and self._first + len(self._waiting[0][0]) <= self._done:
