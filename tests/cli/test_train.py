@@ -80,7 +80,7 @@ def test_images_and_values(folder: Path) -> None:
     [
         (["train", "wine", "--resume"], "--resume: there is no checkpoint.safetensors"),
         (["train", "wine", "--model", "cnn:8"], "needs images"),
-        (["train", "wine", "--optimizer", "addam"], "optimizer 'addam': expected one of"),
+        (["train", "wine", "--optimizer", "addam"], "--optimizer addam: there are sgd, momentum"),
         (["train", "wine", "--monitor", "-1"], "--monitor -1"),
         (["train", "wine", "--optimizer-option", "beta"], "--optimizer-option beta: expected NAME=VALUE, such as mom"),
         (["train", "wine", "--optimizer-option", "beta=1"], "adam has no option 'beta'; it has: lr, betas, eps"),

@@ -54,7 +54,12 @@ def test_a_search_leaves_its_files(folder: Path, capsys: pytest.CaptureFixture[s
     [
         (["--space", "none.toml"], "--space none.toml: cannot be read"),
         (["--search", "hill"], "--search hill: there are random, sample, grid"),
-        (["--act", "rely"], "activation 'rely'"),
+        (["--act", "rely"], "--act rely: there are "),
+        (["--optimizer", "adma"], "--optimizer adma: there are sgd, momentum"),
+        (["--model", "mpl:8"], "--model mpl:8: 'mpl' is no kind of model; there are mlp, cnn"),
+        (["--alpha", "0.1"], "--alpha 0.1: is the slope of --act leaky_relu, not of relu"),
+        (["--frobnicate"], "No such option: --frobnicate"),
+        (["--frobnicate"], "There are --act, --alpha, --batch-size"),
         (["--resume"], "--resume: there is no config.json of a search in rowgrad-tune-iris"),
         (["--lr", "0.1", "--l2", "0.1", "--model", "mlp:4"], "every hyperparameter of the default space is fixed"),
         (["--target", "none"], "iris"),

@@ -73,10 +73,19 @@ def run(arguments: list[str] | None = None) -> int:
     except _Ended:
         return _fail("told to end; no results were written", 143)
     except UsageError as error:
-        return _fail(error.format_message(), 2)
+        return _fail(error.format_message() + _known(error), 2)
     if code == 130:
         return _fail("interrupted; no results were written", 130)
     return code if isinstance(code, int) else 0
+
+
+def _known(error: Exception) -> str:
+    """The options that there are, where one that is not was given."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ != "NoSuchOption" or context is None:
+        return ""
+    names = sorted(name for p in context.command.params for name in p.opts if name.startswith("--"))
+    return f" There are {', '.join(names)}." if names else ""
 
 
 class _Ended(BaseException):

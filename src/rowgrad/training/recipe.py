@@ -9,10 +9,12 @@ from math import isfinite
 from typing import Any
 
 from rowgrad.errors import InputError
+from rowgrad.layers.activations import ACTIVATIONS
 from rowgrad.layers.hidden import NORMS
 from rowgrad.layers.initialization import SCHEMES
-from rowgrad.optim.factory import SECOND_ORDER
+from rowgrad.optim.factory import OPTIMIZERS, SECOND_ORDER
 from rowgrad.optim.rates import DECAYS
+from rowgrad.training.architectures import KINDS
 
 INITS = (*SCHEMES, "pretrain")
 CLIP_MODES = ("norm", "normalize")
@@ -80,14 +82,20 @@ class Recipe:
             value = getattr(self, name)
             least = value is not None and (value < 0 if name in {"decay_rate", "l2"} else value <= 0)
             if value is not None and (least or not isfinite(value)):
-                raise InputError(f"--{name.replace('_', '-')} {value:g}: expected a positive number")
+                expected = "number of at least 0" if name in {"decay_rate", "l2"} else "positive number"
+                raise InputError(f"--{name.replace('_', '-')} {value:g}: expected a {expected}")
         for name, low in (("epochs", 1), ("patience", 0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise InputError(f"--{name} {getattr(self, name)}: at least {low}")
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: at least 1")
-        if self.norm not in NORMS:
-            raise InputError(f"--norm {self.norm}: there are {', '.join(NORMS)}")
+        for name, known in (("act", (*ACTIVATIONS, "maxout")), ("norm", NORMS), ("optimizer", tuple(OPTIMIZERS))):
+            if getattr(self, name) not in known:
+                raise InputError(f"--{name} {getattr(self, name)}: there are {', '.join(known)}")
+        if self.kind not in KINDS:
+            raise InputError(f"--model {self.model}: {self.kind!r} is no kind of model; there are {', '.join(KINDS)}")
+        if self.alpha is not None and self.act != "leaky_relu":
+            raise InputError(f"--alpha {self.alpha:g}: is the slope of --act leaky_relu, not of {self.act}")
         if self.init is not None and self.init not in INITS:
             raise InputError(f"--init {self.init}: there are {', '.join(INITS)}")
         if self.patience and not self.val:

@@ -25,6 +25,7 @@ NOT_SEARCHED = {
 COMPANIONS = {
     "decay_rate": {"decay": "inverse"},
     "clip_mode": {"clip_norm": 1.0},
+    "alpha": {"act": "leaky_relu"},
     "bn_statistics": {"norm": "batch-pre"},
 }
 SHAPES = ("layers", "units")  # together they make up a model: mlp:units,units,...
