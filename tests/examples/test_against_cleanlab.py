@@ -49,6 +49,5 @@ def test_means_over_training_rank_wrong_digits_as_the_page_says() -> None:
 
 @pytest.mark.long
 def test_it_ranks_wrong_digits_better_than_cross_validation_of_the_same_network() -> None:
-    pytest.importorskip("cleanlab", reason="the comparison needs cleanlab: pip install cleanlab")
     x, y = digits()
     assert measured(AUDIT, x, y, 0, Settings())[0] > measured(cleanlab_network, x, y, 0, Settings())[0] + 0.02

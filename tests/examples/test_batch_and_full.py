@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-pytest.importorskip("matplotlib")
-
 from examples.batch_and_full import SIZES, Moment, cosine, draw, predicted, run, table
+from torch import Tensor, nn
 
 import rowgrad as rg
 
