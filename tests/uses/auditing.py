@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import rowgrad as rg
+from rowgrad.errors import InputError, NonFiniteError
 from rowgrad.uses.scores import AuditScores
 
 N, CLASSES = 16, 3
@@ -83,8 +85,33 @@ def audit(rank: int) -> None:
     assert int(index[0]) % 2 == rank, "both processes saw the same examples"
 
 
+def flips(rank: int) -> None:
+    """The labels that are flipped are those of the first process, whatever generator the others have."""
+    rng = torch.Generator().manual_seed(rank)
+    found = rg.Audit(N, CLASSES, calibrate=0.5, generator=rng, gather=True)
+    expected = rg.Audit(N, CLASSES, calibrate=0.5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.plant(torch.arange(N), labels()), expected.plant(torch.arange(N), labels()))
+
+
+def refusals(rank: int) -> None:
+    """What one process may not pass is refused in both, and both go on together."""
+    found = rg.Audit(N, CLASSES, gather=True)
+    index = torch.arange(rank, N, 2)
+    logits = torch.zeros(len(index), CLASSES, dtype=torch.float64)
+    good = {"losses": torch.ones(len(index)), "logits": logits, "labels": labels()[index]}
+    for change, error in (
+        ({"losses": torch.full((len(index),), torch.nan)}, NonFiniteError),
+        ({"labels": labels()[index] + CLASSES}, InputError),
+    ):
+        with pytest.raises(error, match="in process 1: "):
+            found.update(index, **(good | (change if rank == 1 else {})))
+        assert found.compute().times_seen.sum() == 0
+    found.update(index, **good)
+    assert found.compute().times_seen.tolist() == [1] * N
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[3]), world_size=2)
-    {"audit": audit}[sys.argv[1]](int(sys.argv[3]))
+    {"audit": audit, "flips": flips, "refusals": refusals}[sys.argv[1]](int(sys.argv[3]))
     dist.destroy_process_group()

@@ -92,10 +92,27 @@ def test_scores_are_those_of_the_whole_course() -> None:
     assert torch.equal(scores.rank.sort().values, torch.arange(1, N + 1))
 
 
-def test_batches_and_their_order_do_not_matter() -> None:
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_batches_and_their_order_do_not_matter(seed: int) -> None:
     course = _course()
-    one, other = _fed(course, seed=0).compute(), _fed(course, seed=1).compute()
+    one, other = _fed(course, seed=0).compute(), _fed(course, seed=seed).compute()
     _equal(one, other)
+
+
+def test_an_example_that_a_batch_holds_twice_is_visited_twice() -> None:
+    """As in a batch drawn with replacement: the visits in the order of the batch, as if each had a batch of its own."""
+    course, rng = _course(), torch.Generator().manual_seed(0)
+    together, alone = Audit(N, CLASSES), Audit(N, CLASSES)
+    for epoch in range(EPOCHS):
+        index = torch.randint(N, (40,), generator=rng)
+        noise = torch.rand(40, generator=rng)  # as dropout's: the visits of an example differ
+        values = {name: v[index] for name, v in _epoch(course, epoch).items()}
+        values |= {"norms": values["norms"] * noise, "labels": course["labels"][index]}
+        together.update(index, lr=float(RATES[epoch]), **values)
+        for k in range(40):
+            alone.update(index[k : k + 1], lr=float(RATES[epoch]), **{n: v[k : k + 1] for n, v in values.items()})
+    assert together.compute().times_seen.max() > EPOCHS
+    _equal(together.compute(), alone.compute())
 
 
 def test_reset_forgets_everything() -> None:
@@ -147,6 +164,19 @@ def test_a_state_that_lacks_something_is_refused() -> None:
         Audit(N, CLASSES).load_state_dict(state)
 
 
+@pytest.mark.parametrize(("name", "value"), [("loss", torch.ones(1)), ("labels", 3), ("flipped", torch.ones(2))])
+def test_a_state_of_other_shapes_is_refused_and_nothing_loaded(name: str, value: object) -> None:
+    """One number would otherwise be spread over all examples."""
+    audit = Audit(N, CLASSES, calibrate=0.1)
+    audit.plant(torch.arange(N), _course()["labels"])
+    state = audit.state_dict()
+    again = Audit(N, CLASSES)
+    with pytest.raises(InputError, match=f"the state's {name} is .*; expected a tensor of shape"):
+        again.load_state_dict(state | {"seen": torch.ones(N), name: value})
+    assert again.compute().times_seen.sum() == 0
+    assert again.compute().planted is None
+
+
 def test_examples_never_seen_come_last_and_are_not_flagged() -> None:
     audit = Audit(3, n_classes=2)
     logits, labels = torch.tensor([[3.0, 0.0]]), torch.tensor([1])
@@ -196,7 +226,16 @@ GOOD = {
 REFUSED = {
     "a position out of range": ({"index": torch.tensor([0, 9])}, "examples 0 to 4"),
     "a negative position": ({"index": torch.tensor([-1, 1])}, "examples 0 to 4"),
-    "a position twice": ({"index": torch.tensor([1, 1])}, "holds an example twice"),
+    "a position twice, with two labels": ({"index": torch.tensor([1, 1])}, "example 1 has another label"),
+    "positions that are floats": ({"index": torch.tensor([0.0, 1.0])}, "index holds float32; expected whole numbers"),
+    "a mask for positions": ({"index": torch.tensor([True, False])}, "index holds bool; expected whole numbers"),
+    "an index that is no tensor": ({"index": "all"}, "index is a str; expected a tensor"),
+    "labels that are floats": ({"labels": torch.tensor([0.0, 1.0])}, "labels holds float32; expected whole"),
+    "complex losses": ({"losses": torch.ones(2, dtype=torch.complex64)}, "losses holds complex64; expected real"),
+    "complex logits": ({"logits": torch.ones(2, 3, dtype=torch.complex64)}, "logits holds complex64; expected real"),
+    "a negative norm": ({"norms": torch.tensor([1.0, -2.0])}, "norms: the smallest is -2"),
+    "a learning rate of nan": ({"lr": float("nan")}, "lr=nan: expected the learning rate"),
+    "a negative learning rate": ({"lr": -0.1}, "lr=-0.1: expected the learning rate"),
     "an index of the wrong shape": ({"index": torch.tensor([[0, 1]])}, r"index has shape \(1, 2\)"),
     "losses of the wrong shape": ({"losses": torch.ones(3)}, r"losses has shape \(3,\)"),
     "norms of the wrong shape": ({"norms": torch.ones(2, 1)}, r"norms has shape \(2, 1\)"),
@@ -209,8 +248,32 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str) -> None:
     change, message = REFUSED[case]
+    audit = Audit(5, 3)
     with pytest.raises(InputError, match=message):
-        Audit(5, 3).update(**(GOOD | change))
+        audit.update(**(GOOD | change))
+    assert audit.compute().times_seen.sum() == 0
+    assert (audit.compute().given == -1).all()
+
+
+@pytest.mark.parametrize("name", ["logits", "labels"])
+def test_outputs_are_refused_where_nothing_was_said_of_classes(name: str) -> None:
+    with pytest.raises(InputError, match=r"made without n_classes and takes no logits and labels; make it with"):
+        Audit(5).update(GOOD["index"], losses=GOOD["losses"], **{name: GOOD[name]})
+
+
+def test_lists_and_arrays_are_taken() -> None:
+    audit, other = Audit(5, 3), Audit(5, 3)
+    audit.update(**{name: values.numpy() for name, values in GOOD.items()})
+    other.update(**{name: values.tolist() for name, values in GOOD.items()})
+    _equal(audit.compute(), other.compute())
+    assert audit.compute().times_seen.sum() == 2
+
+
+def test_large_logits_are_finite() -> None:
+    """Their sum is not, which is what is looked at first."""
+    audit = Audit(5, 3)
+    audit.update(**(GOOD | {"logits": torch.tensor([[3e38, 3e38, 0.0], [0.0, 0.0, 1.0]])}))
+    assert audit.compute().suggested_probability[:2].tolist() == [0.5, pytest.approx(0.576, abs=1e-3)]
 
 
 @pytest.mark.parametrize("name", ["losses", "norms", "logits"])
@@ -238,7 +301,7 @@ def test_norms_come_in_every_update_or_in_none() -> None:
         audit.update(**(GOOD | {"norms": None}))
 
 
-@pytest.mark.parametrize("arguments", [(0,), (5, 1)])
+@pytest.mark.parametrize("arguments", [(0,), (5, 1), (10.5,), (5, 2.0), ([1, 2],)])
 def test_sizes_that_cannot_be_audited(arguments: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="needs an example and, for labels, two classes"):
         Audit(*arguments)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import rowgrad as rg
+from rowgrad.errors import InputError
 
 
 def test_the_plain_loop() -> None:
@@ -155,8 +156,14 @@ def test_autocast_and_a_scaler_that_skips_a_step() -> None:
     assert not torch.equal(found.mean_loss, plain.mean_loss)
 
 
-def test_two_processes_hold_the_audit_of_one() -> None:
-    run_on_two_processes("audit", "tests.uses.auditing")
+@pytest.mark.parametrize("what", ["audit", "flips", "refusals"])
+def test_two_processes_hold_the_audit_of_one(what: str) -> None:
+    run_on_two_processes(what, "tests.uses.auditing")
+
+
+def test_gathering_needs_processes() -> None:
+    with pytest.raises(InputError, match=r"gather=True needs torch.distributed.init_process_group"):
+        rg.Audit(N, CLASSES, gather=True)
 
 
 @pytest.mark.parametrize("calibrate", [0.0, 0.25])

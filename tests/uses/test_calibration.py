@@ -109,7 +109,12 @@ def test_shares_that_cannot_be_flipped(arguments: dict, message: str) -> None:
 def test_training_on_labels_that_were_not_flipped_is_noticed() -> None:
     audit = _planted()
     with pytest.raises(InputError, match=r"train on `labels = audit.plant\(index, labels\)`"):
-        audit.update(torch.arange(2), losses=torch.ones(2), logits=torch.zeros(2, CLASSES), labels=torch.zeros(2))
+        audit.update(
+            torch.arange(2),
+            losses=torch.ones(2),
+            logits=torch.zeros(2, CLASSES),
+            labels=torch.zeros(2, dtype=torch.int64),
+        )
 
 
 def test_without_flips_labels_pass_through() -> None:

@@ -33,9 +33,8 @@ def _audit(n_classes: int | None = 2, norms: bool = True) -> Audit:
         losses = F.cross_entropy(logits, labels, reduction="none")
         size = losses.clone()
         size[SPIKING] = 40.0 if visit == 9 else 0.1
-        audit.update(
-            torch.arange(N), losses=losses, norms=size if norms else None, logits=logits, labels=labels, lr=0.1
-        )
+        outputs = {} if n_classes is None else {"logits": logits, "labels": labels}
+        audit.update(torch.arange(N), losses=losses, norms=size if norms else None, lr=0.1, **outputs)
     return audit
 
 

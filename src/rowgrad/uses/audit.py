@@ -6,6 +6,7 @@ was learned by heart; the probability at the end does not. Averaging the loss ra
 """
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from os import PathLike
 from typing import Any
 
@@ -14,22 +15,17 @@ from torch import Tensor
 
 from rowgrad.errors import InputError
 from rowgrad.files import whole
-from rowgrad.uses.batch import Batch, check_planted, checked, gathered, joined
+from rowgrad.uses.batch import Batch, check_planted, checked, each_once, joined
 from rowgrad.uses.calibration import calibrate as calibrated
 from rowgrad.uses.calibration import draw_shifts
+from rowgrad.uses.course import Course
 from rowgrad.uses.page import audit_page
+from rowgrad.uses.processes import check_initialized, from_all, from_first
 from rowgrad.uses.scores import AuditScores
 from rowgrad.uses.select import select
 from rowgrad.uses.tables import scores_table
 
-# Accumulated for each example, in float64: counts are exact up to 2^53.
-COLUMNS = (
-    *("seen", "loss_sum", "loss"),
-    *("norm_sum", "norm", "peak", "peak_visit", "influence"),
-    *("margin_sum", "given_sum", "given_sq_sum", "was_right", "forgotten", "learned"),
-)
 WAITING = 10_000  # examples times classes that wait to be added together
-_AT = {name: position for position, name in enumerate(COLUMNS)}
 
 
 class Audit:
@@ -49,7 +45,8 @@ class Audit:
             none. Train on what `plant(index, labels)` returns. The flipped examples are never flagged.
         generator: draws the flips; None takes one of its own with seed 0. No global state is drawn from.
         gather: with an initialized `torch.distributed`, take in the batches of all processes at every update, so that
-            each process holds the audit of all examples. All processes must update equally often.
+            each process holds the audit of all examples; one that several hold in a step counts once. All processes
+            must update equally often; the labels to flip are those of the first.
 
     >>> audit = Audit(2, n_classes=2)
     >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
@@ -72,16 +69,23 @@ class Audit:
         generator: torch.Generator | None = None,
         gather: bool = False,
     ) -> None:
-        if n < 1 or (n_classes is not None and n_classes < 2):
-            raise InputError(f"an audit needs an example and, for labels, two classes; got {n} and {n_classes}")
+        sizes = [n] if n_classes is None else [n, n_classes]
+        if not all(isinstance(size, int) and size > least for size, least in zip(sizes, (0, 1), strict=False)):
+            raise InputError(
+                f"an audit needs an example and, for labels, two classes; got n={n!r} and n_classes={n_classes!r}, "
+                "expected whole numbers: len(dataset), and how many labels there are"
+            )
         self.n, self.n_classes, self.gather = n, n_classes, gather
         self._shifts = draw_shifts(n, n_classes, calibrate, generator) if calibrate else None
+        if gather and self._shifts is not None:
+            self._shifts = from_first(self._shifts)
+        elif gather:
+            check_initialized("gather=True")
         self.reset()
 
     def reset(self) -> None:
         """Forget every update; the same labels stay flipped."""
-        self._columns = torch.zeros(len(COLUMNS), self.n, dtype=torch.float64)
-        self._probability_sum = torch.zeros(self.n, self.n_classes or 0)
+        self._course = Course(self.n, self.n_classes)
         self._labels = torch.full((self.n,), -1, dtype=torch.int64)
         self._has_norms: bool | None = None
         self._has_planted = False
@@ -106,7 +110,8 @@ class Audit:
         """Go on from a state that `state_dict` gave; the labels that are flipped are those of the state.
 
         Raises:
-            InputError: the state is of another n or n_classes, or lacks an entry; nothing was loaded.
+            InputError: the state is of another n or n_classes, lacks an entry or holds one of another shape; nothing
+                was loaded.
         """
         missing = [name for name in self.state_dict() if name not in state]
         if missing:
@@ -117,6 +122,13 @@ class Audit:
                 f"n={self.n}, n_classes={self.n_classes}. Make the audit with the sizes of the state"
             )
         tensors = self._tensors()
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if state["shifts"] is not None:
+            shapes |= {"shifts": self._labels.shape, "flipped": self._labels.shape}
+        for name, shape in shapes.items():
+            if not isinstance(state[name], Tensor) or state[name].shape != shape:
+                found = tuple(state[name].shape) if isinstance(state[name], Tensor) else type(state[name]).__name__
+                raise InputError(f"the state's {name} is {found}; expected a tensor of shape {tuple(shape)}")
         self._has_norms, self._has_planted = state["has_norms"], state["has_planted"]
         self._shifts = None if state["shifts"] is None else state["shifts"].clone()
         self._flipped = state["flipped"].clone()
@@ -126,8 +138,7 @@ class Audit:
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that is accumulated, by name."""
         self._settle()
-        columns = dict(zip(COLUMNS, self._columns.unbind(), strict=True))
-        return columns | {"probability_sum": self._probability_sum, "labels": self._labels}
+        return self._course.tensors() | {"labels": self._labels}
 
     def plant(self, index: Tensor, labels: Tensor) -> Tensor:
         """The labels to train on: those of the examples chosen for calibration flipped, the others as they are.
@@ -148,8 +159,7 @@ class Audit:
         """
         if self._shifts is None or self.n_classes is None:
             return labels
-        given, index = labels.detach().to("cpu", torch.int64), index.detach().to("cpu", torch.int64)
-        check_planted(index, given, self.n, self.n_classes)
+        index, given = check_planted(index, labels, self.n, self.n_classes)
         self._has_planted = True
         shifts = self._shifts[index]
         flipped = torch.where((shifts > 0) & (given >= 0), (given + shifts) % self.n_classes, given)
@@ -166,7 +176,7 @@ class Audit:
         labels: Tensor | None = None,
         lr: float = 1.0,
     ) -> None:
-        """Take in one batch of B different examples.
+        """Take in one batch of B examples. One that the batch holds twice, drawn with replacement, is visited twice.
 
         Args:
             index: positions of the examples in the data set, shape (B,), integers below n.
@@ -177,78 +187,91 @@ class Audit:
             lr: learning rate of this step, for the self-influence.
 
         Raises:
-            InputError: a shape does not fit, a position is out of range or occurs twice, or a label changed.
-            NonFiniteError: a loss, norm or logit is inf or nan; nothing was taken in.
+            InputError: a shape or dtype does not fit, a position or label is out of range, a norm or the lr is
+                negative, or a label changed.
+            NonFiniteError: a loss, norm or logit is inf or nan.
+            With either nothing was taken in; with gather=True it is raised in all processes.
         """
+
+        def mine() -> Batch:
+            return self._checked(index, losses, norms, logits, labels, lr)
+
+        batch = each_once(joined(from_all(mine))) if self.gather else mine()
+        visits = batch.visits()
+        self._take_labels(batch)
+        self._has_norms = norms is not None
+        for visit in visits:
+            self._wait(visit, lr)
+
+    def _checked(
+        self, index: Tensor, losses: Tensor, norms: Tensor | None, logits: Any, labels: Any, lr: float
+    ) -> Batch:
         if (norms is not None) is not (self._has_norms if self._has_norms is not None else norms is not None):
             raise InputError("norms were given in some updates and not in others; give them in every update or in none")
+        if not (isfinite(lr) and lr >= 0):
+            raise InputError(f"lr={lr}: expected the learning rate of this step, a finite number that is not negative")
         batch = checked(index, losses, norms, logits, labels, n=self.n, n_classes=self.n_classes)
-        if self._shifts is not None and not self._has_planted:
+        if self._shifts is None or batch.labels is None:
+            return batch
+        if not self._has_planted:
             raise InputError(
                 "calibrate flips labels: train on `labels = audit.plant(index, labels)`, and pass these here"
             )
-        if self._shifts is not None and batch.labels is not None:
-            wrong = (self._shifts[batch.index] > 0) & (self._flipped[batch.index] != batch.labels)
-            if wrong.any():
-                raise InputError(
-                    f"example {int(batch.index[wrong][0])} was flipped by `plant`, and another label is passed here; "
-                    "train on what `plant` returned and pass that"
-                )
-        if self.gather:
-            batch = gathered(batch)
-        self._take_labels(batch)
-        self._has_norms = norms is not None
-        positions = set(batch.index.tolist())
-        if not self._waiting_for.isdisjoint(positions):
+        wrong = (self._shifts[batch.index] > 0) & (self._flipped[batch.index] != batch.labels)
+        if wrong.any():
+            raise InputError(
+                f"example {int(batch.index[wrong][0])} was flipped by `plant`, and another label is passed here; "
+                "train on what `plant` returned and pass that"
+            )
+        return batch
+
+    def _wait(self, visit: Batch, lr: float) -> None:
+        if not self._waiting_for.isdisjoint(visit.positions):
             self._settle()
-        self._waiting.append((batch, lr))
-        self._waiting_for |= positions
+        self._waiting.append((visit, lr))
+        self._waiting_for |= visit.positions
         if len(self._waiting_for) * (self.n_classes or 1) >= WAITING:
             self._settle()
 
     def _settle(self) -> None:
-        """Add what waits to the columns. Each example waits once at most, so that the batches can be taken as one.
+        """Add what waits to the course. Each example waits once at most, so that the batches can be taken as one.
 
         A dozen operations on 64 examples take as long as on a thousand: what a small model's step costs is mostly their
         number.
         """
         if not self._waiting:
             return
-        rates = torch.cat([torch.full((len(batch),), lr, dtype=torch.float64) for batch, lr in self._waiting])
+        sizes = torch.tensor([len(batch) for batch, _ in self._waiting])
+        rates = torch.tensor([lr for _, lr in self._waiting], dtype=torch.float64).repeat_interleave(sizes)
         batch = joined([batch for batch, _ in self._waiting])
         self._waiting.clear()
         self._waiting_for.clear()
-        old = dict(zip(COLUMNS, self._columns[:, batch.index].unbind(), strict=True))
-        new = {"seen": old["seen"] + 1, "loss_sum": old["loss_sum"] + batch.losses, "loss": batch.losses}
-        if batch.norms is not None:
-            new |= _norm_columns(old, batch.norms, rates)
-        if batch.logits is not None and batch.labels is not None:
-            probabilities = batch.logits.softmax(dim=1)
-            new |= _label_columns(old, batch.logits, batch.labels, probabilities)
-            self._probability_sum.index_add_(0, batch.index, probabilities)
-        self._columns[:, batch.index] = torch.stack([new.get(name, old[name]) for name in COLUMNS])
+        self._course.add(batch, rates)
 
     def _take_labels(self, batch: Batch) -> None:
         if batch.labels is None:
             return
         before = self._labels[batch.index]
-        changed = (before >= 0) & (before != batch.labels)
-        if changed.any():
-            raise InputError(
-                f"example {batch.index[changed][0]} has another label than in an earlier update; reset() first"
-            )
+        if torch.equal(before, batch.labels):
+            return
         self._labels[batch.index] = batch.labels
+        changed = (self._labels[batch.index] != batch.labels) | ((before >= 0) & (before != batch.labels))
+        if changed.any():
+            self._labels[batch.index] = before
+            raise InputError(
+                f"example {batch.index[changed][0]} has another label than at an earlier visit; reset() first"
+            )
 
     def compute(self) -> AuditScores:
         """The scores of all examples so far; the accumulated state is left as it is."""
         self._settle()
-        is_seen = self._column("seen") > 0
-        seen = torch.where(is_seen, self._column("seen"), torch.nan)
-        mean_loss = self._column("loss_sum") / seen
+        is_seen = self._course["seen"] > 0
+        seen = torch.where(is_seen, self._course["seen"], torch.nan)
+        mean_loss = self._course["loss_sum"] / seen
         scores: dict[str, Any] = {
-            "times_seen": self._column("seen").long(),
+            "times_seen": self._course["seen"].long(),
             "mean_loss": mean_loss.float(),
-            "final_loss": torch.where(is_seen, self._column("loss"), torch.nan).float(),
+            "final_loss": torch.where(is_seen, self._course["loss"], torch.nan).float(),
         }
         if self._has_norms:
             scores |= self._norm_scores(seen)
@@ -339,58 +362,27 @@ class Audit:
 
     def _norm_scores(self, seen: Tensor) -> dict[str, Tensor]:
         names = {"final_norm": "norm", "peak_norm": "peak", "self_influence": "influence"}
-        found = {name: (self._column(column) * (seen / seen)).float() for name, column in names.items()}
-        mean_norm = (self._column("norm_sum") / seen).float()
-        return found | {"mean_norm": mean_norm, "peak_visit": self._column("peak_visit").long()}
+        found = {name: (self._course[column] * (seen / seen)).float() for name, column in names.items()}
+        mean_norm = (self._course["norm_sum"] / seen).float()
+        return found | {"mean_norm": mean_norm, "peak_visit": self._course["peak_visit"].long()}
 
     def _label_scores(self, seen: Tensor) -> dict[str, Tensor]:
-        probability = self._probability_sum / seen[:, None].float()
+        probability = self._course.probability_sum / seen[:, None].float()
         best = probability.max(dim=1)
         is_seen = ~seen.isnan()
-        confidence = self._column("given_sum") / seen
-        variance = self._column("given_sq_sum") / seen - confidence.square()
+        confidence = self._course["given_sum"] / seen
+        variance = self._course["given_sq_sum"] / seen - confidence.square()
         return {
             "given": self._labels.clone(),
-            "mean_margin": (self._column("margin_sum") / seen).float(),
+            "mean_margin": (self._course["margin_sum"] / seen).float(),
             "confidence": confidence.float(),
             "variability": variance.clamp_min(0).sqrt().float(),
             "suggested": torch.where(is_seen, best.indices, -1),
             "suggested_probability": best.values,
-            "times_forgotten": self._column("forgotten").long(),
-            "first_learned": self._column("learned").long(),
+            "times_forgotten": self._course["forgotten"].long(),
+            "first_learned": self._course["learned"].long(),
             "flagged": (best.indices != self._labels) & is_seen,
         }
-
-    def _column(self, name: str) -> Tensor:
-        return self._columns[_AT[name]]
-
-
-def _norm_columns(old: Mapping[str, Tensor], norms: Tensor, rates: Tensor) -> dict[str, Tensor]:
-    higher = (norms > old["peak"]) | (old["seen"] == 0)
-    return {
-        "norm_sum": old["norm_sum"] + norms,
-        "norm": norms,
-        "peak": torch.where(higher, norms, old["peak"]),
-        "peak_visit": torch.where(higher, old["seen"] + 1, old["peak_visit"]),
-        "influence": old["influence"] + rates * norms.square(),
-    }
-
-
-def _label_columns(
-    old: Mapping[str, Tensor], logits: Tensor, labels: Tensor, probabilities: Tensor
-) -> dict[str, Tensor]:
-    column = labels[:, None]
-    logit, given = logits.gather(1, column)[:, 0], probabilities.gather(1, column)[:, 0].double()
-    others = logits.scatter(1, column, -torch.inf).amax(dim=1)
-    is_right = (logit > others).double()
-    return {
-        "margin_sum": old["margin_sum"] + (logit - others),
-        "given_sum": old["given_sum"] + given,
-        "given_sq_sum": old["given_sq_sum"] + given.square(),
-        "was_right": is_right,
-        "forgotten": old["forgotten"] + old["was_right"] * (1 - is_right),
-        "learned": torch.where(old["learned"] == 0, (old["seen"] + 1) * is_right, old["learned"]),
-    }
 
 
 def _ranks(suspicion: Tensor, planted: Tensor | None) -> Tensor:

@@ -2,21 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from math import isfinite
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rowgrad.errors import InputError, NonFiniteError
 
 IGNORED = -100  # the label that PyTorch's losses leave out
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B different examples: positions (B,), losses and norms (B,) in float64, logits (B, K) in float32, labels (B,)."""
+    """B examples: positions (B,), losses and norms (B,) in float64, logits (B, K) in float32, labels (B,)."""
 
     index: Tensor
     losses: Tensor
@@ -27,10 +28,27 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
+    @cached_property
+    def positions(self) -> set[int]:
+        """The examples in it."""
+        return set(self.index.tolist())
+
     def kept(self, keep: Tensor) -> "Batch":
         """The examples where the mask `keep`, shape (B,), is True."""
         parts = (self.index, self.losses, self.norms, self.logits, self.labels)
         return Batch(*(None if part is None else part[keep] for part in parts))  # type: ignore[arg-type]
+
+    def visits(self) -> "list[Batch]":
+        """Batches of different examples: the first visits of all, then the second ones of those drawn twice, ..."""
+        if len(self.positions) == len(self):
+            return [self]
+        times: dict[int, int] = {}
+        number = []
+        for position in self.index.tolist():
+            number.append(times.get(position, 0))
+            times[position] = number[-1] + 1
+        numbers = torch.tensor(number)
+        return [self.kept(numbers == k) for k in range(max(number) + 1)]
 
 
 def checked(
@@ -44,38 +62,52 @@ def checked(
     n_classes: int | None,
 ) -> Batch:
     """The batch, copied, without the examples whose label is -100; see `Audit.update` for what is refused."""
-    index = index.detach().to("cpu", torch.int64, copy=True)
+    index = _whole_numbers("index", index)
     _check_index(index, n)
     losses = _vector(index, "losses", losses)
     norms = None if norms is None else _vector(index, "norms", norms)
     if n_classes is None:
+        if logits is not None or labels is not None:
+            raise InputError(
+                "this audit was made without n_classes and takes no logits and labels; make it with "
+                "rg.Audit(n, n_classes=...), or leave them out"
+            )
         batch = Batch(index, losses, norms, None, None)
     else:
-        batch = Batch(index, losses, norms, *_outputs(index, logits, labels, n_classes))
-        if batch.labels is not None and bool((batch.labels == IGNORED).any()):
-            batch = batch.kept(batch.labels != IGNORED)
-        _check_labels(batch, n_classes)
+        batch = _with_outputs(Batch(index, losses, norms, logits, labels), n_classes)
     _check_finite(batch)
+    if norms is not None and len(norms) and float(norms.min()) < 0:
+        raise InputError(f"norms: the smallest is {float(norms.min()):g}; norms are not negative")
     return batch
 
 
-def _outputs(index: Tensor, logits: Tensor | None, labels: Tensor | None, n_classes: int) -> tuple[Tensor, Tensor]:
-    if logits is None or labels is None:
+def _with_outputs(batch: Batch, n_classes: int) -> Batch:
+    if batch.logits is None or batch.labels is None:
         raise InputError(
             "an audit with n_classes needs logits and labels in every update; for regression leave it None"
         )
-    if logits.shape != (len(index), n_classes) or labels.shape != index.shape:
+    logits, labels = _tensor("logits", batch.logits), _whole_numbers("labels", batch.labels)
+    if logits.shape != (len(batch), n_classes) or labels.shape != batch.index.shape:
         raise InputError(
             f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; "
-            f"expected ({len(index)}, {n_classes}) and ({len(index)},)"
+            f"expected ({len(batch)}, {n_classes}) and ({len(batch)},)"
         )
-    return logits.detach().to("cpu", torch.float32, copy=True), labels.detach().to("cpu", torch.int64, copy=True)
+    _check_real("logits", logits)
+    logits = logits.detach().to("cpu", torch.float32, copy=True)
+    batch = Batch(batch.index, batch.losses, batch.norms, logits, labels)
+    found = labels.tolist()
+    if IGNORED in found:
+        batch = batch.kept(labels != IGNORED)
+    _check_labels(found, n_classes)
+    return batch
 
 
-def _check_labels(batch: Batch, n_classes: int) -> None:
-    labels = [] if batch.labels is None else batch.labels.tolist()
+def _check_labels(labels: list[int], n_classes: int) -> None:
+    """Range errors of labels, of which -100 is none."""
     if labels and not 0 <= min(labels) <= max(labels) < n_classes:
-        raise InputError(f"labels run from {min(labels)} to {max(labels)}; expected 0 to {n_classes - 1}")
+        labels = [label for label in labels if label != IGNORED]
+        if labels and not 0 <= min(labels) <= max(labels) < n_classes:
+            raise InputError(f"labels run from {min(labels)} to {max(labels)}; expected 0 to {n_classes - 1}")
 
 
 def _check_index(index: Tensor, n: int) -> None:
@@ -84,26 +116,44 @@ def _check_index(index: Tensor, n: int) -> None:
     positions = index.tolist()
     if positions and not 0 <= min(positions) <= max(positions) < n:
         raise InputError(f"index runs from {min(positions)} to {max(positions)}; this audit has examples 0 to {n - 1}")
-    if len(set(positions)) < len(positions):
-        raise InputError(
-            "index holds an example twice; an update takes in different examples. Of a batch drawn with replacement "
-            "pass each example once"
-        )
 
 
-def check_planted(index: Tensor, labels: Tensor, n: int, n_classes: int) -> None:
-    """What `Audit.plant` refuses."""
+def check_planted(index: Tensor, labels: Tensor, n: int, n_classes: int) -> tuple[Tensor, Tensor]:
+    """Positions and labels as copies on the CPU; what `Audit.plant` refuses."""
+    index, labels = _whole_numbers("index", index), _whole_numbers("labels", labels)
     _check_index(index, n)
     if labels.shape != index.shape:
         raise InputError(f"labels have shape {tuple(labels.shape)}; expected one per example, ({len(index)},)")
-    real = labels[labels != IGNORED].tolist()
-    if real and not 0 <= min(real) <= max(real) < n_classes:
-        raise InputError(f"labels run from {min(real)} to {max(real)}; expected 0 to {n_classes - 1}")
+    _check_labels(labels.tolist(), n_classes)
+    return index, labels
 
 
-def _vector(index: Tensor, name: str, values: Tensor) -> Tensor:
+def _tensor(name: str, values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} is a {type(values).__name__}; expected a tensor") from error
+
+
+def _whole_numbers(name: str, values: Any) -> Tensor:
+    values = _tensor(name, values)
+    if values.dtype not in INTEGERS and values.numel():
+        raise InputError(f"{name} holds {str(values.dtype).removeprefix('torch.')}; expected whole numbers, as int64")
+    return values.detach().to("cpu", torch.int64, copy=True)
+
+
+def _check_real(name: str, values: Tensor) -> None:
+    if values.is_complex():
+        raise InputError(f"{name} holds {str(values.dtype).removeprefix('torch.')}; expected real numbers")
+
+
+def _vector(index: Tensor, name: str, values: Any) -> Tensor:
+    values = _tensor(name, values)
     if values.shape != index.shape:
         raise InputError(f"{name} has shape {tuple(values.shape)}; expected one value per example, ({len(index)},)")
+    _check_real(name, values)
     return values.detach().to("cpu", torch.float64, copy=True)
 
 
@@ -114,7 +164,8 @@ def _check_finite(batch: Batch) -> None:
     if isfinite(sum(float(values.sum()) for values in found.values())):
         return
     for name, values in found.items():
-        bad = ~(values if values.ndim == 1 else values.sum(dim=1)).isfinite()
+        finite = values.isfinite()
+        bad = ~(finite if values.ndim == 1 else finite.all(dim=1))
         if bad.any():
             value = values[bad][0].flatten()
             raise NonFiniteError(
@@ -130,15 +181,9 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return Batch(*(None if values[0] is None else torch.cat(values) for values in parts))  # type: ignore[arg-type]
 
 
-def gathered(batch: Batch) -> Batch:
-    """The batches of all processes as one; an example that several of them hold counts once.
-
-    `DistributedSampler` gives the last processes examples of the first ones again, so that all have equally many.
-    """
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, batch)
-    everything = joined(found)
-    ordered, positions = everything.index.sort(stable=True)
+def each_once(batch: Batch) -> Batch:
+    """The first visit of each example alone, in order of position."""
+    ordered, positions = batch.index.sort(stable=True)
     is_first = torch.ones(len(ordered), dtype=torch.bool)
     is_first[positions[1:]] = ordered[1:] != ordered[:-1]
-    return everything.kept(is_first)
+    return batch.kept(is_first)
