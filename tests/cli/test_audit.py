@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -250,3 +251,19 @@ def test_a_label_is_suggested_where_one_is_flagged(capsys: pytest.CaptureFixture
         line = next(line for line in printed.splitlines() if line.split()[:2] == [str(row["rank"]), str(row["index"])])
         shown = line.split()[3] == row["suggested"]
         assert shown == row["likely_mislabelled"]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("digits", "It learned next to nothing, and the flags say nothing about the labels"),
+        ("diabetes", "In the last epoch 100% of the target's spread was left unexplained"),
+    ],
+)
+def test_a_network_that_learned_nothing_is_told(data: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", data, "--out", "idle", "--epochs", "1", "--hidden", "4", "--lr", "1e-6"]) == 0
+    assert re.search(said, capsys.readouterr().out)
+    assert re.search(said.replace("'", "&#x?[0-9]*;"), Path("idle/report.html").read_text())
+    assert main(["audit", data, "--out", "busy", "--epochs", "20"]) == 0
+    assert not re.search(said, capsys.readouterr().out)
+    assert 'class="doubt"' not in Path("busy/report.html").read_text()

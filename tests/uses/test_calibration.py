@@ -152,6 +152,25 @@ def test_errors_are_counted_where_losses_overlap() -> None:
     assert found.low < n_true / n_errors < found.high
 
 
+@pytest.mark.parametrize(("n_errors", "n_flips", "apart", "widest"), [(120, 40, 5, 60), (50, 100, 8, 15)])
+def test_the_interval_of_true_flags_holds_their_number(n_errors: int, n_flips: int, apart: int, widest: int) -> None:
+    """In 95 of 100 cases of errors, flips and correct examples, give or take chance, and it is not all numbers."""
+    covered, width, n_cases, n_right = 0, 0.0, 60, 1100
+    for seed in range(n_cases):
+        rng = torch.Generator().manual_seed(seed)
+        loss = torch.randn(n_errors + n_right + n_flips, generator=rng, dtype=torch.float64)
+        loss[:n_errors] += apart
+        loss[-n_flips:] += apart
+        planted = torch.arange(len(loss)) >= n_errors + n_right
+        found = calibrate(loss > apart / 2, loss, planted, n_classes=1000)
+        n_true = int((loss[:n_errors] > apart / 2).sum())
+        covered += found.low_true_flags - 0.5 <= n_true <= found.high_true_flags + 0.5
+        width += (found.high_true_flags - found.low_true_flags) / n_cases
+        assert found.low_true_flags <= found.expected_true_flags <= found.high_true_flags <= found.n_flagged
+    assert covered >= 0.9 * n_cases
+    assert width < widest
+
+
 def test_no_errors_are_expected_where_there_are_none() -> None:
     loss = torch.cat([torch.linspace(0, 1, 100), torch.linspace(5, 6, 10)]).double()
     found = calibrate(loss > 2, loss, torch.arange(110) >= 100, n_classes=2)
@@ -213,3 +232,4 @@ def test_where_every_label_is_doubted_nothing_is_estimated() -> None:
     assert found is not None
     assert found.recall != found.recall
     assert (found.low, found.high) == (0, 1)
+    assert str(found) == "4 planted flips were seen; they say nothing about the 36 flags."

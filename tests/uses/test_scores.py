@@ -127,3 +127,32 @@ def test_where_all_norms_are_restless_none_spikes() -> None:
     assert scores.mean_norm is not None
     assert int((scores.peak_norm > 5 * scores.mean_norm).sum()) == n
     assert scores.flags["spiking"].nonzero().flatten().tolist() == [7]
+
+
+def _judged(agreed: int, classes: int = 3) -> Audit:
+    """Of 90 examples in equal classes, `agreed` are given their label."""
+    audit, labels = Audit(100, classes), torch.arange(90) % classes
+    shown = torch.where(torch.arange(90) < agreed, labels, (labels + 1) % classes)
+    logits = F.one_hot(shown, classes).double()
+    audit.update(torch.arange(90), losses=torch.ones(90), logits=logits, labels=labels)
+    return audit
+
+
+@pytest.mark.parametrize(
+    ("agreed", "said"),
+    [
+        (31, "gave 34% of the examples their label, hardly more than the largest class makes up (33%)"),
+        (50, "44% of the examples are flagged"),
+        (61, ""),
+        (90, ""),
+    ],
+)
+def test_flags_of_a_network_that_learned_little_are_doubted(agreed: int, said: str) -> None:
+    doubt = _judged(agreed).compute().doubt
+    assert said in doubt
+    assert bool(said) is bool(doubt)
+
+
+def test_nothing_is_doubted_without_labels() -> None:
+    assert _audit(n_classes=None).compute().doubt == ""
+    assert Audit(3, 2).compute().doubt == ""

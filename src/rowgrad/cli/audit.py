@@ -105,6 +105,8 @@ def _summarize(console: Console, run: AuditRun, directory: Path) -> None:
         f"bookkeeping (measured in this run)."
     )
     lines.append(f"Report: {(directory / 'report.html').resolve()}")
+    if run.doubt:
+        console.print(run.doubt, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

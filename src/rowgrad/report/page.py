@@ -249,7 +249,7 @@ def _sections(run: AuditRun) -> dict[str, Markup]:
     scores, classes = run.scores, run.table.classes
     marked = run.planted if scores.flagged is None else scores.flagged
     found = {
-        "summary": sections.summary(scores),
+        "summary": sections.summary(scores, run.doubt),
         "data_map": sections.data_map(scores),
         "ranked_norms": sections.ranked_norms(scores, marked),
         "given_by_suggested": sections.given_by_suggested(scores, classes),

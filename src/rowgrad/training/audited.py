@@ -24,6 +24,7 @@ from rowgrad.uses.noise import Noise, NoiseScale
 from rowgrad.uses.scores import AuditScores
 from rowgrad.uses.sections import class_conflict
 
+UNEXPLAINED = 0.9  # share of the targets' spread that a regression leaves from which it learned next to nothing
 N_COMPARED = 500  # examples whose gradients are compared in pairs
 
 
@@ -74,6 +75,21 @@ class AuditRun:
     n_parameters: int
     cost: Cost
     seconds: float
+
+    @property
+    def doubt(self) -> str:
+        """Why this training says little about its examples, in plain sentences; empty where nothing speaks against it.
+
+        Of a regression: its losses, half the squared errors of standardized targets, fell hardly below 1/2.
+        """
+        left = min(1.0, 2 * self.epochs[-1].mean_loss)
+        if self.table.classes is not None or left < UNEXPLAINED:
+            return self.scores.doubt
+        return (
+            f"In the last epoch {left:.0%} of the target's spread was left unexplained. The network learned next to "
+            "nothing, and large losses are those of unusual targets: train longer, or change the model or the learning "
+            "rate."
+        )
 
 
 @dataclass(frozen=True)

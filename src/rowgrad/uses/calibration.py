@@ -3,6 +3,11 @@
 Note [planted flips]: a few labels, drawn at random, are replaced by others before training. They are known errors of
 the same data, model and training, so that the share of them that is flagged estimates the recall for errors that fall
 at random. Errors that were there before fall where examples are hard, so that this is an upper estimate for them.
+
+Note [true flags]: the flips that were drawn could have been others, with other losses and flags; the resampled ones
+show how much that changes. Of the errors, too, a share by chance lies above the cut: a binomial deviation is added. In
+simulations with separate losses the interval covers in 95 of 100 cases or more; where the losses of right labels
+overlap those of wrong ones, as they do where training is noisy, the number is an upper estimate and so is the interval.
 """
 
 import math
@@ -13,6 +18,7 @@ from torch import Tensor
 
 from rowgrad.errors import InputError
 
+RESAMPLES = 400  # of the flips, for the interval of the number of true flags
 CUT = 0.75  # share of the flips above the loss at which errors are counted
 Z = 1.959964  # 95% of a normal distribution lie within this many deviations
 
@@ -27,7 +33,8 @@ class Calibration:
         share of flags among the other examples and K the number of classes.
     n_flagged: flags among the other examples.
     expected_errors: estimated wrong labels among the other examples.
-    expected_true_flags: how many of the flags are expected to be wrong labels.
+    expected_true_flags: how many of the flags are expected to be wrong labels; low_true_flags, high_true_flags: its 95%
+        interval for errors that fall at random, from resampled flips (Note [true flags]).
     """
 
     n_planted: int
@@ -38,12 +45,17 @@ class Calibration:
     n_flagged: int
     expected_errors: float
     expected_true_flags: float
+    low_true_flags: float
+    high_true_flags: float
 
     def __str__(self) -> str:
+        if math.isnan(self.recall):
+            return f"{self.n_planted} planted flips were seen; they say nothing about the {self.n_flagged} flags."
         return (
             f"{self.n_found} of {self.n_planted} planted flips were flagged: estimated recall {self.recall:.2f} "
             f"(95%: {self.low:.2f} to {self.high:.2f}). Of {self.n_flagged} flags about "
-            f"{self.expected_true_flags:.0f} are expected to be wrong labels."
+            f"{self.expected_true_flags:.0f} are expected to be wrong labels (95%: {self.low_true_flags:.0f} to "
+            f"{self.high_true_flags:.0f}), fewer where right labels have losses as large."
         )
 
 
@@ -59,21 +71,34 @@ def calibrate(flagged: Tensor, loss: Tensor, planted: Tensor, n_classes: int) ->
         flagged: whose label is doubted, flips among them. loss: what the ranking goes by. planted: which labels were
             flipped. All of the seen examples alone, shape (n,).
     """
-    n_planted, n_found = int(planted.sum()), int((flagged & planted).sum())
-    n_flagged, others = int((flagged & ~planted).sum()), loss[~planted]
-    if not n_planted:
-        return Calibration(0, 0, math.nan, 0.0, 1.0, n_flagged, math.nan, math.nan)
+    found, of_flips, others = flagged[planted], loss[planted], loss[~planted].sort().values
+    n_planted, n_found, n_flagged = len(found), int(found.sum()), int((flagged & ~planted).sum())
+    # of two classes all may be doubted: a flip is then as good as the label
     still_wrong = 1 - n_flagged / max(1, len(others)) / (n_classes - 1)
-    if still_wrong <= 0:  # of two classes all are doubted: a flip is then as good as the label
-        return Calibration(n_planted, n_found, math.nan, 0.0, 1.0, n_flagged, math.nan, math.nan)
+    if not n_planted or still_wrong <= 0:
+        nothing = (math.nan, 0.0, 1.0, n_flagged, math.nan, math.nan, math.nan, math.nan)
+        return Calibration(n_planted, n_found, *nothing)
     recall, low, high = (min(1.0, p / still_wrong) for p in (n_found / n_planted, *wilson(n_found, n_planted)))
     n_above = math.ceil(CUT * n_planted * still_wrong)
-    cut = loss[planted].sort(descending=True).values[n_above - 1]
-    bounds = [float((others >= cut).sum()) / min(1.0, n_above / n_planted / still_wrong)]
+    share = min(1.0, n_above / n_planted / still_wrong)
+    errors = _bound(of_flips, others, n_above, share)
+    rng, resampled = torch.Generator().manual_seed(0), []
+    for _ in range(RESAMPLES):
+        again = torch.randint(n_planted, (n_planted,), generator=rng)
+        noise = float(torch.randn((), generator=rng)) * math.sqrt(errors * (1 - share) / share)
+        found_again = min(1.0, float(found[again].double().mean()) / still_wrong)
+        resampled.append(found_again * (_bound(of_flips[again], others, n_above, share) + noise))
+    resampled.sort()
+    ends = (min(max(0.0, resampled[round(q * (RESAMPLES - 1))]), n_flagged) for q in (0.025, 0.975))
     if n_found:
-        bounds.append(n_flagged / recall)
-    errors = min(bounds)
-    return Calibration(n_planted, n_found, recall, low, high, n_flagged, errors, min(n_flagged, errors * recall))
+        errors = min(errors, n_flagged / recall)
+    return Calibration(n_planted, n_found, recall, low, high, n_flagged, errors, min(n_flagged, errors * recall), *ends)
+
+
+def _bound(of_flips: Tensor, others: Tensor, n_above: int, share: float) -> float:
+    """On the number of errors, from the others' losses, ascending, above the n_above-th largest of the flips'."""
+    cut = of_flips.kthvalue(len(of_flips) - n_above + 1).values
+    return (len(others) - int(torch.searchsorted(others, cut))) / share
 
 
 def wilson(n_found: int, n: int, z: float = Z) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from rowgrad.uses.calibration import Calibration
 FENCE = 3.0  # Tukey's for "far out": this many times the middle half's width above it
 REDUNDANT = 0.1  # of the median self-influence
 SPIKE = 5.0  # times the mean norm
+MANY = 1 / 3  # share of flagged examples from which the network is as likely to be wrong as the labels
 LATE = 3  # visits from which a peak is no longer the start of training
 
 FLAGS = ("likely mislabelled", "hard", "never learned", "redundant", "spiking")
@@ -100,6 +102,35 @@ class AuditScores:
         """
         found = (self._sentence(name, position, classes) for name, mask in self.flags.items() if mask[position])
         return " ".join(found)
+
+    @cached_property
+    def doubt(self) -> str:
+        """Why the flags of this training mean little, in plain sentences; empty where nothing speaks against them.
+
+        Either the labels of largest mean probability agree with the given ones hardly more often (two standard errors)
+        than the largest class would, or more than a third of the examples is flagged. Without labels nothing is said.
+        """
+        if self.given is None or self.suggested is None or self.flagged is None:
+            return ""
+        seen = self.given >= 0
+        n = int(seen.sum())
+        if not n:
+            return ""
+        largest = int(self.given[seen].bincount().max())
+        agreed = int((self.given == self.suggested)[seen].sum())
+        if agreed <= largest + 2 * sqrt(largest * (1 - largest / n)):
+            return (
+                f"Over training the network gave {agreed / n:.0%} of the examples their label, hardly more than the "
+                f"largest class makes up ({largest / n:.0%}). It learned next to nothing, and the flags say nothing "
+                "about the labels: train longer, or change the model or the learning rate."
+            )
+        share = int(self.flagged.sum()) / n
+        if share > MANY:
+            return (
+                f"{share:.0%} of the examples are flagged: the labels are very wrong, or the network learned too "
+                "little to judge them."
+            )
+        return ""
 
     def _sentence(self, name: str, k: int, classes: Sequence[str] | None) -> str:
         n_seen = int(self.times_seen[k])

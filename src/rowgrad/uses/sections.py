@@ -29,6 +29,7 @@ STYLE = """
 .audit svg .doubted { fill: var(--mark); fill-opacity: 0.9; stroke: none; }
 .audit svg .curve { fill: none; stroke: var(--rest); stroke-width: 2; }
 @media (max-width: 760px) { .audit svg text { font-size: 18px; } }
+.audit .doubt { color: var(--mark); font-weight: 600; }
 .audit .found { list-style: none; margin: 12px 0 0; padding: 0; }
 .audit .found li { margin: 0 0 6px; } .audit .found b { display: inline-block; min-width: 3.5em; text-align: right;
   margin-right: 10px; font-variant-numeric: tabular-nums; }
@@ -49,8 +50,14 @@ MEANING = {
 }
 
 
-def summary(scores: AuditScores) -> str:
-    """How many examples carry each flag, what it means, and what the planted flips say."""
+def summary(scores: AuditScores, doubt: str | None = None) -> str:
+    """How many examples carry each flag, what it means, and what the planted flips say.
+
+    Args:
+        doubt: why the flags mean little, said first; by default `AuditScores.doubt`.
+    """
+    doubt = scores.doubt if doubt is None else doubt
+    warning = f'<p class="doubt">{escape(doubt)}</p>' if doubt else ""
     lines = [
         f"<li><b>{int(mask.sum()):,}</b>{escape(name)}: {MEANING[name]}</li>" for name, mask in scores.flags.items()
     ]
@@ -58,7 +65,7 @@ def summary(scores: AuditScores) -> str:
     if unseen:
         lines.append(f"<li><b>{unseen:,}</b>never seen in training; nothing is said of them</li>")
     told = "" if scores.calibration is None else f"<p>{escape(str(scores.calibration))}</p>"
-    return f'<ul class="found">{"".join(lines)}</ul>{told}'
+    return f'{warning}<ul class="found">{"".join(lines)}</ul>{told}'
 
 
 def data_map(scores: AuditScores) -> str:
