@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,8 +97,7 @@ def named(params: Params, *, complex_too: bool = False) -> Parameters:
 
 def _pairs(params: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(params, nn.Module):
-        plain = _without_wrappers(params)
-        yield from ((plain(name), p) for name, p in params.named_parameters(remove_duplicate=False))
+        yield from _pairs_of_module(params)
     elif isinstance(params, Tensor):
         yield "0", params
     elif isinstance(params, str) or not isinstance(params, Iterable):
@@ -131,23 +130,30 @@ def _label(params: Any, name: object) -> str:
     return f"params[{name!r}]" if isinstance(params, Mapping) else f"params[{name}]"
 
 
-def _without_wrappers(module: nn.Module) -> Callable[[str], str]:
-    """From the names of a module's parameters to those without the prefixes that wrappers add."""
+def _pairs_of_module(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """As `named_parameters`, without the prefixes that wrappers add; the modules are walked once."""
+    modules = list(module.named_modules(remove_duplicate=False))
     prefixes = []
-    for path, inner in module.named_modules(remove_duplicate=False):
+    for path, inner in modules:
         attribute = _wrapped_attribute(inner)
         if attribute is not None:
             outside = f"{path}." if path else ""
             prefixes.append((f"{outside}{attribute}.", outside))
     prefixes.reverse()  # from the inside out
-
-    def plain(name: str) -> str:
+    if type(module).named_parameters is nn.Module.named_parameters:
+        pairs = [
+            (f"{path}.{name}" if path else name, p)
+            for path, inner in modules
+            for name, p in inner._parameters.items()
+            if p is not None
+        ]
+    else:
+        pairs = list(module.named_parameters(remove_duplicate=False))
+    for name, p in pairs:
         for prefix, outside in prefixes:
             if name.startswith(prefix):
                 name = outside + name[len(prefix) :]
-        return name
-
-    return plain
+        yield name, p
 
 
 def _wrapped_attribute(module: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,7 +99,8 @@ class Node:
     def attributes(self) -> tuple[tuple[str, Any], ...]:
         """All saved values that are not tensors: dims, sizes, flags, scalars."""
         fn = self.fn
-        return tuple([(name, _hashable(getattr(fn, name))) for name in _plain_attributes(type(fn))])
+        names = _plain_attributes(type(fn))
+        return tuple([(name, _hashable(getattr(fn, name))) for name in names]) if names else ()
 
     def attribute(self, name: str) -> Any:
         return getattr(self.fn, f"_saved_{name}")
@@ -121,15 +122,24 @@ def _plain_attributes(kind: type) -> tuple[str, ...]:
     return tuple(n for n in names if n.startswith("_saved_") and n not in tensors and n != "_saved_tensors")
 
 
-_PLAIN = (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_PLAIN = {int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 
 def _hashable(value: Any) -> Any:
-    if isinstance(value, _PLAIN):
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, (list, tuple)):
         return tuple(map(_hashable, value))
     return repr(value)
+
+
+class Watch(NamedTuple):
+    """What a pass must be asked to show the cotangents of some edges; it holds no part of the graph."""
+
+    edges: tuple[tuple[int, int], ...]
+    passed: tuple[int, ...]  # nodes that the pass executes
+    ends: tuple[tuple[int, int], ...]  # edges at which it ends
+    lowest: tuple[tuple[int, int], ...]  # the nodes of the ends, with their number of outputs
 
 
 class Tape:
@@ -171,20 +181,13 @@ class Tape:
         return self._shared[key]
 
     def signature(self) -> tuple:
-        """Everything about the graph but the contents of its tensors."""
-        leaves: dict[int, int] = {}
+        """Everything about the graph but the contents of its tensors.
+
+        Each parameter has one leaf, so that the slots also tell where one is used again.
+        """
         return (
             self.root_slot,
-            tuple(
-                (
-                    node.kind,
-                    node.slots,
-                    node.attributes(),
-                    node.metadata(),
-                    leaves.setdefault(id(node.variable), len(leaves)) if node.is_leaf else None,
-                )
-                for node in self.nodes
-            ),
+            tuple([(node.kind, node.slots, node.attributes(), node.metadata()) for node in self.nodes]),
         )
 
     def cotangents(
@@ -197,20 +200,24 @@ class Tape:
         """d<seed, output>/d(edge) for many edges in one engine pass that forms no parameter's gradient."""
         if not edges:
             return []
-        wanted = [GradientEdge(self.nodes[i].fn, nr) for i, nr in edges]
+        wanted = tuple([GradientEdge(self.nodes[i].fn, nr) for i, nr in edges])
         with engine_errors():
-            found = torch.autograd.grad(
-                self.output,
-                wanted,
-                grad_outputs=seed,
-                retain_graph=retain_graph,
-                allow_unused=True,
-            )
-        return list(found)
+            return list(_pass((self.output,), (seed,), wanted, retain_graph))
+
+    def watch(self, edges: Sequence[tuple[int, int]]) -> Watch:
+        """How to see the cotangents of these edges in one pass, for `stream`."""
+        wanted = sorted({i for i, _ in edges})
+        lowest = self._lowest(wanted)
+        return Watch(
+            tuple(edges),
+            tuple([i for i in wanted if i not in lowest]),
+            tuple([e for e in edges if e[0] in lowest]),
+            tuple([(i, self.nodes[i].n_outputs) for i in sorted(lowest)]),
+        )
 
     def stream(
         self,
-        edges: Sequence[tuple[int, int]],
+        watch: Watch,
         seed: Tensor,
         arrived: Callable[[int, list[Tensor | None]], None],
         *,
@@ -220,21 +227,20 @@ class Tape:
 
         Nodes with wanted nodes below them are executed by the pass, so a hook before them sees their cotangents; the
         lowest ones are not, and their cotangents are the pass's result.
+
+        Args:
+            watch: of this graph, or of another with the same signature.
         """
-        wanted = sorted({i for i, _ in edges})
-        lowest = self._lowest(wanted)
-        ends = [e for e in edges if e[0] in lowest]
         handles = []
         try:
-            for i in wanted:
-                if i not in lowest:
-                    handles.append(self.nodes[i].fn.register_prehook(self._prehook(i, arrived)))
-            found = dict(zip(ends, self.cotangents(ends, seed, retain_graph=retain_graph), strict=True))
+            for i in watch.passed:
+                handles.append(self.nodes[i].fn.register_prehook(self._prehook(i, arrived)))
+            found = dict(zip(watch.ends, self.cotangents(watch.ends, seed, retain_graph=retain_graph), strict=True))
         finally:
             for handle in handles:
                 handle.remove()
-        for i in sorted(lowest):
-            arrived(i, [found.get((i, nr)) for nr in range(self.nodes[i].n_outputs)])
+        for i, n_outputs in watch.lowest:
+            arrived(i, [found.get((i, nr)) for nr in range(n_outputs)])
 
     @staticmethod
     def _prehook(index: int, arrived: Callable[[int, list[Tensor | None]], None]) -> Callable[..., None]:
@@ -341,9 +347,15 @@ class engine_errors:
 def gradients(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """As `torch.autograd.grad` with `allow_unused`, but not announced to function modes: those around this call see
     what the backward pass itself calls (recomputed layers, custom backwards), as far as it runs in this thread."""
-    seed = torch.ones_like(output)
+    return _pass((output,), (torch.ones_like(output),), tuple(inputs), False)
+
+
+def _pass(
+    outputs: tuple[Tensor, ...], seeds: tuple[Tensor, ...], inputs: tuple[Any, ...], retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """What `torch.autograd.grad` does once it has looked at its arguments, which takes it as long as a small pass."""
     run = torch.autograd.graph._engine_run_backward
-    return run((output,), (seed,), False, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False)
+    return run(outputs, seeds, retain_graph, False, inputs, allow_unreachable=True, accumulate_grad=False)
 
 
 def is_differentiable(tensors: Iterable[Tensor]) -> bool:
@@ -354,14 +366,10 @@ def is_differentiable(tensors: Iterable[Tensor]) -> bool:
 
 
 def _node(fn: Any, index: int, index_of: Mapping[Any, int]) -> Node:
-    slots = tuple(None if f is None else (index_of[f], nr) for f, nr in fn.next_functions)
-    return Node(
-        fn,
-        index,
-        fn.name(),
-        slots,
-        getattr(fn, "variable", None) if fn.name() == ACCUMULATE else None,
-    )
+    kind = fn.name()
+    if kind == ACCUMULATE:
+        return Node(fn, index, kind, (), fn.variable)
+    return Node(fn, index, kind, tuple([None if f is None else (index_of[f], nr) for f, nr in fn.next_functions]), None)
 
 
 def clock() -> int:

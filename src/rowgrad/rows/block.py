@@ -13,29 +13,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows
+from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows, reshaped
 from rowgrad.rows.pairs import gram, inner
-from rowgrad.rows.placement import Place, row_major
+from rowgrad.rows.placement import Place
 
 
 @dataclass
 class Region:
-    """Forms that see exactly the same entries of the parameter, at shape, stride and offset of a contiguous one."""
+    """Forms that see exactly the same entries of the parameter."""
 
     forms: list[Form]
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-    def covers(self, numel: int) -> bool:
-        return self.offset == 0 and self.shape.numel() == numel and self.is_contiguous
-
-    @property
-    def is_contiguous(self) -> bool:
-        expected = row_major(self.shape)
-        return all(n == 1 or s == e for n, s, e in zip(self.shape, self.stride, expected, strict=True))
+    place: Place
 
     def sq_norms(self) -> Tensor:
+        if len(self.forms) == 1:
+            return self.forms[0].sq_norms()
         found = sum_of(form.sq_norms() for form in self.forms)
         for i, f in enumerate(self.forms):
             for g in self.forms[i + 1 :]:
@@ -52,21 +44,25 @@ class Region:
         return sum_of(inner(f, g) for f in self.forms for g in other.forms)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
+        """Shape of the place; sparse where all forms are sparse embeddings."""
         parts = [form.weighted_sum(c) for form in self.forms]
         if all(p.is_sparse for p in parts):
             return sum_of(parts)
-        return sum_of((p.to_dense() if p.is_sparse else p).reshape(self.shape) for p in parts)
+        return sum_of(reshaped(p.to_dense() if p.is_sparse else p, self.place.shape) for p in parts)
 
     def dot(self, direction: Tensor) -> Tensor:
         """direction: the parameter's, contiguous, and perhaps itself a part of a larger tensor."""
-        part = direction.as_strided(self.shape, self.stride, int(direction.storage_offset()) + self.offset)
-        return sum_of(form.dot(part.reshape(form.shape)) for form in self.forms)
+        if not self.place.covers(direction.numel()):
+            start = int(direction.storage_offset()) + self.place.offset
+            direction = direction.as_strided(self.place.shape, self.place.stride, start)
+        return sum_of(form.dot(reshaped(direction, form.shape)) for form in self.forms)
 
     def dense(self) -> Tensor:
-        return sum_of(form.dense().reshape(-1, *self.shape) for form in self.forms)
+        return sum_of(form.dense().reshape(-1, *self.place.shape) for form in self.forms)
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """Their sum; one part alone is returned as it is."""
     total: Tensor | None = None
     for part in parts:
         total = part if total is None else total + part
@@ -88,15 +84,17 @@ class Block:
     @classmethod
     def of(cls, parameter: Tensor, uses: list[tuple[Form, Place]], n_examples: int) -> Block:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        by_key: dict[tuple, list[tuple[Form, Place]]] = {}
-        for form, place in uses:
-            by_key.setdefault(place.key, []).append((form, place))
-        regions = [_region(group) for group in by_key.values()]
+        regions = _regions(uses)
         block = cls(parameter.shape, regions, n_examples, dtype, parameter.device)
-        if _overlap([group[0][1] for group in by_key.values()]):
-            written_out = Region([Dense(block.dense())], parameter.shape, row_major(parameter.shape), 0)
-            return replace(block, regions=[written_out])
+        if len(regions) > 1 and _overlap([region.place for region in regions]):
+            place = Place.whole(uses[0][1].leaf, parameter.shape)
+            return replace(block, regions=[Region([Dense(block.dense())], place)])
         return block
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether one region is the whole parameter, in its own order."""
+        return len(self.regions) == 1 and self.regions[0].place.covers(self.shape.numel())
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.n_examples, dtype=self.dtype, device=self.device)
@@ -106,33 +104,41 @@ class Block:
         return not self.regions
 
     def sq_norms(self) -> Tensor:
-        return sum_of(r.sq_norms().to(self.dtype) for r in self.regions) if self.regions else self._zeros()
+        return self._total([r.sq_norms() for r in self.regions])
 
     def dot(self, direction: Tensor) -> Tensor:
         direction = direction.contiguous()
-        return sum_of(r.dot(direction).to(self.dtype) for r in self.regions) if self.regions else self._zeros()
+        return self._total([r.dot(direction) for r in self.regions])
+
+    def _total(self, parts: list[Tensor]) -> Tensor:
+        """(B,): what the regions contribute."""
+        if not parts:
+            return self._zeros()
+        return sum_of(part if part.dtype == self.dtype else part.to(self.dtype) for part in parts)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         """Shape of the parameter; sparse where all its uses are sparse embeddings."""
-        if len(self.regions) == 1 and self.regions[0].covers(self.shape.numel()):
+        if self._is_plain:
             found = self.regions[0].weighted_sum(c)
-            return found if found.is_sparse else found.reshape(self.shape)
+            return found if found.is_sparse else reshaped(found, self.shape)
         total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         for region in self.regions:
             found = region.weighted_sum(c)
-            total.as_strided(region.shape, region.stride, region.offset).add_(
+            place = region.place
+            total.as_strided(place.shape, place.stride, place.offset).add_(
                 found.to_dense() if found.is_sparse else found
             )
         return total
 
     def dense(self) -> Tensor:
         """(B, *shape)."""
-        if len(self.regions) == 1 and self.regions[0].covers(self.shape.numel()):
+        if self._is_plain:
             return self.regions[0].dense().reshape(self.n_examples, *self.shape)
         total = torch.zeros(self.n_examples, *self.shape, dtype=self.dtype, device=self.device)
         numel = self.shape.numel()
         for region in self.regions:
-            view = total.as_strided((self.n_examples, *region.shape), (numel, *region.stride), region.offset)
+            place = region.place
+            view = total.as_strided((self.n_examples, *place.shape), (numel, *place.stride), place.offset)
             view.add_(region.dense())
         return total
 
@@ -154,7 +160,7 @@ class Block:
         return (Dense(self.dense()).flat * Dense(other.dense()).flat).sum(1)
 
     def _matches(self, other: Block) -> bool:
-        mine, theirs = ([(r.shape, r.stride, r.offset) for r in b.regions] for b in (self, other))
+        mine, theirs = ([(r.place.shape, r.place.stride, r.place.offset) for r in b.regions] for b in (self, other))
         return mine == theirs
 
     def select(self, index: Tensor) -> Block:
@@ -167,9 +173,13 @@ class Block:
         return replace(self, regions=changed)
 
 
-def _region(group: list[tuple[Form, Place]]) -> Region:
-    place = group[0][1]
-    return Region(_joined([form for form, _ in group]), torch.Size(place.shape), place.stride, place.offset)
+def _regions(uses: list[tuple[Form, Place]]) -> list[Region]:
+    if len(uses) == 1:
+        return [Region([uses[0][0]], uses[0][1])]
+    by_key: dict[tuple, list[tuple[Form, Place]]] = {}
+    for form, place in uses:
+        by_key.setdefault(place.key, []).append((form, place))
+    return [Region(_joined([form for form, _ in group]), group[0][1]) for group in by_key.values()]
 
 
 def _joined(forms: list[Form]) -> list[Form]:

@@ -71,9 +71,9 @@ def jacobian(
     >>> rowgrad.jacobian(losses, model).sq_norms()
     tensor([3., 3.])
     """
-    reading = _read(losses, params, verify, rules, loss_scale)
-    with _plain_numbers(losses):
-        return reading.jacobian(retain_graph, GENERAL_BYTES if max_bytes is None else max_bytes)
+    general_bytes = GENERAL_BYTES if max_bytes is None else max_bytes
+    with _reading(losses, params, verify, rules, loss_scale) as reading:
+        return reading.jacobian(retain_graph, general_bytes)
 
 
 @overload
@@ -123,12 +123,11 @@ def grad_norms(
     >>> rowgrad.grad_norms(model(2 * torch.eye(3)).squeeze(1), model)
     tensor([2., 2., 2.])
     """
-    reading = _read(losses, params, verify, rules, loss_scale)
-    with _plain_numbers(losses):
-        general_bytes = GENERAL_BYTES if max_bytes is None else max_bytes
-        if reading.streams(general_bytes):
-            return reading.streamed_norms(retain_graph).norms(by)
-        return reading.jacobian(retain_graph, general_bytes).norms(by)
+    general_bytes = GENERAL_BYTES if max_bytes is None else max_bytes
+    with _reading(losses, params, verify, rules, loss_scale) as reading:
+        streams = reading.streams(general_bytes)
+        J = reading.streamed_norms(retain_graph) if streams else reading.jacobian(retain_graph, general_bytes)
+    return J.norms(by)
 
 
 class Prepared:
@@ -147,21 +146,21 @@ class Prepared:
     """
 
     def __init__(self, losses: Tensor, params: Params, scale: float = 1.0) -> None:
-        self._reading = _read(losses, params, "cached", RULES, scale)
-        plan = self._reading.plan
+        with _reading(losses, params, "cached", RULES, scale) as self._reading:
+            plan = self._reading.plan
         self.meeting: tuple[int, ...] = () if plan is None else plan.ownership.frontier.couplings
         is_cheap = plan is not None and self._reading.streams(GENERAL_BYTES)
-        self.edges: list[Edge] | None = plan.edges(self._reading.tape) if plan is not None and is_cheap else None
+        self.edges: list[Edge] | None = list(plan.ownership.watch.edges) if plan is not None and is_cheap else None
 
     def norms(self, cotangents: Mapping[Edge, Tensor | None]) -> Tensor:
         """L2 norm of each row, shape (B,), as `grad_norms`. To be asked once, and only if there are `edges`."""
         reading, waiting = self._reading, _Arrivals(self._reading)
         assert reading.plan is not None
         with _plain_numbers(reading.losses), _grad_untouched(reading.parameters):
-            for node, uses in reading.plan.by_node.items():
+            for node, uses in reading.plan.ownership.by_node.items():
                 own = [cotangents.get((node, nr)) for nr in range(reading.tape.nodes[node].n_outputs)]
                 for use in uses:
-                    waiting.take(use, reading._form(use, own))
+                    waiting.take(use, reading.plan.recipes[use].form(own))
             return Jacobian.of_norms(reading.losses, reading.parameters, waiting.finished()).norms()
 
 
@@ -188,16 +187,18 @@ def check_losses(losses: Tensor) -> None:
         raise NoGraphError(f"losses have no graph: {why}. Pass the result of a forward pass with gradients enabled")
 
 
-def _read(
+@contextmanager
+def _reading(
     losses: Tensor, params: Params, verify: str, rules: Mapping[tuple[str, int], Rule], loss_scale: float
-) -> _Reading:
+) -> Iterator[_Reading]:
+    """The graph with its plan, in plain numbers, with an eye on `.grad`."""
     if verify not in ("cached", "always"):
         raise ValueError(f'verify={verify!r}: expected "cached" or "always"')
     if not 0 < loss_scale < float("inf"):
         raise ValueError(f"loss_scale={loss_scale!r}: expected a positive finite number")
     check_losses(losses)
     parameters = named(params)
-    with _plain_numbers(losses):
+    with _plain_numbers(losses), _grad_untouched(parameters):
         tape = Tape(losses)
         tape.refuse_hidden()
         leaves = {tape.leaves[id(p)]: name for name, p in parameters.by_name.items() if id(p) in tape.leaves}
@@ -207,9 +208,8 @@ def _read(
                 f"{next(iter(parameters.by_name))}). Is this the model the losses came from, and not a copy of it?"
             )
         seed = torch.full_like(losses.detach(), loss_scale)
-        with _grad_untouched(parameters):
-            plan = make_plan(tape, seed, leaves, rules, verify) if len(losses) else None
-    return _Reading(tape, parameters, leaves, plan, seed, loss_scale)
+        plan = make_plan(tape, seed, leaves, rules, verify) if losses.shape[0] else None
+        yield _Reading(tape, parameters, leaves, plan, seed, loss_scale)
 
 
 @contextmanager
@@ -256,7 +256,7 @@ class _Reading:
 
     @property
     def n_examples(self) -> int:
-        return len(self.seed)
+        return self.seed.shape[0]
 
     @property
     def losses(self) -> Tensor:
@@ -271,14 +271,13 @@ class _Reading:
             if form is not None:
                 forms[use] = form
 
-        with _grad_untouched(self.parameters):
-            left = self.read(retain_graph, take)
-            by_leaf = self._direct(forms)
-            general = self._general(self._pushed(forms, by_leaf, general_bytes), left)
-            general = general and self._without_scalars(general, by_leaf)
-            if general is not None and general.bytes(self.parameters.by_name) <= general_bytes:
-                self._write_out(general, by_leaf)
-                general = None
+        left = self.read(retain_graph, take)
+        by_leaf = self._direct(forms)
+        general = self._general(self._pushed(forms, by_leaf, general_bytes), left)
+        general = general and self._without_scalars(general, by_leaf)
+        if general is not None and general.bytes(self.parameters.by_name) <= general_bytes:
+            self._write_out(general, by_leaf)
+            general = None
         explanation = self._explanation(forms)
         self._warn_if_slow(explanation)
         return self._finished(by_leaf, general, explanation)
@@ -289,7 +288,7 @@ class _Reading:
         Returns the cotangents of the nodes where other uses are.
         """
         assert self.plan is not None
-        recipes, uses = self.plan.recipes, self.plan.by_node
+        recipes, uses = self.plan.recipes, self.plan.ownership.by_node
         waiting: dict[int, Cotangents] = {}
 
         def arrived(node: int, cotangents: Cotangents) -> None:
@@ -297,14 +296,14 @@ class _Reading:
                 if use not in recipes or recipes[use].needs_graph:
                     waiting[node] = cotangents  # a node called during the pass answers only what the pass asks
                 else:
-                    take(use, self._form(use, cotangents))
+                    take(use, recipes[use].form(cotangents))
 
         keep = retain_graph or self.plan.needs_graph
-        self.tape.stream(self.plan.edges(self.tape), self.seed, arrived, retain_graph=keep)
+        self.tape.stream(self.plan.ownership.watch, self.seed, arrived, retain_graph=keep)
         for node, cotangents in waiting.items():
             for use in uses[node]:
                 if use in recipes and recipes[use].needs_graph:
-                    take(use, self._form(use, cotangents))
+                    take(use, recipes[use].form(cotangents))
         return {node: z for node, z in waiting.items() if any(use not in recipes for use in uses[node])}
 
     @staticmethod
@@ -315,8 +314,11 @@ class _Reading:
     def held(self) -> set[int]:
         """Leaves below a use that sees no strided part of them: their norms wait until all uses are in."""
         assert self.plan is not None
+        loose = [use for use in self.plan.uses if use not in self.plan.places]
+        if not loose:
+            return set()
         reach, leaf_of = self._reach(), {name: leaf for leaf, name in self.leaves.items()}
-        return {leaf_of[n] for use in self.plan.uses if use not in self.plan.places for n in reach[use]}
+        return {leaf_of[n] for use in loose for n in reach[use]}
 
     def streams(self, general_bytes: int) -> bool:
         """Whether norms can be read while the cotangents pass: every use has a recipe, and little is to be held."""
@@ -337,8 +339,7 @@ class _Reading:
     def streamed_norms(self, retain_graph: bool) -> Jacobian:
         """Norms alone, each use read as its cotangent arrives; only where every use has a recipe."""
         waiting = _Arrivals(self)
-        with _grad_untouched(self.parameters):
-            self.read(retain_graph, waiting.take)
+        self.read(retain_graph, waiting.take)
         return Jacobian.of_norms(self.losses, self.parameters, waiting.finished())
 
     def _finished(
@@ -351,13 +352,6 @@ class _Reading:
         }
         streamed = {self.leaves[leaf] for leaf in general.reached()} if general is not None else set()
         return Jacobian(self.losses, self.parameters, Blocks(blocks, general, streamed), explanation)
-
-    def _form(self, use: Use, cotangents: Cotangents) -> Form | None:
-        """The rows at one use, still in units of the scaled losses; None where nothing arrived."""
-        assert self.plan is not None
-        recipe = self.plan.recipes[use]
-        self.plan.recipes[use] = recipe.without_build()
-        return None if all(z is None for z in cotangents) else recipe.build(cotangents)
 
     def placed(self, form: Form, place: Place) -> tuple[Form, Place]:
         """Back in units of the losses, turned to the parameter's own order."""
@@ -389,8 +383,9 @@ class _Reading:
     def _general(self, seeds: list[tuple[Edge, Form]], left: Mapping[int, Cotangents]) -> GeneralPath | None:
         """Everything else, or None where there is nothing else."""
         assert self.plan is not None
+        by_node = self.plan.ownership.by_node
         masked = {
-            node: ([use.slot for use in self.plan.by_node[node] if use not in self.plan.recipes], list(cotangents))
+            node: ([use.slot for use in by_node[node] if use not in self.plan.recipes], list(cotangents))
             for node, cotangents in left.items()
             if any(z is not None for z in cotangents)
         }

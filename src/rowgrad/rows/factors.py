@@ -21,7 +21,7 @@ Note [gram or form]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd, prod
 from typing import Protocol
@@ -56,19 +56,29 @@ def wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
-def energies(t: Tensor, n_kept: int = 1) -> Tensor:
-    """Sum of squares over all but the leading dimensions.
+def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """As `reshape`, which also takes its time where there is nothing to do."""
+    return t if t.shape == shape else t.reshape(shape)
+
+
+def lengths(t: Tensor, n_kept: int = 1) -> Tensor:
+    """Square root of the sum of squares over all but the leading dimensions.
 
     `vector_norm` reads once and keeps nothing, but adds up plainly: piece by piece, so that few are added at a time.
     """
     n = prod(t.shape[n_kept:])
-    flat = t.reshape(*t.shape[:n_kept], n)
+    flat = t if t.ndim == n_kept + 1 else t.reshape(*t.shape[:n_kept], n)
     if n > PIECE:
         piece = gcd(n, PIECE)
         if piece < 128:
-            return flat.square().sum(-1)
+            return flat.square().sum(-1).sqrt_()
         flat = torch.linalg.vector_norm(flat.unflatten(-1, (-1, piece)), dim=-1)
-    return torch.linalg.vector_norm(flat, dim=-1).square_()
+    return torch.linalg.vector_norm(flat, dim=-1)
+
+
+def energies(t: Tensor, n_kept: int = 1) -> Tensor:
+    """Sum of squares over all but the leading dimensions."""
+    return lengths(t, n_kept).square_()
 
 
 def same_shape(given: Tensor, found: Tensor) -> Tensor:
@@ -126,13 +136,13 @@ class Dense:
 
     @property
     def flat(self) -> Tensor:
-        return self.values.reshape(self.n_examples, prod(self.shape))
+        return reshaped(self.values, (self.n_examples, prod(self.shape)))
 
     def sq_norms(self) -> Tensor:
         return energies(self.values)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
-        return (c.to(self.values.dtype) @ self.flat).reshape(self.shape)
+        return reshaped(c.to(self.values.dtype) @ self.flat, self.shape)
 
     def dot(self, direction: Tensor) -> Tensor:
         return self.flat @ direction.to(self.values.dtype).reshape(-1)
@@ -198,9 +208,13 @@ class Outer:
         _, _, t, a, b = self.sizes
         return t * (a + b) < a * b
 
-    def transposed(self) -> Outer:
-        """The same rows with the two sides exchanged; only for a plain matrix or a stack of them."""
-        shape = torch.Size((*self.shape[:-2], self.shape[-1], self.shape[-2]))
+    def transposed(self, seen: torch.Size | None = None) -> Outer:
+        """The same rows with the two sides exchanged; only for a plain matrix or a stack of them.
+
+        seen: in place of the shape, without its dimensions of 1.
+        """
+        shape = self.shape if seen is None else seen
+        shape = torch.Size((*shape[:-2], shape[-1], shape[-2]))
         formed = None if self._formed is None else self._formed.transpose(-1, -2)
         turned = (self.right, self.left, shape, not self.cotangent_left)
         return Outer(*turned, self.positions, self.cotangent_gram, formed, self._cancels)
@@ -219,12 +233,13 @@ class Outer:
         return formed
 
     def sq_norms(self) -> Tensor:
-        t = self.sizes[2]
-        if t == 0 or self.n_examples == 0:
-            return self.left.new_zeros(self.n_examples)
+        b, g, t, _, _ = self.sizes
+        if t == 0 or b == 0:
+            return self.left.new_zeros(b)
+        if t == 1 and g == 1:
+            return lengths(self.left).mul_(lengths(self.right)).square_()
         if t == 1:
-            found = energies(self.left, 2) * energies(self.right, 2)
-            return found.squeeze(1) if found.shape[1] == 1 else found.sum(1)
+            return lengths(self.left, 2).mul_(lengths(self.right, 2)).square_().sum(1)
         if self._formed is None and self.prefers_gram:
             found = self._sq_norms_by_gram()
             if not self._cancels_in(found):
@@ -280,29 +295,26 @@ class Outer:
         if g == 1:
             if _time_first(left):
                 left, right = left.transpose(0, 2), right.transpose(0, 2)
-            return (left.reshape(b * t, a).T @ right.reshape(b * t, d)).reshape(self.shape)
+            return reshaped(left.reshape(b * t, a).T @ right.reshape(b * t, d), self.shape)
         left = left.transpose(0, 1).reshape(g, b * t, a)
         right = right.transpose(0, 1).reshape(g, b * t, d)
         return (left.mT @ right).reshape(self.shape)
 
     def dot(self, direction: Tensor) -> Tensor:
-        _, g, _, a, b = self.sizes
-        matrix = direction.to(self.left.dtype).reshape(g, a, b)
+        n, g, t, a, b = self.sizes
+        direction = direction.to(self.left.dtype)
         if self._formed is not None:
-            return self._formed.reshape(self.n_examples, -1) @ matrix.reshape(-1)
-        if a <= b:
-            return (self._through(self.right, matrix.transpose(-1, -2)) * self.left).flatten(1).sum(1)
-        return (self._through(self.left, matrix) * self.right).flatten(1).sum(1)
-
-    @staticmethod
-    def _through(side: Tensor, matrix: Tensor) -> Tensor:
-        """side (B, G, T, a) times matrix (G, a, b), the matrix read once."""
-        (b, g, t, a), c = side.shape, matrix.shape[2]
-        if g == 1 and _time_first(side):
-            return (side.transpose(0, 2).reshape(t * b, a) @ matrix[0]).reshape(t, 1, b, c).transpose(0, 2)
-        if g == 1:
-            return (side.reshape(b * t, a) @ matrix[0]).reshape(b, 1, t, c)
-        return (side.transpose(0, 1).reshape(g, b * t, a) @ matrix).reshape(g, b, t, c).transpose(0, 1)
+            return self._formed.reshape(n, -1) @ direction.reshape(-1)
+        matrix = reshaped(direction, (g, a, b) if g > 1 else (a, b))
+        wide, thin, matrix = (self.right, self.left, matrix.mT) if a <= b else (self.left, self.right, matrix)
+        many, few = max(a, b), min(a, b)
+        if g > 1:
+            moved = (wide.transpose(0, 1).reshape(g, n * t, many) @ matrix).reshape(g, n, t, few).transpose(0, 1)
+        elif _time_first(wide):
+            moved = (wide.transpose(0, 2).reshape(t * n, many) @ matrix).reshape(t, 1, n, few).transpose(0, 2)
+        else:
+            moved = (wide.reshape(n * t, many) @ matrix).reshape(n, 1, t, few)
+        return moved.mul_(thin).sum((1, 2, 3))
 
     def dense(self) -> Tensor:
         return self.form().reshape(self.n_examples, *self.shape)

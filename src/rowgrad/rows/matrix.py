@@ -117,7 +117,7 @@ class Jacobian:
         return self._explanation.couplings
 
     def __len__(self) -> int:
-        return len(self._losses)
+        return self._losses.shape[0]
 
     def __repr__(self) -> str:
         b, p = self.shape
@@ -194,8 +194,8 @@ class Jacobian:
         parts = list(parts)
         if not parts:
             return self._losses.new_zeros(len(self), dtype=self._dtype)
-        widest = max((p.dtype for p in parts), key=lambda d: d.itemsize)
-        return sum_of(p.to(widest).to(parts[0].device) for p in parts)
+        widest, device = max((p.dtype for p in parts), key=lambda d: d.itemsize), parts[0].device
+        return sum_of(p if p.dtype == widest and p.device == device else p.to(device, widest) for p in parts)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -228,7 +228,8 @@ class Jacobian:
                 block = blocks.by_name.pop(name) if spend else blocks.by_name[name]
                 found[name] = block.weighted_sum(weights[name])
                 del block
-        return {name: found[name].to(self._parameters.by_name[name].dtype) for name in self.names}
+        parameters = self._parameters.by_name
+        return {n: found[n] if found[n].dtype == p.dtype else found[n].to(p.dtype) for n, p in parameters.items()}
 
     def _weights(self, c: Any) -> dict[str, Tensor]:
         if isinstance(c, Mapping):
@@ -284,13 +285,13 @@ class Jacobian:
             name = self._one_name(key)
             if name in parts:
                 raise ValueError(f"direction: {name} is given twice, the second time as {shown(key)}")
-            expected = tuple(self._parameters.by_name[name].shape)
+            expected = self._parameters.by_name[name].shape
             if not isinstance(value, Tensor):
                 raise ValueError(
-                    f"direction: {name} is a {type(value).__name__}, expected a tensor of shape {expected}"
+                    f"direction: {name} is a {type(value).__name__}, expected a tensor of shape {tuple(expected)}"
                 )
             if value.shape != expected:
-                raise ValueError(f"direction: {name} has shape {tuple(value.shape)}, expected {expected}")
+                raise ValueError(f"direction: {name} has shape {tuple(value.shape)}, expected {tuple(expected)}")
             parts[name] = value
         return parts
 
@@ -308,6 +309,8 @@ class Jacobian:
         return zip(self.names, values, strict=True)
 
     def _one_name(self, key: Any) -> str:
+        if isinstance(key, str) and key in self._parameters.by_name:
+            return key
         names = self._parameters.resolve(key)
         if len(names) != 1:
             raise ValueError(f"{key!r} means {len(names)} parameters ({', '.join(names[:4])}), expected one")
@@ -541,15 +544,15 @@ class Jacobian:
             raise ValueError(f'nonfinite={nonfinite!r}: expected "raise", "zero" or "propagate"')
         source = self
         if nonfinite != "propagate":
-            sq = self.sq_norms()
-            bad = (~sq.isfinite()).nonzero().squeeze(1).tolist()
+            finite = self.sq_norms().isfinite()
+            bad = [] if bool(finite.all()) else (~finite).nonzero().squeeze(1).tolist()
             if bad and nonfinite == "raise":
                 raise NonFiniteError(
                     f"the gradient of {len(bad)} of {len(self)} examples is not finite (first: example {bad[0]}, loss "
                     f'{float(self._losses[bad[0]]):g}). nonfinite="zero" leaves them out, "propagate" lets them through'
                 )
             if bad:
-                good = sq.isfinite().nonzero().squeeze(1)
+                good = finite.nonzero().squeeze(1)
                 weights = {n: w[good] for n, w in self._weights(c).items()}
                 source, c = self[good], weights
         if transform is not None:

@@ -26,7 +26,7 @@ def _first(cotangents: Cotangents) -> Tensor:
 
 def _scale(site: Site, parameter: Sequence[int], normalized: Callable[[], Tensor]) -> Recipe | None:
     """`parameter`: the scale's shape with ones where it is broadcast, aligned with the input."""
-    reduce = reduce_broadcast(site, site.node.shape(), torch.Size(parameter))
+    reduce = site.reduction(site.node.shape(), torch.Size(parameter))
     if reduce is None:
         return None
     shape = (-1, *site.target_shape)
@@ -34,7 +34,7 @@ def _scale(site: Site, parameter: Sequence[int], normalized: Callable[[], Tensor
 
 
 def _shift(site: Site, parameter: Sequence[int]) -> Recipe | None:
-    reduce = reduce_broadcast(site, site.node.shape(), torch.Size(parameter))
+    reduce = site.reduction(site.node.shape(), torch.Size(parameter))
     if reduce is None:
         return None
     shape = (-1, *site.target_shape)

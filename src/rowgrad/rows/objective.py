@@ -55,14 +55,21 @@ def clip_weights(norms: Tensor | Sequence[float], max_norm: float | Tensor, *, m
     if mode not in ("clip", "normalize"):
         raise ValueError(f'mode={mode!r}: expected "clip" or "normalize"')
     norms = _numbers(norms)
-    bound = torch.as_tensor(max_norm, dtype=norms.dtype, device=norms.device)
-    if not bool((bound > 0).all()) or (mode == "normalize" and not bool(bound.isfinite().all())):
+    if not _is_bound(max_norm, may_be_inf=mode == "clip"):
         raise ValueError(f"max_norm={max_norm!r}: expected a positive number" + (", finite" if mode != "clip" else ""))
+    bound = max_norm.to(norms) if isinstance(max_norm, Tensor) else max_norm
     weights = bound / norms
-    weights = weights.clamp(max=1.0) if mode == "clip" else weights.masked_fill(norms == 0, 0.0)
+    weights = weights.clamp_(max=1.0) if mode == "clip" else weights.masked_fill_(norms == 0, 0.0)
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("clipped %.3f of %d examples", share_clipped(norms, bound), norms.numel())
-    return weights.masked_fill(~norms.isfinite(), 0.0)
+    return weights.nan_to_num_(nan=0.0, posinf=torch.inf)  # nan: of a norm that is nan, or inf under a bound of inf
+
+
+def _is_bound(max_norm: float | Tensor, *, may_be_inf: bool) -> bool:
+    """Whether a number, or all of a tensor's, can bound a norm."""
+    if isinstance(max_norm, Tensor):
+        return bool((max_norm > 0).all()) and (may_be_inf or bool(max_norm.isfinite().all()))
+    return max_norm > 0 and (may_be_inf or max_norm < torch.inf)
 
 
 def _numbers(norms: Tensor | Sequence[float]) -> Tensor:
@@ -80,8 +87,9 @@ def _numbers(norms: Tensor | Sequence[float]) -> Tensor:
 
 def share_clipped(norms: Tensor, max_norm: float | Tensor) -> float:
     """Share of examples whose norm is above `max_norm` (or not finite); nan for an empty batch."""
-    over = ~(norms.detach() <= torch.as_tensor(max_norm, dtype=norms.dtype, device=norms.device))
-    return int(over.sum()) / over.numel() if over.numel() else float("nan")
+    bound = max_norm.to(norms) if isinstance(max_norm, Tensor) else max_norm
+    under = norms.detach() <= bound
+    return 1 - int(under.sum()) / under.numel() if under.numel() else float("nan")
 
 
 def clipped_loss(
@@ -146,7 +154,9 @@ def clipped_loss(
 
 
 def _bound(max_norm: Bound, norms: Tensor) -> float | Tensor:
-    return max_norm.update(norms) if isinstance(max_norm, NormBound) else max_norm
+    if isinstance(max_norm, (float, int, Tensor)) or not isinstance(max_norm, NormBound):
+        return max_norm
+    return max_norm.update(norms)
 
 
 def per_example(token_losses: Tensor, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:

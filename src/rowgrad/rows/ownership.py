@@ -208,7 +208,7 @@ class Prover:
     def __init__(self, tape: Tape, seed: Tensor, generator: torch.Generator, *, allow_rounding: bool) -> None:
         self.tape = tape
         self.seed = seed
-        self.n_examples = len(seed)
+        self.n_examples = seed.shape[0]
         dtypes = {n.dtype(nr) for n in tape.nodes for nr in range(n.n_outputs) if n.is_traced(nr)}
         self.codes = codebook(self.n_examples, dtypes, seed, generator)
         self.allow_rounding = allow_rounding or torch.float16 in dtypes

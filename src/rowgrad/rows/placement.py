@@ -7,7 +7,9 @@ tensor without storage, whose shape, strides and offset then say which entries o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
@@ -69,7 +71,10 @@ VIEWS: dict[str, Callable[[Node, int, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Place:
-    """A strided region of a parameter, by its logical (row-major) order."""
+    """A strided region of a parameter, by its logical (row-major) order.
+
+    Places are kept with the layouts of a graph, so that what follows from one is worked out once.
+    """
 
     leaf: int
     shape: tuple[int, ...]
@@ -80,10 +85,24 @@ class Place:
     def whole(cls, leaf: int, shape: Sequence[int]) -> Place:
         return cls(leaf, tuple(shape), row_major(shape))
 
-    @property
+    @cached_property
     def key(self) -> tuple:
+        """Equal for places that see the same entries in the same order."""
         kept = [(n, s) for n, s in zip(self.shape, self.stride, strict=True) if n != 1]
         return (self.offset, *kept)
+
+    @cached_property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @cached_property
+    def is_contiguous(self) -> bool:
+        expected = row_major(self.shape)
+        return all(n == 1 or s == e for n, s, e in zip(self.shape, self.stride, expected, strict=True))
+
+    def covers(self, numel: int) -> bool:
+        """Whether it is all of a parameter with so many entries, in its own order."""
+        return self.offset == 0 and self.numel == numel and self.is_contiguous
 
     def span(self) -> tuple[int, int]:
         """First and last position touched."""
@@ -93,10 +112,21 @@ class Place:
         shape, stride = (tuple(of[d] for d in order) for of in (self.shape, self.stride))
         return Place(self.leaf, shape, stride, self.offset)
 
-    @property
-    def by_stride(self) -> list[int]:
-        """Dimensions in the order of memory."""
-        return sorted(range(len(self.shape)), key=lambda d: -self.stride[d])
+    @cached_property
+    def reorder(self) -> tuple[list[int], Place] | None:
+        """The dimensions in the order of memory and the place so turned; None where they are."""
+        order = sorted(range(len(self.shape)), key=lambda d: -self.stride[d])
+        return None if order == list(range(len(order))) else (order, self.permuted(order))
+
+    @cached_property
+    def turned(self) -> tuple[torch.Size, Place] | None:
+        """For a matrix seen transposed: its sizes as seen, and the place turned back."""
+        kept = [d for d, n in enumerate(self.shape) if n != 1]
+        if not kept or self.stride[kept[-2:][0]] >= self.stride[kept[-1]]:
+            return None
+        if len(kept) == 2:
+            return torch.Size(self.shape[d] for d in kept), self.permuted((kept[1], kept[0]))
+        return torch.Size(self.shape), self.permuted((0, 2, 1)) if len(self.shape) == 3 else self
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -135,20 +165,19 @@ def settle(form: Form, place: Place) -> tuple[Form, Place]:
     """The same rows with the form turned so that its memory order follows the parameter's, where it can be."""
     if isinstance(form, Outer):
         return _settle_outer(form, place)
-    if isinstance(form, Dense) and (order := place.by_stride) != list(range(len(order))):
-        return Dense(form.values.permute(0, *(d + 1 for d in order))), place.permuted(order)
+    if isinstance(form, Dense) and place.reorder is not None:
+        order, reordered = place.reorder
+        return Dense(form.values.permute(0, *(d + 1 for d in order))), reordered
     return form, place
 
 
 def _settle_outer(form: Outer, place: Place) -> tuple[Outer, Place]:
-    _, groups, _, a, b = form.sizes
-    kept = [d for d, n in enumerate(place.shape) if n != 1]
-    sizes = [place.shape[d] for d in kept]
-    if not kept or place.stride[kept[-2:][0]] >= place.stride[kept[-1]]:
+    if place.turned is None:
         return form, place
-    if groups == 1 and sizes == [a, b]:
-        turned = place.permuted((kept[1], kept[0]))
-        return replace(form, shape=torch.Size(sizes)).transposed(), turned
-    if groups > 1 and place.shape == (groups, a, b):
-        return form.transposed(), place.permuted((0, 2, 1))
+    seen, turned = place.turned
+    _, groups, _, a, b = form.sizes
+    if groups == 1 and seen == (a, b):
+        return form.transposed(seen), turned
+    if groups > 1 and seen == (groups, a, b):
+        return form.transposed(), turned
     return form, place

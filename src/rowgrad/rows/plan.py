@@ -14,8 +14,8 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from rowgrad.rows.ownership import MIXED, Axis, Edge, Layout, Prover
 from rowgrad.rows.placement import Place, place_of
 from rowgrad.rows.site import Recipe, Rule, Site
 from rowgrad.rows.structure import infer
-from rowgrad.tape import Tape
+from rowgrad.tape import Tape, Watch
 
 KEPT_SIGNATURES = 64
 PROVE_EVERY = 50  # calls
@@ -40,7 +40,10 @@ class Ownership:
     layouts: dict[Edge, Layout]
     places: dict[Use, Place]
     proof: str
+    by_node: dict[int, list[Use]]
+    watch: Watch  # of the nodes with uses
     told: dict[tuple, Explanation] = field(default_factory=dict)
+    worked_out: dict[tuple, Any] = field(default_factory=dict)  # see `Site`
 
 
 @dataclass
@@ -62,25 +65,10 @@ class Plan:
     def uses(self) -> list[Use]:
         return self.ownership.frontier.uses
 
-    @cached_property
-    def by_node(self) -> dict[int, list[Use]]:
-        found: dict[int, list[Use]] = {}
-        for use in self.uses:
-            found.setdefault(use.node, []).append(use)
-        return found
-
-    def edges(self, tape: Tape) -> list[Edge]:
-        return [
-            (i, nr)
-            for i in sorted(self.by_node)
-            for nr in range(tape.nodes[i].n_outputs)
-            if tape.nodes[i].is_traced(nr)
-        ]
-
     @property
     def is_ruled(self) -> bool:
         """Whether every use has a recipe."""
-        return all(use in self.recipes for use in self.uses)
+        return len(self.recipes) == len(self.uses)
 
     @property
     def needs_graph(self) -> bool:
@@ -105,19 +93,25 @@ def make_plan(
     """Find the uses, how the examples lie there, and a recipe for each where the rules have one."""
     ownership = _ownership(tape, seed, leaves, verify)
     recipes: dict[Use, Recipe] = {}
+    n_examples = seed.shape[0]
     for use in ownership.frontier.uses:
         node = tape.nodes[use.node]
         rule = rules.get((node.kind, use.slot))
-        recipe = rule(Site(tape, node, use.slot, ownership.layouts, len(seed))) if rule is not None else None
+        recipe = None
+        if rule is not None:
+            recipe = rule(Site(tape, node, use.slot, ownership.layouts, n_examples, ownership.worked_out))
         if recipe is not None:
             recipes[use] = recipe
-    return Plan(ownership, recipes, {use: place for use, place in ownership.places.items() if use in recipes})
+    places = ownership.places
+    if len(recipes) < len(ownership.frontier.uses):
+        places = {use: place for use, place in places.items() if use in recipes}
+    return Plan(ownership, recipes, places)
 
 
 def _ownership(tape: Tape, seed: Tensor, leaves: Mapping[int, str], verify: str) -> Ownership:
-    if verify == "always" or len(seed) == 1:
+    if verify == "always" or seed.shape[0] == 1:
         return _Proof(tape, seed, leaves).ownership({})
-    key = (tape.signature(), tuple(sorted(leaves)), seed.dtype, len(seed))
+    key = (tape.signature(), tuple(sorted(leaves)), seed.dtype, seed.shape[0])
     kept = _kept.get(key)
     if kept is not None:
         _kept.move_to_end(key)
@@ -125,7 +119,7 @@ def _ownership(tape: Tape, seed: Tensor, leaves: Mapping[int, str], verify: str)
         if kept.calls % PROVE_EVERY:
             return kept.ownership or _Proof(tape, seed, leaves).ownership(kept.settled)
     proof = _Proof(tape, seed, leaves)
-    settled, mixed = proof.confirmed(infer(tape, len(seed)))
+    settled, mixed = proof.confirmed(infer(tape, seed.shape[0]))
     ownership = proof.ownership(settled, mixed)
     _kept[key] = _Kept(_lasting(ownership, settled), settled)
     while len(_kept) > KEPT_SIGNATURES:
@@ -138,7 +132,7 @@ class _Proof:
 
     def __init__(self, tape: Tape, seed: Tensor, leaves: Mapping[int, str]) -> None:
         self.tape = tape
-        self.n_examples = len(seed)
+        self.n_examples = seed.shape[0]
         self.static, self.needed = static_nodes(tape), needed_nodes(tape, leaves)
         generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7)))
         self.prover = Prover(tape, seed, generator, allow_rounding=seed.device.type != "cpu")
@@ -165,7 +159,13 @@ class _Proof:
         layouts |= self.prover.layouts([e for e in edges if e not in layouts])
         frontier = find_uses(self.tape, layouts, self.static, self.needed, self.n_examples)
         places = {use: place for use in frontier.uses if (place := place_of(self.tape, use.target)) is not None}
-        return Ownership(frontier, layouts, places, "within rounding" if self.prover.rounded else "exact")
+        proof = "within rounding" if self.prover.rounded else "exact"
+        by_node: dict[int, list[Use]] = {}
+        for use in frontier.uses:
+            by_node.setdefault(use.node, []).append(use)
+        nodes = [self.tape.nodes[i] for i in sorted(by_node)]
+        watch = self.tape.watch([(n.index, nr) for n in nodes for nr in range(n.n_outputs) if n.is_traced(nr)])
+        return Ownership(frontier, layouts, places, proof, by_node, watch)
 
 
 def _lasting(ownership: Ownership, settled: Mapping[Edge, Axis]) -> Ownership | None:
@@ -173,4 +173,4 @@ def _lasting(ownership: Ownership, settled: Mapping[Edge, Axis]) -> Ownership | 
     above = {e: layout for e, layout in ownership.layouts.items() if not ownership.frontier.tainted[e[0]]}
     if any(e not in settled for e in above):
         return None
-    return replace(ownership, layouts=above, proof=f"{ownership.proof}, kept", told={})
+    return replace(ownership, layouts=above, proof=f"{ownership.proof}, kept", told={}, worked_out={})

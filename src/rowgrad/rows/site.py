@@ -8,7 +8,8 @@ goes the general path. A rule's form has the shape of the input it speaks of.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ from rowgrad.rows.ownership import Axis, Edge, Entries, Grouping, Layout
 from rowgrad.tape import Node, Tape
 
 Cotangents = Sequence[Tensor | None]
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Recipe:
     """How to make a form from the cotangents of the node's outputs."""
 
@@ -28,9 +30,10 @@ class Recipe:
     route: str  # one word for `explain`
     needs_graph: bool = False  # calls the node, so its saved tensors must outlive the pass
 
-    def without_build(self) -> Recipe:
-        """What is left to tell once the form is made; `build` holds what the node saved."""
-        return Recipe(_spent, self.route, self.needs_graph)
+    def form(self, cotangents: Cotangents) -> Form | None:
+        """The form, to be asked for once; None where no cotangent arrived. Lets go of what the node saved."""
+        build, self.build = self.build, _spent
+        return build(cotangents) if any(z is not None for z in cotangents) else None
 
 
 def _spent(cotangents: Cotangents) -> Form:
@@ -46,6 +49,7 @@ class Site:
     slot: int
     layouts: Mapping[Edge, Layout]
     n_examples: int
+    worked_out: dict[tuple, Any] = field(default_factory=dict, compare=False)  # from layouts and shapes; no tensors
 
     @property
     def target_shape(self) -> torch.Size:
@@ -61,10 +65,27 @@ class Site:
 
         None where the owners are not told by those dimensions, and for complex cotangents, which no product rule knows.
         """
+        key = ("grouping", self.node.index, output_nr, n_positions, None if order is None else tuple(order))
+        return self._once(key, lambda: self._grouping(n_positions, order, output_nr))
+
+    def _grouping(self, n_positions: int, order: Sequence[int] | None, output_nr: int) -> Grouping | None:
         if self.node.dtype(output_nr).is_complex:
             return None
         shape = self.node.shape(output_nr)
         return grouping_of(self.layout(output_nr), shape, order or range(len(shape)), n_positions, self.n_examples)
+
+    def reduction(self, z_shape: torch.Size, shape: torch.Size) -> Callable[[Tensor], Tensor] | None:
+        """As `reduce_broadcast`, for the layout of the node's output."""
+        key = ("reduction", self.node.index, z_shape, shape)
+        return self._once(key, lambda: reduce_broadcast(self, z_shape, shape))
+
+    def _once(self, key: tuple, make: Callable[[], _T]) -> _T:
+        """What follows from layouts and shapes, kept as long as they are, unless it holds an owner of each entry."""
+        if isinstance(self.layouts.get((self.node.index, 0)), Entries):
+            return make()
+        if key not in self.worked_out:
+            self.worked_out[key] = make()
+        return self.worked_out[key]
 
 
 def grouping_of(
@@ -95,7 +116,7 @@ def scalar(value: object) -> float:
 def elementwise(site: Site) -> Recipe | None:
     """A parameter broadcast over the examples: the node's own gradient before the broadcast is summed away."""
     z_shape, shape = site.node.shape(), site.target_shape
-    reduce = reduce_broadcast(site, z_shape, shape)
+    reduce = site.reduction(z_shape, shape)
     if reduce is None:
         return None
 
@@ -115,7 +136,7 @@ def factor(site: Site) -> Recipe | None:
     """A parameter multiplied with something: scale, temperature, gate."""
     if site.node.dtype().is_complex:
         return elementwise(site)
-    reduce = reduce_broadcast(site, site.node.shape(), site.target_shape)
+    reduce = site.reduction(site.node.shape(), site.target_shape)
     if reduce is None:
         return None
     other = site.node.saved("self" if site.slot else "other")
@@ -126,7 +147,7 @@ def summand(site: Site, scale: str | None = None, sign: int = 1) -> Recipe | Non
     """A parameter added to something, times a constant: its gradient is the cotangent, summed over the broadcast."""
     if site.node.dtype().is_complex:
         return elementwise(site)
-    reduce = reduce_broadcast(site, site.node.shape(), site.target_shape)
+    reduce = site.reduction(site.node.shape(), site.target_shape)
     if reduce is None:
         return None
     factor = sign * (scalar(site.node.attribute(scale)) if scale else 1)
@@ -156,7 +177,7 @@ def reduce_broadcast(
             t = t.sum(summed, keepdim=True) if summed else t
             if outer * inner != 1:
                 t = t.reshape(*t.shape[:dim], outer, n, inner, *t.shape[dim + 1 :]).sum((dim, dim + 2))
-            return t.movedim(dim, 0).reshape(n, *shape)
+            return (t.movedim(dim, 0) if dim else t).reshape(n, *shape)
 
         return reduce
     positions = [d for d, size in enumerate(padded) if size == 1]
