@@ -339,6 +339,18 @@ def test_processes_share_a_shuffle_and_draw_differently() -> None:
     assert ((counts[0] + counts[1]) / (100 * N) - p).abs().max() < 0.02
 
 
+def test_processes_that_switched_at_different_times_share_the_shuffle_again() -> None:
+    """Each measures its own gain; once all are off, an epoch visits every example as if none had been on."""
+    samplers = [rg.NormSampler(N, rank=r, num_replicas=2) for r in range(2)]
+    for sampler in samplers:
+        sampler.update(torch.arange(N), rows().norm(dim=1))
+    for on in ((False, False), (True, False), (True, True), (False, False), (False, False)):
+        for sampler, wanted in zip(samplers, on, strict=True):
+            sampler._wanted = wanted
+        visited = torch.cat([drawn(sampler).index for sampler in samplers])
+        assert any(on) or torch.equal(visited.sort().values, torch.arange(N)), on
+
+
 # A loop
 
 

@@ -3,6 +3,9 @@
 Note [what is not yet done is drawn already]: workers are ahead of the loop, and weights belong to the draw (Note
 [weights at the draw]). So a state holds the draws that no `update` has come for. A sampler that goes on from it gives
 these first and draws the next ones from the same table as without the stop.
+
+Note [one shuffle for all processes]: the shuffle of an epoch comes from a seed drawn at the start and the number of the
+epoch, never from the generator: draws by norms move that on, in each process as often as it was switched on.
 """
 
 import math
@@ -41,7 +44,8 @@ class WeightedSampler(Sampler[Any]):
         self._epoch, self._drawn, self._done, self._resumes = 0, 0, 0, False
         self._waiting: deque[tuple[Tensor, Tensor]] = deque()  # drawn, from number `_first` on; no update came yet
         self._first = 0
-        self._shuffle_seed, self._shuffle_at = 0, 0
+        self._seed = int(torch.randint(2**62, (), generator=self._generator))
+        self._shuffle_at = 0
         self._shuffle: Tensor | None = None
 
     @property
@@ -75,7 +79,8 @@ class WeightedSampler(Sampler[Any]):
             "epoch": self._epoch,
             "done": self._done,
             "waiting": together,
-            "shuffle": [self._shuffle_seed, self._shuffle_at],
+            "seed": self._seed,
+            "shuffle_at": self._shuffle_at,
             "generator": self._generator.get_state(),
         }
 
@@ -93,8 +98,7 @@ class WeightedSampler(Sampler[Any]):
         index, weights = state["waiting"]
         self._drawn = self._done + len(index)
         self._waiting = deque([(index.to(torch.int64), weights.clone())] if len(index) else [])
-        self._shuffle_seed, self._shuffle_at = state["shuffle"]
-        self._shuffle = None
+        self._seed, self._shuffle_at, self._shuffle = state["seed"], state["shuffle_at"], None
         self._generator.set_state(state["generator"])
         self._resumes = self._epoch > 0 and self._done < self._n_draws
 
@@ -127,7 +131,6 @@ class WeightedSampler(Sampler[Any]):
         self._epoch += 1
         self._drawn = self._done = self._first = 0
         self._waiting.clear()
-        self._shuffle_seed = int(torch.randint(2**62, (), generator=self._generator))
         self._shuffle_at, self._shuffle = 0, None
 
     def _next_block(self, size: int) -> tuple[Tensor, Tensor]:
@@ -142,7 +145,8 @@ class WeightedSampler(Sampler[Any]):
 
     def _shuffled(self, size: int) -> tuple[Tensor, Tensor]:
         if self._shuffle is None:
-            self._shuffle = torch.randperm(self.n, generator=torch.Generator().manual_seed(self._shuffle_seed))
+            seed = self._seed + self._epoch
+            self._shuffle = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed))
         at = torch.arange(self._shuffle_at, self._shuffle_at + size) * self.num_replicas + self.rank
         self._shuffle_at += size
         return self._shuffle[at % self.n], torch.ones(size, dtype=torch.float64)
