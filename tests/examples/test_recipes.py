@@ -11,6 +11,7 @@ import lightning
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -90,6 +91,41 @@ def test_the_weights_of_the_tasks_give_the_shortest_vector() -> None:
     torch.testing.assert_close(found, shortest, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("n_tasks", [2, 3, 5, 10])
+@pytest.mark.parametrize("length", [6, 40])
+def test_the_shortest_vector_is_that_of_a_quadratic_program(n_tasks: int, length: int) -> None:
+    """And what says so by itself: no gradient has a smaller product with it than its own square."""
+    shortest = run(3)["shortest"]
+    for seed in range(5):
+        rng = torch.Generator().manual_seed(seed)
+        pulls = torch.rand(n_tasks, 1, generator=rng, dtype=torch.float64) * 3
+        flat = torch.randn(n_tasks, length, generator=rng, dtype=torch.float64) * pulls + 0.3
+        gram = flat @ flat.T
+        weights = shortest(gram)
+        assert float(weights.min()) >= 0
+        assert float(weights.sum()) == pytest.approx(1, rel=1e-12)
+        found, products = float(weights @ gram @ weights), gram @ weights
+        assert float(products.min()) >= found - 1e-9 * float(gram.max())
+        program = minimize(
+            lambda w: float(w @ gram.numpy() @ w),
+            [1 / n_tasks] * n_tasks,
+            jac=lambda w: 2 * gram.numpy() @ w,
+            bounds=[(0, 1)] * n_tasks,
+            constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+            options={"ftol": 1e-15, "maxiter": 1000},
+        )
+        assert found <= program.fun + 1e-9 * float(gram.max())
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(3, 4), torch.ones(3, 4), torch.eye(3) * 1e-12, torch.eye(3) * 1e12])
+def test_equal_and_vanishing_gradients_have_weights_too(rows: Tensor) -> None:
+    weights = run(3)["shortest"](rows @ rows.T)
+    assert float(weights.min()) >= 0
+    assert float(weights.sum()) == pytest.approx(1, rel=1e-6)
+    if rows[0, 1] == 0 and rows[0, 0] > 0:
+        torch.testing.assert_close(weights, torch.full((3,), 1 / 3))
+
+
 def test_a_step_of_the_language_model_is_that_of_its_clipped_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     step = torch.optim.AdamW.step
@@ -146,6 +182,10 @@ def test_the_trainer_takes_clipped_steps(tmp_path: Path, monkeypatch: pytest.Mon
             for parameter, part in zip(slow.parameters(), parts, strict=True):
                 parameter -= 0.5 * part.reshape(parameter.shape)
     torch.testing.assert_close(flat_weights(bert), flat_weights(slow), rtol=1e-4, atol=1e-5)
+    found = names["trainer"].evaluate(sentences)["eval_loss"]
+    with torch.no_grad():
+        expected = F.cross_entropy(bert(ids).logits, labels)
+    assert found == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.filterwarnings(*NOT_OURS)
