@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rowgrad.data.bundled import BUNDLED
+from rowgrad.data.raw import TARGET_NAMES
 from rowgrad.data.readers import read_table
 
 PEOPLE = """id,color,age,income,city,flat,label
@@ -204,6 +205,15 @@ def test_a_matrix_in_npz(tmp_path: Path) -> None:
     assert table.features.tolist() == features.tolist()
     assert table.feature_names == ("X[0]", "X[1]")
     assert read_table(tmp_path / "m.npz", target="y").target_name == "y"
+
+
+@pytest.mark.parametrize("name", [*TARGET_NAMES, "Y", "Labels"])
+def test_a_target_goes_by_the_same_names_in_every_file(tmp_path: Path, name: str) -> None:
+    np.savez(tmp_path / "t.npz", **{"X": np.arange(8).reshape(4, 2), name: np.array([0, 0, 1, 1])})
+    _write(tmp_path, f"a,{name}\n1,0\n2,0\n3,1\n4,1\n", "t.csv")
+    for path in (tmp_path / "t.npz", tmp_path / "t.csv"):
+        assert read_table(path).target_name == name
+        assert name not in read_table(path, needs_target=False).feature_names
 
 
 def test_a_large_file_is_read_in_pieces(tmp_path: Path) -> None:

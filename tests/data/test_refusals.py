@@ -44,7 +44,7 @@ CSV = {
     "an open quote":            ('a,label\n1,"x\n', "line 2 is not valid CSV"),
     "no feature":               ("label\nx\ny\nx\ny\n", "no column is left beside the target 'label'"),
     "constant features":        ("k,e,label\n3,,x\n3,,y\n3,,x\n3,,y\n", r"k \(constant\) and e \(no values\)"),
-    "no target":                ("a,b\n1,2\n3,4\n", "none is called target, .*; say --target with one of a, b"),
+    "no target":                ("a,b\n1,2\n3,4\n", "none is called y, .*; say --target with one of a, b"),
     "two targets":              ("a,label,class\n1,x,u\n2,y,v\n", "2 are called like one"),
     "too large to standardize": ("a,label\n1e200,x\n1,y\n2,x\n3,y\n", "'a' holds values beyond 1e150"),
 }

@@ -9,14 +9,13 @@ import polars as pl
 import pyarrow as pa
 from pyarrow import parquet
 
-from rowgrad.data.raw import Raw, check_names, shorten
+from rowgrad.data.raw import TARGET_NAMES, Raw, check_names, shorten
 from rowgrad.errors import InputError
 
 CHUNK = 20_000  # records held as Python strings at a time
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 FEATURE_KEYS = ("X", "x", "data", "images", "features")
 LENGTH_KEYS = ("lengths", "length")
-TARGET_KEYS = ("y", "target", "targets", "label", "labels")
 
 
 def read_csv(path: Path) -> Raw:
@@ -125,10 +124,11 @@ def _keys(path: Path, found: list[str], target: str | None, needs_target: bool) 
     if target is not None and target not in found:
         raise InputError(f"{path}: no array is called {target!r}; found {shorten(found)}")
     features = next((key for key in FEATURE_KEYS if key in found and key != target), None)
-    otherwise = None if needs_target else TARGET_KEYS[0]
-    targets = target or next((key for key in TARGET_KEYS if key in found), otherwise)
+    otherwise = None if needs_target else TARGET_NAMES[0]
+    likely = {key.lower(): key for key in found if key != features}
+    targets = target or next((likely[name] for name in TARGET_NAMES if name in likely), otherwise)
     if features is None or targets is None:
-        missing, keys = ("features", FEATURE_KEYS) if features is None else ("targets", TARGET_KEYS)
+        missing, keys = ("features", FEATURE_KEYS) if features is None else ("targets", TARGET_NAMES)
         raise InputError(f"{path}: no array of {missing}; expected one of {shorten(keys)}, found {shorten(found)}")
     return features, targets
 

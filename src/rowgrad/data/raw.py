@@ -9,6 +9,7 @@ import polars as pl
 from rowgrad.errors import InputError
 
 N_SHOWN = 5  # places named in an error before "and 12 more"
+TARGET_NAMES = ("y", "target", "targets", "label", "labels", "class")  # of a column or an array, in any case of letters
 
 
 @dataclass(frozen=True)

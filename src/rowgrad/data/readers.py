@@ -32,9 +32,10 @@ def read_table(
 
     Args:
         source: `digits`, `breast_cancer`, `wine`, `iris`, `diabetes`, or the path of a file. NPZ files hold features
-            under `X`, `x`, `data`, `images` or `features` (3 or 4 dimensions are images) and targets under `y`,
-            `target` or `label`; with `lengths` the examples are sequences, (N, steps) or (N, steps, numbers).
-        target: the column (in NPZ files the array) to predict; by default the one called target, label, class or y.
+            under `X`, `x`, `data`, `images` or `features` (3 or 4 dimensions are images); with `lengths` the examples
+            are sequences, (N, steps) or (N, steps, numbers).
+        target: the column (in NPZ files the array) to predict; by default the one called y, target, targets, label,
+            labels or class, in NPZ files the first of these.
         drop: columns to leave out.
         categorical: columns of numbers that are names of categories, to be one-hot encoded.
         task: `classification` or `regression`; by default text, truth values and up to 50 distinct whole numbers are

@@ -7,11 +7,10 @@ import polars as pl
 import torch
 
 from rowgrad.data.columns import Advice, as_text, is_text, missing, numbers
-from rowgrad.data.raw import Raw, shorten
+from rowgrad.data.raw import TARGET_NAMES, Raw, shorten
 from rowgrad.errors import InputError
 
 MAX_CLASSES = 50  # distinct whole numbers that are still read as classes
-TARGET_NAMES = ("target", "label", "class", "y")
 TARGET = Advice(
     stray="mend these cells, or use --task classification",
     nan="give these examples a target or remove them",
@@ -30,7 +29,7 @@ class Target:
 
 
 def target_column(raw: Raw, asked: str | None) -> str:
-    """The column asked for, or the only one that is called target, label, class or y."""
+    """The column asked for, or the only one whose name is among `TARGET_NAMES`."""
     names = raw.frame.columns
     if asked is not None:
         if asked not in names:
@@ -39,12 +38,13 @@ def target_column(raw: Raw, asked: str | None) -> str:
     likely = likely_targets(raw)
     if len(likely) == 1:
         return likely[0]
-    found = f"{len(likely)} are called like one" if likely else "none is called target, label, class or y"
+    usual = f"{', '.join(TARGET_NAMES[:-1])} or {TARGET_NAMES[-1]}"
+    found = f"{len(likely)} are called like one" if likely else f"none is called {usual}"
     raise InputError(f"{raw.name}: which column is the target? {found}; say --target with one of {shorten(names)}")
 
 
 def likely_targets(raw: Raw) -> list[str]:
-    """The columns that are called target, label, class or y."""
+    """The columns whose names are among `TARGET_NAMES`."""
     return [name for name in raw.frame.columns if name.lower() in TARGET_NAMES]
 
 
