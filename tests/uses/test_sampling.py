@@ -37,9 +37,17 @@ def filled(norms: Tensor, **options: Any) -> rg.NormSampler:
 
 
 def drawn(sampler: rg.NormSampler, n_epochs: int = 1) -> Draw:
-    found = [(int(i), i.weight, i.number) for _ in range(n_epochs) for i in sampler]
-    index, weight, number = zip(*found, strict=True)
-    return Draw(torch.tensor(index), torch.tensor(weight, dtype=torch.float64), torch.tensor(number))
+    return together([i for _ in range(n_epochs) for i in sampler])
+
+
+def together(drawn: list[DrawnIndex]) -> Draw:
+    """As a batch."""
+    return Draw(
+        torch.tensor([int(i) for i in drawn]),
+        torch.tensor([i.weight for i in drawn], dtype=torch.float64),
+        torch.tensor([i.number for i in drawn]),
+        torch.tensor([i.by_norms for i in drawn]),
+    )
 
 
 def loaded(state: dict[str, Any], **options: Any) -> rg.NormSampler:
@@ -185,7 +193,8 @@ def test_beyond_the_limit_of_multinomial() -> None:
     state = sampler.state_dict()
     state["table"][[5, n - 1]] = torch.tensor([1.0, 3.0])
     sampler.load_state_dict(state | {"built": True})
-    index, weights = sampler._next_block(1000)
+    index, weights, _ = sampler._next_block(1000)
+    index = index.long()
     assert set(index.tolist()) == {5, n - 1}
     assert abs((index == n - 1).double().mean() - 0.75) < 0.06
     torch.testing.assert_close(weights, 1 / (n * sampler.probabilities(index)))
@@ -208,7 +217,7 @@ def test_gain_is_the_ratio_of_variances() -> None:
             expected = (norms.square().mean() - squared_mean) / by_norms
             for _ in range(60):
                 found = drawn(sampler)
-                for index, weight, number in zip(*(part.split(12) for part in found), strict=True):
+                for index, weight, number, _ in zip(*(part.split(12) for part in found), strict=True):
                     grad = (weight[:, None] * g[index]).mean(0)
                     sampler._meter.add(weight, 1 / (N * p[index]), norms[index], float(grad.norm()) if known else None)
                     assert len(number) == 12
@@ -308,8 +317,8 @@ def test_weights_arrive_with_their_examples(workers: int) -> None:
 
 
 def test_a_draw_survives_pickling_and_is_an_int() -> None:
-    draw = pickle.loads(pickle.dumps(DrawnIndex(7, 0.25, 3)))  # noqa: S301
-    assert (draw, draw.weight, draw.number) == (7, 0.25, 3)
+    draw = pickle.loads(pickle.dumps(DrawnIndex(7, 0.25, 3, True)))  # noqa: S301
+    assert (draw, draw.weight, draw.number, draw.by_norms) == (7, 0.25, 3, True)
     assert ["a", "b"][DrawnIndex(1)] == "b"
 
 
@@ -465,19 +474,11 @@ def test_batches_out_of_a_pool_are_unbiased_and_vary_as_measured() -> None:
         estimates = []
         for _ in range(200):
             for batch in sampler:
-                draw = Draw(
-                    torch.tensor([int(i) for i in batch]),
-                    torch.tensor([i.weight for i in batch], dtype=torch.float64),
-                    torch.tensor([i.number for i in batch]),
-                )
+                draw = together(batch)
                 grad = (draw.weight[:, None] * g[draw.index]).mean(0)
                 if len(batch) == size:
                     sampler._measure(
-                        draw.weight,
-                        draw.weight,
-                        norms[draw.index],
-                        grad.norm() if known else None,
-                        1 / sampler.pool,
+                        draw, draw.weight, norms[draw.index], grad.norm() if known else None, 1 / sampler.pool
                     )
                     estimates.append(grad)
         found = torch.stack(estimates)
@@ -492,11 +493,69 @@ def test_batches_out_of_a_pool_are_unbiased_and_vary_as_measured() -> None:
         assert abs(gain.ratio - true) < 4 * error if known else 1 < gain.ratio < true
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_equal_scores_gain_nothing_out_of_a_pool(known: bool) -> None:
+    """All weights are 1, as in a shuffle, but the batch varies by the pool, too; tried in a few batches of a window."""
+    g = rows(1.5)
+    norms = g.norm(dim=1)
+    options: dict[str, Any] = {"batch_size": 8, "window": 60}
+    for score, switch in ((torch.ones, "cost"), (torch.zeros, "cost"), (torch.ones, None)):
+        sampler = uses.PoolSampler(N, lambda index, score=score: score(len(index)), switch=switch, **options)
+        estimates, active = [], []
+        for _ in range(40):
+            for batch in sampler:
+                draw = together(batch)
+                assert torch.equal(draw.weight, torch.ones(len(batch), dtype=torch.float64))
+                grad = (draw.weight[:, None] * g[draw.index]).mean(0)
+                active.append(bool(draw.by_norms.all()))
+                assert active[-1] == bool(draw.by_norms.any())
+                estimates.append(grad)
+                sampler.update(draw, norms[draw.index], grad_norm=grad.norm() if known else None)
+        if switch is None:
+            assert all(active)
+            assert sampler.gain.ratio < 1
+        else:
+            assert 0 < sum(active) < 0.2 * len(active)
+
+
+def test_batches_of_one_example_do_not_make_the_gain_inexact() -> None:
+    """With 65 examples in batches of 8 the last one is alone; the gain is that of the other batches."""
+    g = rows(1.0)[: N - 4] + 2.0  # 56
+    g = torch.cat([g, g[:9]])
+    norms = g.norm(dim=1)
+    found = []
+    for drop in (False, True):
+        sampler = filled(norms, window=4000)
+        for _ in range(40):
+            for draw in map(together, torch.utils.data.BatchSampler(sampler, 8, drop)):
+                grad = (draw.weight[:, None] * g[draw.index]).mean(0)
+                sampler.update(draw, norms[draw.index], grad_norm=grad.norm())
+        found.append(sampler.gain)
+    squared_mean = g.mean(0).square().sum()
+    by_norms = (norms.square() / sampler.probabilities()).sum() / len(g) ** 2 - squared_mean
+    true = float((norms.square().mean() - squared_mean) / by_norms)
+    second_moments = float(norms.square().mean() / (by_norms + squared_mean))
+    assert found[0] == found[1]
+    assert abs(found[0].ratio - true) < 4 * found[0].error < 0.5 * (true - second_moments)
+
+
+def test_batches_of_one_example_alone_give_the_second_moments() -> None:
+    norms = rows(1.0).norm(dim=1)
+    known, unknown = filled(norms), filled(norms)
+    for sampler, grad_norm in ((known, 1.0), (unknown, None)):
+        for i in sampler:
+            sampler.update(together([i]), norms[[int(i)]], grad_norm=grad_norm)
+    assert known.gain == unknown.gain
+    assert known.gain.ratio > 1
+
+
 def test_of_equal_gradients_the_whole_is_subtracted() -> None:
     """The mean gradient's part of both second moments, where the batch came out of a pool and where not."""
-    for weights, pooled in ((torch.ones(8).double(), 0.0), (torch.ones(8).double() + 1e-14, 0.1)):
+    weights = torch.ones(8).double()
+    for pooled in (0.0, 0.1):
         meter = GainMeter(10)
-        meter.add(weights, weights, torch.full((8,), 3.0).double(), 3.0, pooled)
+        norms = torch.full((8,), 3.0).double()
+        meter.add(weights, weights, norms, 3.0, per_pool=pooled, out_of_pool=pooled > 0)
         expected = 72 * torch.tensor([[1.0, 1 + 7 * pooled]]).double()
         torch.testing.assert_close(meter.sums, expected.repeat(1, 2))
 

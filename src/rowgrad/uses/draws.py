@@ -2,7 +2,8 @@
 
 Note [weights at the draw]: the weight of a draw belongs to the probability at which it was drawn. Workers fetch batches
 ahead, and the table of norms has changed by the time a batch arrives; a weight computed then would be biased. So each
-position carries its weight, from the sampler through the data set and the workers into the batch.
+position carries its weight, from the sampler through the data set and the workers into the batch, and with it whether
+it was drawn by norms at all: a weight of 1 does not tell, where all scores are equal.
 """
 
 from collections.abc import Sequence
@@ -13,23 +14,26 @@ from torch.utils.data import Dataset
 
 
 class DrawnIndex(int):
-    """A position in the data set that carries the weight of its draw and the number of it in the epoch."""
+    """A position in the data set that carries its draw: the weight, the number in the epoch, whether by norms."""
 
     weight: float
     number: int
+    by_norms: bool
 
-    def __new__(cls, index: int, weight: float = 1.0, number: int = -1) -> "DrawnIndex":
+    def __new__(cls, index: int, weight: float = 1.0, number: int = -1, by_norms: bool = False) -> "DrawnIndex":
         drawn = super().__new__(cls, index)
-        drawn.weight, drawn.number = weight, number
+        drawn.weight, drawn.number, drawn.by_norms = weight, number, by_norms
         return drawn
 
 
 class Draw(NamedTuple):
-    """The draws of a batch: positions in the data set, weights (float32) and numbers in the epoch, each (B,)."""
+    """The draws of a batch, each (B,): positions in the data set, weights (float32), numbers in the epoch, and whether
+    the draw was by norms (or scores) rather than from a shuffle."""
 
     index: Any
     weight: Any
     number: Any
+    by_norms: Any = False
 
 
 class Weighted(Dataset):
@@ -72,5 +76,5 @@ class Weighted(Dataset):
 
 
 def _draw(index: int) -> Draw:
-    weight, number = getattr(index, "weight", 1.0), getattr(index, "number", -1)
-    return Draw(int(index), torch.tensor(weight, dtype=torch.float32), number)
+    drawn = index if isinstance(index, DrawnIndex) else DrawnIndex(index)
+    return Draw(int(drawn), torch.tensor(drawn.weight, dtype=torch.float32), drawn.number, drawn.by_norms)

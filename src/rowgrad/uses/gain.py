@@ -25,6 +25,9 @@ class GainMeter:
     would give weights v; both are estimated from the same batches, whatever q is. With the squared norm of the mean
     gradient known, it is subtracted from both; the error is the jackknife's, over batches.
 
+    One draw alone does not tell its variance from its mean: batches of one example cannot be exact. They are left out
+    where others are, and if all are of one example the ratio is that of the second moments.
+
     Source: Alain et al. 2015 (arXiv:1511.06481), who minimize the trace of the covariance.
     """
 
@@ -35,18 +38,26 @@ class GainMeter:
         self.sums = torch.zeros(0, 4, dtype=torch.float64)  # two second moments, what to subtract
 
     def add(
-        self, weights: Tensor, would: Tensor, norms: Tensor, grad_norm: float | None, per_pool: float = 0.0
+        self,
+        weights: Tensor,
+        would: Tensor,
+        norms: Tensor,
+        grad_norm: float | None,
+        *,
+        per_pool: float = 0.0,
+        out_of_pool: bool = False,
     ) -> None:
         """A batch of B draws: weights w, the weights v that norms would give, norms; all (B,), float64.
 
         `per_pool` is 1 / K where draws by norms come out of a pool of K uniform draws, one for the batch. Then they
         have the pool's mean in common: B times the variance of the batch is M_v - |G|^2 + (M - |G|^2) (B - 1) / K.
+        `out_of_pool` says whether this batch came out of one.
         """
         size, squares = len(norms), norms.square()
         uniform, by_norms, realised = (float(w @ squares) for w in (weights, weights * would, weights.square()))
         mean = math.nan
         if grad_norm is not None and size > 1:
-            pooled = per_pool if bool((weights != 1).any()) else 0.0  # whether this batch came out of a pool
+            pooled = per_pool if out_of_pool else 0.0
             rest = size * grad_norm**2 - realised / size - uniform * pooled * (1 - 1 / size)
             mean = rest / ((1 - 1 / size) * (1 - pooled))
         shared = (size - 1) * per_pool
@@ -54,9 +65,10 @@ class GainMeter:
         self.sums = torch.cat([self.sums, torch.tensor([row], dtype=torch.float64)])[-self.window :]
 
     def estimate(self) -> Gain:
-        sums = self.sums[:, :2]
-        if bool(self.sums[:, 2:].isfinite().all()):
-            sums = sums - self.sums[:, 2:]
+        sums, means = self.sums.split(2, dim=1)
+        exact = means.isfinite().all(dim=1)
+        if int(exact.sum()) >= min(self.LEAST, len(sums)):
+            sums = sums[exact] - means[exact]
         total, n = sums.sum(0), len(sums)
         ratio = _ratio(total)
         if n < self.LEAST:

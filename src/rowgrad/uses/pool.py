@@ -14,23 +14,22 @@ def output_norms(loss: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
     """Norm of the derivative of each example's loss in the network's outputs: a bound on its gradient, nearly free.
 
      Law: entry j is ||d losses_j / d outputs_j||, without a backward pass through the network. The norm of the whole
-     gradient is at most this times a factor that depends on the network and is about the same for all examples
-    , so it ranks examples; it is no norm of a gradient itself.
+    gradient is at most this times a factor that depends on the network and is about the same for all examples, so it
+    ranks examples; it is no norm of a gradient itself.
 
-     Args:
-         loss: function of outputs that gives one loss per example, (B,).
-         outputs: what the last layer gives, (B, ...), with a graph or without; not written to.
-     Returns:
-         (B,), detached, in float32 at least.
-     Raises:
-         NotAVectorError: the losses are not (B,).
-     Source: Katharopoulos and Fleuret 2018 (arXiv:1803.00942), the upper bound on the gradient norm.
+    Args:
+        loss: function of outputs that gives one loss per example, (B,).
+        outputs: what the last layer gives, (B, ...), with a graph or without; not written to.
+    Returns:
+        (B,), detached, in float32 at least.
+    Raises:
+        NotAVectorError: the losses are not (B,).
+    Source: Katharopoulos and Fleuret 2018 (arXiv:1803.00942), the upper bound on the gradient norm.
 
-     >>> import torch
-
-     >>> from rowgrad import uses
-     >>> uses.output_norms(lambda z: (z - 1).square().sum(1), torch.tensor([[1.0, 1.0], [4.0, 5.0]]))
-     tensor([ 0., 10.])
+    >>> import torch
+    >>> from rowgrad import uses
+    >>> uses.output_norms(lambda z: (z - 1).square().sum(1), torch.tensor([[1.0, 1.0], [4.0, 5.0]]))
+    tensor([ 0., 10.])
     """
     with torch.enable_grad():
         leaf = outputs.detach().clone().requires_grad_()
@@ -54,7 +53,8 @@ class PoolSampler(WeightedSampler):
     Needs no earlier look at an example, as a table of norms does (`NormSampler`), but reads K examples and runs the
     network forward on them for every batch: about K / (3 B) of a step. It begins switched off, as an ordinary shuffle
     with weights 1, and by default switches itself on where the gain exceeds this cost. While it is off it measures what
-    the batch's own norms would give as scores, the best a score can do; while it is on, what the scores gave.
+    the batch's own norms would give as scores, the best a score can do; while it is on, what the scores gave. Scores
+    that fall short of the norms are therefore tried for a few batches in every window, and switched off again.
 
         def score(index):
             x, y = default_collate([dataset[i] for i in index])
@@ -79,7 +79,6 @@ class PoolSampler(WeightedSampler):
     Source: Katharopoulos and Fleuret 2018 (arXiv:1803.00942).
 
     >>> import torch
-
     >>> from rowgrad import uses
     >>> sampler = uses.PoolSampler(100, lambda index: torch.tensor(index) % 2, batch_size=4, switch=None)
     >>> odd = [i % 2 for batch in sampler for i in batch]
@@ -130,10 +129,9 @@ class PoolSampler(WeightedSampler):
         """
         _, norms = self._checked(draw.index, norms)
         self._finish(draw)
-        weights = draw.weight.detach().to("cpu", torch.float64)
-        out_of_pool = bool((weights != 1).any())
-        would = weights if out_of_pool else 1 / (len(norms) * self._shares(norms))
-        self._measure(weights, would, norms, grad_norm, 1 / self.pool)
+        out_of_pool = bool(torch.as_tensor(draw.by_norms).any())
+        would = draw.weight.detach().cpu().double() if out_of_pool else 1 / (len(norms) * self._shares(norms))
+        self._measure(draw, would, norms, grad_norm, 1 / self.pool)
 
     def _batches(self, draws: Iterator[DrawnIndex]) -> Iterator[list[DrawnIndex]]:
         while batch := [i for _, i in zip(range(self.batch_size), draws, strict=False)]:

@@ -126,7 +126,7 @@ class NormSampler(WeightedSampler):
         index, norms = self._checked(draw.index if isinstance(draw, Draw) else draw, norms)
         if isinstance(draw, Draw):
             self._finish(draw)
-            self._measure(draw.weight, 1 / (self.n * self.probabilities(index)), norms, grad_norm)
+            self._measure(draw, 1 / (self.n * self.probabilities(index)), norms, grad_norm)
         finite = norms.float().isfinite()  # the table is of float32
         self._enter(index[finite], norms[finite])
 

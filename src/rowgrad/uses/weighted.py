@@ -42,7 +42,8 @@ class WeightedSampler(Sampler[Any]):
         self._meter = GainMeter(window)
         self._wanted = switch is None
         self._epoch, self._drawn, self._done, self._resumes = 0, 0, 0, False
-        self._waiting: deque[tuple[Tensor, Tensor]] = deque()  # drawn, from number `_first` on; no update came yet
+        # Drawn, from number `_first` on, and no update came yet: positions, weights, whether by norms; (3, block).
+        self._waiting: deque[Tensor] = deque()
         self._first = 0
         self._seed = int(torch.randint(2**62, (), generator=self._generator))
         self._shuffle_at = 0
@@ -59,8 +60,9 @@ class WeightedSampler(Sampler[Any]):
 
         Returns:
             (ratio, error): the variance with uniform draws divided by that with draws by norms, and the standard error
-            (jackknife). Without `grad_norm` in the updates it is the ratio of the second moments: nearer to 1 than the
-            ratio of variances, which subtract the squared norm of the mean gradient from both.
+            (jackknife). Without `grad_norm` in the updates, and with batches of one example, it is the ratio of the
+            second moments: nearer to 1 than the ratio of variances, which subtract the squared norm of the mean
+            gradient from both.
         """
         return self._meter.estimate()
 
@@ -70,15 +72,14 @@ class WeightedSampler(Sampler[Any]):
         Taken after the `update` of a batch, in the middle of an epoch, also with workers: draws are given again from
         the first that no update has come for. With `drop_last=True` the rest of an epoch may be less than a batch.
         """
-        waiting = [torch.stack([i.double(), w]) for i, w in self._waiting]
-        together = torch.cat([torch.zeros(2, 0, dtype=torch.float64), *waiting], 1)[:, self._done - self._first :]
+        waiting = torch.cat([torch.zeros(3, 0, dtype=torch.float64), *self._waiting], 1)
         return {
             "n": self.n,
             "meter": self._meter.sums.clone(),
             "wanted": self._wanted,
             "epoch": self._epoch,
             "done": self._done,
-            "waiting": together,
+            "waiting": waiting[:, self._done - self._first :].clone(),
             "seed": self._seed,
             "shuffle_at": self._shuffle_at,
             "generator": self._generator.get_state(),
@@ -95,9 +96,9 @@ class WeightedSampler(Sampler[Any]):
         self._meter.sums = state["meter"].clone()
         self._wanted, self._epoch = state["wanted"], state["epoch"]
         self._done = self._first = state["done"]
-        index, weights = state["waiting"]
-        self._drawn = self._done + len(index)
-        self._waiting = deque([(index.to(torch.int64), weights.clone())] if len(index) else [])
+        waiting = state["waiting"].clone()
+        self._drawn = self._done + waiting.shape[1]
+        self._waiting = deque([waiting] if waiting.numel() else [])
         self._seed, self._shuffle_at, self._shuffle = state["seed"], state["shuffle_at"], None
         self._generator.set_state(state["generator"])
         self._resumes = self._epoch > 0 and self._done < self._n_draws
@@ -117,9 +118,9 @@ class WeightedSampler(Sampler[Any]):
         self._resumes = False
         epoch, number, blocks = self._epoch, self._done, [*self._waiting]
         while True:
-            for index, weights in blocks:
-                for i, w in zip(index.tolist(), weights.tolist(), strict=True):
-                    yield DrawnIndex(i, w, number)
+            for drawn in blocks:
+                for index, weight, by_norms in zip(*drawn.tolist(), strict=True):
+                    yield DrawnIndex(index, weight, number, bool(by_norms))
                     number += 1
                     if epoch != self._epoch:
                         raise InputError("the sampler began another epoch; go over it with one loader at a time")
@@ -133,8 +134,9 @@ class WeightedSampler(Sampler[Any]):
         self._waiting.clear()
         self._shuffle_at, self._shuffle = 0, None
 
-    def _next_block(self, size: int) -> tuple[Tensor, Tensor]:
-        block = self._by_norms(size) if self.active else self._shuffled(size)
+    def _next_block(self, size: int) -> Tensor:
+        index, weights = self._by_norms(size) if self.active else self._shuffled(size)
+        block = torch.stack([index.double(), weights, torch.full_like(weights, self.active)])
         self._waiting.append(block)
         self._drawn += size
         return block
@@ -166,17 +168,18 @@ class WeightedSampler(Sampler[Any]):
             )
         if len(draw.number):
             self._done = max(self._done, min(int(draw.number.max()) + 1, self._drawn))
-        while self._waiting and self._first + len(self._waiting[0][0]) <= self._done:
-            self._first += len(self._waiting.popleft()[0])
+        while self._waiting and self._first + self._waiting[0].shape[1] <= self._done:
+            self._first += self._waiting.popleft().shape[1]
 
     def _measure(
-        self, weights: Tensor, would: Tensor, norms: Tensor, grad_norm: float | Tensor | None, per_pool: float = 0.0
+        self, draw: Draw, would: Tensor, norms: Tensor, grad_norm: float | Tensor | None, per_pool: float = 0.0
     ) -> None:
-        """A batch of weights, weights that norms would give, norms; see `GainMeter.add`. Left out if not finite."""
+        """A batch, weights that norms would give, norms; see `GainMeter.add`. Left out if not finite."""
         mean = None if grad_norm is None else float(grad_norm)
         if not len(norms) or not bool(norms.isfinite().all()) or not math.isfinite(mean or 0.0):
             return
-        self._meter.add(weights.detach().to("cpu", torch.float64), would, norms, mean, per_pool)
+        weights, by_norms = draw.weight.detach().cpu().double(), bool(torch.as_tensor(draw.by_norms).any())
+        self._meter.add(weights, would, norms, mean, per_pool=per_pool, out_of_pool=by_norms)
         if self.switch is not None:
             gain, (on, off) = self.gain, self.switch
             self._wanted = gain.ratio >= off if self._wanted else gain.ratio - 2 * gain.error > on
