@@ -24,10 +24,15 @@ def reading(
     categorical: Annotated[
         list[str] | None, typer.Option(help="Column of numbers to one-hot encode; may be repeated.")
     ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Column to count the words of; default: those in sentences; may be repeated."),
+    ] = None,
     nan: Annotated[NaN, typer.Option(help="NaN in a feature: refuse it, or take it for a missing value.")] = NaN.ERROR,
 ) -> dict[str, Any]:
     """Options of `read_table`."""
-    return {"target": target, "task": task, "drop": drop or (), "categorical": categorical or (), "nan": nan}
+    columns = {"drop": drop or (), "categorical": categorical or (), "text": text or ()}
+    return {"target": target, "task": task, "nan": nan} | columns
 
 
 def recipe(

@@ -1,4 +1,4 @@
-"""From raw columns to numbers: numeric, one-hot, missing values; each decision is reported in a sentence."""
+"""From raw columns to numbers: numeric, one-hot, texts, missing values; each decision is reported in a sentence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 
+from rowgrad.data import texts
 from rowgrad.data.raw import Raw, enumerate_words, shorten
 from rowgrad.errors import InputError
 
@@ -38,27 +39,32 @@ class Column:
     """How one raw column became numbers, so that other data can be encoded alike.
 
     median: in place of missing numbers, which a column of their own marks; None where none was missing.
-    categories: each has a 0/1 column; None for numbers.
+    categories: each has a 0/1 column; None for numbers and texts.
+    words, weights: each word of a text has a column, see `rowgrad.data.texts`; None for others.
     """
 
     name: str
     median: float | None = None
     categories: tuple[str, ...] | None = None
+    words: tuple[str, ...] | None = None
+    weights: tuple[float, ...] | None = None
 
     @property
     def width(self) -> int:
         """How many numeric columns it became."""
-        return 1 + (self.median is not None) if self.categories is None else len(self.categories)
+        named = self.categories if self.words is None else self.words
+        return 1 + (self.median is not None) if named is None else len(named)
 
 
 @dataclass
 class Encoded:
-    """Numeric columns made from the raw ones, and what was done on the way."""
+    """Numeric columns made from the raw ones, each of shape (N,) or several in (N, n), and what was done on the way."""
 
     kept: list[Column] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     columns: list[np.ndarray] = field(default_factory=list)
     one_hot: dict[str, int] = field(default_factory=dict)
+    bags: dict[str, str] = field(default_factory=dict)
     filled: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -73,6 +79,9 @@ class Encoded:
         if self.one_hot:
             kinds = [f"{name} ({count} values)" for name, count in self.one_hot.items()]
             notes.append(f"Text columns were one-hot encoded: {enumerate_words(kinds)}.")
+        if self.bags:
+            sizes = [f"{name} ({size})" for name, size in self.bags.items()]
+            notes.append(f"Text columns became bags of words: {enumerate_words(sizes)}.")
         if self.filled:
             counts = [f"{name} ({count})" for name, count in self.filled.items()]
             notes.append(
@@ -85,26 +94,35 @@ class Encoded:
         return notes
 
 
-def encode(raw: Raw, names: list[str], categorical: frozenset[str], nan_is_missing: bool) -> Encoded:
-    """The columns `names` of `raw` as float64 columns.
+def encode(
+    raw: Raw, names: list[str], categorical: frozenset[str], nan_is_missing: bool, text: frozenset[str] = frozenset()
+) -> Encoded:
+    """The columns `names` of `raw` as numeric columns, float64 but for texts.
 
     Numbers stay as they are. Text of at most 50 distinct values, and every column in `categorical`, becomes one 0/1
-    column per value. A missing number becomes the median of its column, with a 0/1 column that says where; a missing
-    text is a value of its own. A column is left out if it is constant, without any value, or called like an index and
-    numbering the rows.
+    column per value. Text of more distinct values, or of as many as half the examples, becomes a bag of words where
+    most values are sentences, three words or more, and so does every column in `text`. A missing number becomes the
+    median of its column, with a 0/1 column that says where; a missing category is a value of its own; a missing text
+    has no words. A column is left out if it is constant, without any value, or called like an index and numbering the
+    rows.
 
     Raises:
-        InputError: a mostly numeric column holds text, a text column has more than 50 values, a number is NaN or
-            infinite, or a column is neither numbers nor text.
+        InputError: a mostly numeric column holds text, a text column has more than 50 values and is not of sentences,
+            there are too many examples for bags of words or no word is in three of them, a number is NaN or infinite,
+            or a column is neither numbers nor text.
     """
     encoded = Encoded()
-    for name in names:
-        column = raw.frame[name]
-        values = None if name in categorical else numbers(raw, column, FEATURE, nan_is_missing)
-        if values is None:
-            _add_categories(raw, encoded, as_text(column))
-        else:
+    asked = categorical | text
+    read = {name: None if name in asked else numbers(raw, raw.frame[name], FEATURE, nan_is_missing) for name in names}
+    words = {name: as_text(raw.frame[name]) for name, values in read.items() if values is None}
+    bagged = [name for name in words if name in text or (name not in categorical and _reads_as_text(words[name]))]
+    for name, values in read.items():
+        if values is not None:
             _add_numbers(encoded, name, values)
+        elif name in bagged:
+            _add_text(raw, encoded, words[name], len(bagged))
+        else:
+            _add_categories(raw, encoded, words[name])
     return encoded
 
 
@@ -123,6 +141,14 @@ def encode_like(raw: Raw, columns: Sequence[Column], nan_is_missing: bool) -> En
                 f"{shorten(raw.frame.columns)}"
             )
         found = raw.frame[column.name]
+        if column.words is not None:
+            if raw.frame.height * column.width > texts.MAX_ENTRIES:
+                raise InputError(
+                    f"{raw.name}: {raw.frame.height:,} examples of {column.width:,} words of {column.name!r} take too "
+                    "much memory; split the file"
+                )
+            _add_bags(encoded, column, as_text(found))
+            continue
         if column.categories is not None:
             values = as_text(found).fill_null(MISSING_CATEGORY)
             new = np.flatnonzero(~values.is_in(list(column.categories)).to_numpy())
@@ -227,14 +253,47 @@ def _add(encoded: Encoded, column: Column, values: np.ndarray) -> None:
     encoded.add(f"{column.name} is missing", absent.astype(np.float64))
 
 
-def _add_categories(raw: Raw, encoded: Encoded, texts: pl.Series) -> None:
-    name = texts.name
-    values = texts.fill_null(MISSING_CATEGORY)
+def _reads_as_text(column: pl.Series) -> bool:
+    n_distinct = column.n_unique()
+    return (n_distinct > MAX_CATEGORIES or 2 * n_distinct > len(column)) and texts.are_sentences(column)
+
+
+def _add_text(raw: Raw, encoded: Encoded, column: pl.Series, n_columns: int) -> None:
+    name, room = column.name, texts.MAX_ENTRIES // len(column) // n_columns
+    if room < texts.LEAST_ROOM:
+        raise InputError(
+            f"{raw.name}: {len(column):,} examples leave memory for {room} words of text column {name!r}, too few to "
+            f"tell what it says; take fewer examples, or leave it out with --drop {name}"
+        )
+    words, weights, n_known = texts.choose_words(column.fill_null("").to_list(), min(room, texts.MAX_WORDS))
+    if not words:
+        raise InputError(
+            f"{raw.name}: no word of text column {name!r} occurs in three examples; leave it out with --drop {name}"
+        )
+    bags = _add_bags(encoded, Column(name, words=words, weights=weights), column)
+    size = f"{len(words):,}{'' if len(words) == n_known else f' of {n_known:,}'} words"
+    n_empty = int((bags.max(axis=1) == 0).sum())
+    empty = "one example" if n_empty == 1 else f"{n_empty:,} examples"
+    encoded.bags[name] = f"{size}, none of them in {empty}" if n_empty else size
+
+
+def _add_bags(encoded: Encoded, column: Column, found: pl.Series) -> np.ndarray:
+    words = column.words or ()
+    bags = texts.bags_of(found.fill_null("").to_list(), words, column.weights or ())
+    encoded.kept.append(column)
+    encoded.names.extend(f"{column.name}: {word}" for word in words)
+    encoded.columns.append(bags)
+    return bags
+
+
+def _add_categories(raw: Raw, encoded: Encoded, column: pl.Series) -> None:
+    name = column.name
+    values = column.fill_null(MISSING_CATEGORY)
     categories = values.unique().sort().to_list()
     if len(categories) > MAX_CATEGORIES:
         raise InputError(
             f"{raw.name}: text column {name!r} has {len(categories)} distinct values; at most {MAX_CATEGORIES} are "
-            f"one-hot encoded, so leave it out with --drop {name}"
+            f"one-hot encoded, so leave it out with --drop {name}, or count its words with --text {name}"
         )
     if len(categories) == 1:
         encoded.left_out[name] = "constant"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from rowgrad.errors import InputError
 
 KINDS = ("none", "center", "standardize", "whiten", "whiten-raw")
+BLOCK = 4096  # examples that are scaled at a time, for little memory
 LEAST_VARIANCE = 1e-6  # of a direction, over the largest, below which whitening drops it
 
 
@@ -42,15 +44,21 @@ class Preparation:
             raise InputError(
                 f"features of shape {tuple(features.shape)}; the model was made for (N, {len(self.center)})"
             )
-        centered = features.double() - self.center
-        return (centered * self.axes if self.axes.ndim == 1 else centered @ self.axes).float()
+        if self.axes.ndim == 2:
+            return ((features.double() - self.center) @ self.axes).float()
+        scaled = torch.empty(features.shape, dtype=torch.float32)
+        for part, into in zip(features.split(BLOCK), scaled.split(BLOCK), strict=True):
+            into.copy_((part.double() - self.center) * self.axes)
+        return scaled
 
     def state_dict(self) -> dict[str, object]:
         """Tensors and plain values."""
         return {"kind": self.kind, "center": self.center, "axes": self.axes}
 
 
-def prepare(features: Tensor, kind: str = "standardize", least_variance: float = LEAST_VARIANCE) -> Preparation:
+def prepare(
+    features: Tensor, kind: str = "standardize", least_variance: float = LEAST_VARIANCE, spans: Sequence[slice] = ()
+) -> Preparation:
     """What to do with features, from those of the training part (Aggarwal 2018, section 3.3).
 
     Args:
@@ -60,6 +68,7 @@ def prepare(features: Tensor, kind: str = "standardize", least_variance: float =
             "whiten-raw" (of the features as they are, where those in small units are dropped).
         least_variance: directions of less variance over the largest are dropped by whitening: they are noise, and
             would be blown up.
+        spans: features that are divided by one deviation, the root of the mean of the squares of theirs.
     Raises:
         InputError: an unknown kind, no examples, or nothing left after whitening.
     """
@@ -74,11 +83,18 @@ def prepare(features: Tensor, kind: str = "standardize", least_variance: float =
         return Preparation(kind, center, ones)
     deviation = values.std(0, correction=0)
     deviation[deviation <= 1e-12 * center.abs()] = 0  # a constant whose mean was rounded
+    for span in spans:
+        deviation[span] = torch.where(deviation[span] > 0, common_deviation(deviation[span]), 0)
     scales = torch.where(deviation > 0, 1 / deviation, 0)
     if kind == "standardize":
         return Preparation(kind, center, scales)
     scales = scales if kind == "whiten" else ones
     return Preparation(kind, center, scales[:, None] * _whitening((values - center) * scales, least_variance))
+
+
+def common_deviation(deviations: Tensor) -> Tensor:
+    """The root of the mean of their squares."""
+    return deviations.square().mean().sqrt()
 
 
 def prepare_steps(features: Tensor, steps: tuple[int, int], lengths: Tensor, kind: str) -> Preparation:

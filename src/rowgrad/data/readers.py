@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from rowgrad.data.bundled import BUNDLED, read_bundled
-from rowgrad.data.columns import Column, Encoded, encode, encode_like
+from rowgrad.data.columns import Column, Encoded, encode, encode_like, is_text
 from rowgrad.data.files import read_csv, read_npz, read_parquet
 from rowgrad.data.raw import Raw, enumerate_words, shorten
 from rowgrad.data.table import Table
@@ -27,6 +27,7 @@ def read_table(
     nan: str = "error",
     needs_target: bool = True,
     like: Sequence[Column] | None = None,
+    text: Iterable[str] = (),
 ) -> Table:
     """A bundled set of scikit-learn by name, or a CSV, Parquet or NPZ file, as a table.
 
@@ -43,6 +44,7 @@ def read_table(
         nan: `error` refuses NaN in features with their places; `missing` treats it as a missing value.
         needs_target: False reads the features alone: no target is needed, and the column that would be it is left out.
         like: the `columns` of another table, whose encoding the features are given; other columns are left out.
+        text: columns that become bags of words; by default those in sentences, see `rowgrad.data.columns.encode`.
 
     Raises:
         InputError: the source or an option cannot be used; the message says what, where, and what to do.
@@ -53,7 +55,7 @@ def read_table(
         raise InputError(f"{raw.name}: found {count}; an audit compares examples and needs at least two")
     chosen = _target_name(raw, target, needs_target)
     encoded_target = read_target(raw, chosen, task) if needs_target else _no_target(raw)
-    names = _feature_columns(raw, chosen, drop, categorical)
+    names = _feature_columns(raw, chosen, drop, categorical, text)
     columns: Sequence[Column] = ()
     if raw.images is not None:
         features, feature_names, notes = _pixels(raw)
@@ -63,7 +65,7 @@ def read_table(
         frame = None
     else:
         if like is None:
-            encoded = encode(raw, names, frozenset(categorical), nan == "missing")
+            encoded = encode(raw, names, frozenset(categorical), nan == "missing", frozenset(text))
         elif not like:
             raise InputError(f"{raw.name}: a table, where images or sequences like those of the training are needed")
         else:
@@ -129,14 +131,21 @@ def _read(source: str, target: str | None, needs_target: bool) -> Raw:
         raise InputError(f"{source}: cannot be read ({error.strerror or error})") from error
 
 
-def _feature_columns(raw: Raw, target: str, drop: Iterable[str], categorical: Iterable[str]) -> list[str]:
+def _feature_columns(
+    raw: Raw, target: str, drop: Iterable[str], categorical: Iterable[str], text: Iterable[str]
+) -> list[str]:
     columns = raw.frame.columns
-    for option, asked in (("--drop", drop), ("--categorical", categorical)):
+    for option, asked in (("--drop", drop), ("--categorical", categorical), ("--text", text)):
         for name in asked:
             if name not in columns:
                 raise InputError(f"{raw.name}: {option} {name}: no such column; found {shorten(columns)}")
             if name == target:
                 raise InputError(f"{raw.name}: {option} {name}: this column is the target")
+    for name in text:
+        if name in set(categorical):
+            raise InputError(f"{raw.name}: --text {name}: --categorical names it too; leave out one of them")
+        if not is_text(raw.frame[name]):
+            raise InputError(f"{raw.name}: --text {name}: the column holds {raw.frame[name].dtype}, not text")
     names = [name for name in columns if name != target and name not in set(drop)]
     if not names and raw.images is None and raw.sequences is None:
         beside = f" beside the target {target!r}" if target else ""
@@ -148,9 +157,10 @@ def _matrix(raw: Raw, encoded: Encoded) -> tuple[torch.Tensor, tuple[str, ...], 
     if not encoded.columns:
         reasons = enumerate_words([f"{name} ({reason})" for name, reason in encoded.left_out.items()])
         raise InputError(f"{raw.name}: no usable column beside the target: {reasons}; there is nothing to learn from")
-    matrix = np.stack(encoded.columns, axis=1)
-    if np.abs(matrix).max() > 1e150:  # squares overflow
-        name = encoded.names[int(np.abs(matrix).max(axis=0).argmax())]
+    matrix = np.column_stack(encoded.columns)
+    largest = np.maximum(matrix.max(axis=0), -matrix.min(axis=0)).astype(np.float64)
+    if largest.max() > 1e150:  # squares overflow
+        name = encoded.names[int(largest.argmax())]
         raise InputError(
             f"{raw.name}: column {name!r} holds values beyond 1e150, which cannot be standardized; rescale it"
         )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import polars as pl
 import torch
 
 from rowgrad.data.columns import Column
+from rowgrad.data.preparation import common_deviation
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,21 @@ class Table:
         """Outputs a model needs: one per class, or one."""
         return 1 if self.classes is None else len(self.classes)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The source's columns that became bags of words."""
+        return tuple(column.name for column in self.columns if column.words is not None)
+
+    @property
+    def spans(self) -> tuple[slice, ...]:
+        """The features of each of them, which have one scale: how rare a word is says how much it tells."""
+        ends = accumulate(column.width for column in self.columns)
+        return tuple(
+            slice(end - column.width, end)
+            for column, end in zip(self.columns, ends, strict=True)
+            if column.words is not None
+        )
+
     def take(self, index: torch.Tensor) -> Table:
         """The examples at these positions alone, in this order; classes stay as they are."""
         at = index.numpy()
@@ -74,13 +92,15 @@ class Table:
 
         A column without any number among these examples keeps the median of all.
         """
-        features, columns, start = self.features, [], 0
+        if all(column.median is None for column in self.columns):
+            return self
+        features, columns, start = self.features.clone(), [], 0
         for column in self.columns:
             if column.median is not None:
                 values, absent = features[:, start], features[:, start + 1] == 1
                 there = values[rows][~absent[rows]]
                 median = float(np.median(there.numpy())) if len(there) else column.median
-                features = features.index_put((absent.nonzero()[:, 0], torch.tensor(start)), values.new_tensor(median))
+                features[absent, start] = median
                 column = replace(column, median=median)
             columns.append(column)
             start += column.width
@@ -88,11 +108,12 @@ class Table:
 
 
 def standardize(
-    features: torch.Tensor, rows: torch.Tensor, block: int = 256
+    features: torch.Tensor, rows: torch.Tensor, block: int = 256, spans: Sequence[slice] = ()
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(features - mean) / deviation in float32, by the mean and the population deviation of `rows`.
 
-    A constant column becomes 0. Statistics are taken in float64, a block of columns at a time. Returns the standardized
+    A constant column becomes 0. The columns of a span are divided by one deviation, the root of the mean of the squares
+    of theirs. Statistics are taken in float64, a block of columns at a time. Returns the standardized
     features of all examples, the means and the deviations, shape (d,).
     """
     standardized = torch.empty(features.shape, dtype=torch.float32)
@@ -104,4 +125,8 @@ def standardize(
         deviation[deviation <= 1e-12 * mean.abs()] = 0  # a constant whose mean was rounded
         standardized[:, columns] = torch.where(deviation > 0, (values - mean) / deviation, 0).float()
         means[columns], deviations[columns] = mean, deviation
+    for span in spans:
+        common = common_deviation(deviations[span])
+        standardized[:, span] *= torch.where(common > 0, deviations[span] / common, 0).float()
+        deviations[span] = common
     return standardized, means, deviations

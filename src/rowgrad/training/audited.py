@@ -213,7 +213,7 @@ def _plant(
 
 def _problem(table: Table, chosen: torch.Tensor, held_out: torch.Tensor, given: torch.Tensor) -> _Problem:
     """Inputs standardized by the audited rows; so are the targets of a regression."""
-    inputs, _, _ = standardize(table.features, chosen)
+    inputs, _, _ = standardize(table.features, chosen, spans=table.spans)
     left = table.targets[held_out]
     if table.classes is not None:
         return _Problem(inputs[chosen], given, inputs[held_out], left, len(table.classes))

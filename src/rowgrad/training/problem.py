@@ -112,7 +112,7 @@ def pose(table: Table, recipe: Recipe, parts: tuple[Tensor, Tensor] | None = Non
         inputs = steps_of(prepared(table.features), table.steps, table.lengths)
         shape: tuple[int, ...] = table.steps
     else:
-        prepared = prepare(table.features[train], recipe.prepare)
+        prepared = prepare(table.features[train], recipe.prepare, spans=table.spans)
         inputs = prepared(table.features)
         shape = (inputs.shape[1],)
     if table.images is not None and not recipe.prepare.startswith("whiten"):
