@@ -12,7 +12,7 @@ Note [a node called by itself]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
@@ -380,23 +380,17 @@ def clock() -> int:
 def _topological_order(roots: Sequence[Any]) -> list[Any]:
     """Consumers before producers: reversed depth-first post-order, without recursion."""
     order: list[Any] = []
-    seen: set[Any] = set()
-    for root in roots:
-        if root not in seen:
-            _append_post_order(root, seen, order)
-    return order[::-1]
-
-
-def _append_post_order(root: Any, seen: set[Any], order: list[Any]) -> None:
-    seen.add(root)
-    stack: list[tuple[Any, Iterator[Any]]] = [(root, iter(root.next_functions))]
+    entered: set[Any] = set()
+    left: set[Any] = set()
+    stack = list(reversed(roots))
     while stack:
-        fn, rest = stack[-1]
-        for child, _ in rest:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append((child, iter(child.next_functions)))
-                break
-        else:
+        fn = stack[-1]
+        if fn not in entered:
+            entered.add(fn)
+            stack += [child for child, _ in reversed(fn.next_functions) if child is not None and child not in entered]
+            continue
+        stack.pop()
+        if fn not in left:
+            left.add(fn)
             order.append(fn)
-            stack.pop()
+    return order[::-1]

@@ -242,32 +242,35 @@ class Outer:
             return lengths(self.left, 2).mul_(lengths(self.right, 2)).square_().sum(1)
         if self._formed is None and self.prefers_gram:
             found = self._sq_norms_by_gram()
-            if not self._cancels_in(found):
+            if not self._cancels:
                 return found
         return self._sq_norms_by_forming()
 
     def cancels(self) -> bool:
         """Whether positions of some example cancel so far that Gram matrices would lose the digits that are left."""
         if self._cancels is None:
-            self._cancels = self.sizes[2] > 1 and self._cancels_in(self._sq_norms_by_gram())
-        return self._cancels
-
-    def _cancels_in(self, sq_norms: Tensor) -> bool:
-        bound = (self.left.norm(dim=3) * self.right.norm(dim=3)).sum(2).square().sum(1)
-        self._cancels = bool((sq_norms < CANCELLATION * bound).any())
+            self._cancels = False
+            if self.sizes[2] > 1:
+                self._sq_norms_by_gram()
         return self._cancels
 
     def _sq_norms_by_gram(self) -> Tensor:
+        """Tells on the way whether positions cancel. The diagonals of the two Gram matrices are squared lengths."""
         b, g, t, _, _ = self.sizes
-        found = self.left.new_empty(b)
         per_example = 2 * g * t * t * self.left.element_size()
         if self.cotangent_gram is not None and b * per_example <= CHUNK_BYTES:
             side = self.right if self.cotangent_left else self.left
-            return (side @ side.mT).mul_(self.cotangent_gram()).sum((1, 2, 3))
-        for s in self.chunks(per_example):
-            gram_left = self.left[s] @ self.left[s].transpose(-1, -2)
-            gram_right = self.right[s] @ self.right[s].transpose(-1, -2)
-            found[s] = gram_left.mul_(gram_right).sum((1, 2, 3))
+            pieces = [(side @ side.mT).mul_(self.cotangent_gram())]
+        else:
+            sides = ((self.left[s], self.right[s]) for s in self.chunks(per_example))
+            pieces = ((left @ left.mT).mul_(right @ right.mT) for left, right in sides)
+        found, bound = self.left.new_empty(b), self.left.new_empty(b)
+        start = 0
+        for piece in pieces:
+            s = slice(start, start := start + len(piece))
+            found[s] = piece.sum((1, 2, 3))
+            bound[s] = piece.diagonal(dim1=-2, dim2=-1).sqrt().sum(2).square_().sum(1)
+        self._cancels = bool((found < CANCELLATION * bound).any())
         return found
 
     def _sq_norms_by_forming(self) -> Tensor:

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
 
 from rowgrad.rows.factors import Form, Outer, wide
 from rowgrad.rows.ownership import Grouping
 from rowgrad.rows.site import Cotangents, Recipe, Site, only, scalar
 
 
-def _outer(
-    site: Site,
-    group: Grouping,
-    data: Tensor,
-    *,
-    data_left: bool,
-    transposed: bool,
-    scale: float = 1,
-) -> Recipe:
-    """For z = h W (positions in rows), or z = W h with `transposed`, whose positions are columns."""
-    h = data.mT if transposed else data
-    shape = site.target_shape
+def _outer(site: Site, saved: str, scale: str | None, *, data_left: bool) -> Recipe | None:
+    """For z = h W (positions in rows), or z = W h, whose positions are columns."""
+
+    def worked_out() -> tuple[Grouping, torch.Size, float] | None:
+        group = site.grouping(1, order=None if data_left else (1, 0))
+        factor = scalar(site.node.attribute(scale)) if scale else 1.0
+        return None if group is None else (group, site.target_shape, factor)
+
+    found = site.once("outer", worked_out)
+    if found is None:
+        return None
+    group, shape, factor = found
+    data = site.node.saved(saved)
 
     def build(cotangents: Cotangents) -> Form:
         z = only(cotangents)
-        z = z.mT if transposed else z
-        sides = [wide(group(t)).unsqueeze(1) for t in (h, z)]
-        if scale != 1:
-            sides[1] = sides[1] * scale
-        left, right = sides if data_left else sides[::-1]
+        h, z = (data, z) if data_left else (data.mT, z.mT)
+        h, z = wide(group(h)).unsqueeze(1), wide(group(z)).unsqueeze(1)
+        if factor != 1:
+            z = z * factor
+        left, right = (h, z) if data_left else (z, h)
         return Outer(left, right, shape, cotangent_left=not data_left, positions=group.positions)
 
     return Recipe(build, "outer product")
@@ -36,31 +37,9 @@ def _outer(
 
 def matrix_second(site: Site, saved: str = "self", scale: str | None = None) -> Recipe | None:
     """z = h W: the weight is the second operand, positions are the rows of z."""
-    group = site.grouping(1)
-    if group is None:
-        return None
-    factor = scalar(site.node.attribute(scale)) if scale else 1
-    return _outer(
-        site,
-        group,
-        site.node.saved(saved),
-        data_left=True,
-        transposed=False,
-        scale=factor,
-    )
+    return _outer(site, saved, scale, data_left=True)
 
 
 def matrix_first(site: Site, saved: str = "mat2", scale: str | None = None) -> Recipe | None:
     """z = W h: the weight is the first operand, positions are the columns of z."""
-    group = site.grouping(1, order=(1, 0))
-    if group is None:
-        return None
-    factor = scalar(site.node.attribute(scale)) if scale else 1
-    return _outer(
-        site,
-        group,
-        site.node.saved(saved),
-        data_left=False,
-        transposed=True,
-        scale=factor,
-    )
+    return _outer(site, saved, scale, data_left=False)

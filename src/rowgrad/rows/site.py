@@ -7,7 +7,7 @@ goes the general path. A rule's form has the shape of the input it speaks of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -65,8 +65,8 @@ class Site:
 
         None where the owners are not told by those dimensions, and for complex cotangents, which no product rule knows.
         """
-        key = ("grouping", self.node.index, output_nr, n_positions, None if order is None else tuple(order))
-        return self._once(key, lambda: self._grouping(n_positions, order, output_nr))
+        key = ("grouping", output_nr, n_positions, None if order is None else tuple(order))
+        return self.once(key, lambda: self._grouping(n_positions, order, output_nr))
 
     def _grouping(self, n_positions: int, order: Sequence[int] | None, output_nr: int) -> Grouping | None:
         if self.node.dtype(output_nr).is_complex:
@@ -76,13 +76,14 @@ class Site:
 
     def reduction(self, z_shape: torch.Size, shape: torch.Size) -> Callable[[Tensor], Tensor] | None:
         """As `reduce_broadcast`, for the layout of the node's output."""
-        key = ("reduction", self.node.index, z_shape, shape)
-        return self._once(key, lambda: reduce_broadcast(self, z_shape, shape))
+        return self.once(("reduction", z_shape, shape), lambda: reduce_broadcast(self, z_shape, shape))
 
-    def _once(self, key: tuple, make: Callable[[], _T]) -> _T:
-        """What follows from layouts and shapes, kept as long as they are, unless it holds an owner of each entry."""
-        if isinstance(self.layouts.get((self.node.index, 0)), Entries):
-            return make()
+    def once(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """What follows from layouts, shapes and attributes of the node, and holds neither a tensor nor the tape.
+
+        It is kept as long as the layouts are.
+        """
+        key = (self.node.index, self.slot, key)
         if key not in self.worked_out:
             self.worked_out[key] = make()
         return self.worked_out[key]
@@ -147,7 +148,12 @@ def summand(site: Site, scale: str | None = None, sign: int = 1) -> Recipe | Non
     """A parameter added to something, times a constant: its gradient is the cotangent, summed over the broadcast."""
     if site.node.dtype().is_complex:
         return elementwise(site)
-    reduce = site.reduction(site.node.shape(), site.target_shape)
+    build = site.once("summand", lambda: _summed(site, scale, sign))
+    return None if build is None else Recipe(build, "sum")
+
+
+def _summed(site: Site, scale: str | None, sign: int) -> Callable[[Cotangents], Form] | None:
+    reduce = reduce_broadcast(site, site.node.shape(), site.target_shape)
     if reduce is None:
         return None
     factor = sign * (scalar(site.node.attribute(scale)) if scale else 1)
@@ -156,7 +162,7 @@ def summand(site: Site, scale: str | None = None, sign: int = 1) -> Recipe | Non
         found = reduce(wide(only(cotangents)))
         return Dense(found if factor == 1 else factor * found)
 
-    return Recipe(build, "sum")
+    return build
 
 
 def reduce_broadcast(
