@@ -98,7 +98,7 @@ def test_texts_that_are_missing_or_hold_no_word_that_counts_are_told(tmp_path: P
     values = [remark(k) for k in range(57)] + ["", "NA", "Entirely unheard of"]
     table = read(tmp_path, {"body": values})
     assert (table.features[-3:] == 0).all()
-    assert any(note.endswith(" words, none of them in 3 examples).") for note in table.notes)
+    assert any(note.endswith(" words; 3 examples have none of them).") for note in table.notes)
 
 
 def test_the_words_that_most_texts_hold_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

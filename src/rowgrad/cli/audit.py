@@ -57,6 +57,10 @@ def audit(
     categorical: Annotated[
         list[str] | None, typer.Option(help="Column of numbers to one-hot encode; may be repeated.")
     ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Column to count the words of; default: those in sentences; may be repeated."),
+    ] = None,
     nan: Annotated[NaN, typer.Option(help="NaN in a feature: refuse it, or take it for a missing value.")] = NaN.ERROR,
 ) -> None:
     """Train a small network on DATA and flag the examples whose labels look wrong.
@@ -71,7 +75,15 @@ def audit(
     console = Console()
     directory = out or Path(f"rowgrad-audit-{Path(data).stem}")
     with staged(directory) as stage:
-        table = read_table(data, target=target, drop=drop or (), categorical=categorical or (), task=task, nan=nan)
+        table = read_table(
+            data,
+            target=target,
+            drop=drop or (),
+            categorical=categorical or (),
+            task=task,
+            nan=nan,
+            text=text or (),
+        )
         for note in table.notes:
             console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
         with progress_bar("training") as progress:

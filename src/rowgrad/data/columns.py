@@ -273,8 +273,8 @@ def _add_text(raw: Raw, encoded: Encoded, column: pl.Series, n_columns: int) -> 
     bags = _add_bags(encoded, Column(name, words=words, weights=weights), column)
     size = f"{len(words):,}{'' if len(words) == n_known else f' of {n_known:,}'} words"
     n_empty = int((bags.max(axis=1) == 0).sum())
-    empty = "one example" if n_empty == 1 else f"{n_empty:,} examples"
-    encoded.bags[name] = f"{size}, none of them in {empty}" if n_empty else size
+    empty = "one example has" if n_empty == 1 else f"{n_empty:,} examples have"
+    encoded.bags[name] = f"{size}; {empty} none of them" if n_empty else size
 
 
 def _add_bags(encoded: Encoded, column: Column, found: pl.Series) -> np.ndarray:

@@ -9,11 +9,12 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from rowgrad.data.table import Table
 from rowgrad.graph.lettering import number, percent
 from rowgrad.report.charts import Line, Series, line_chart, plot
 from rowgrad.report.metrics import versions
 from rowgrad.report.scores import readable, targets_text
-from rowgrad.report.thumbnails import data_uri
+from rowgrad.report.thumbnails import cut, data_uri
 from rowgrad.training.audited import N_COMPARED, AuditRun
 from rowgrad.uses import sections
 from rowgrad.uses.planted import PlantedScores, score_planted
@@ -22,6 +23,7 @@ N_LISTED = (12, 60)  # suspects on the page: at least, at most
 N_OPEN = 24  # of them shown without unfolding
 N_CURVES = 6
 N_VALUES = 60  # columns of an example that are written out
+MOST_LETTERS = (400, 5000)  # of a text: on a card, and unfolded
 N_UNUSUAL = 3
 WIDE, NARROW = 1072, 324  # widths of a chart in pixels, on a desk and on a telephone
 
@@ -33,6 +35,15 @@ class Value:
     name: str
     text: str
     usual: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """What an example says in a column; `whole` is None where all is shown."""
+
+    name: str
+    shown: str
+    whole: str | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class Suspect:
     mean_loss: float
     mean_norm: float
     thumbnail: str | None
+    texts: list[Text]
     unusual: list[Value]
     values: list[tuple[str, str]]
     n_more_values: int
@@ -137,7 +149,11 @@ def _suspect(run: AuditRun, usual: "_Usual", position: int) -> Suspect:
     values = (
         []
         if table.frame is None
-        else [(name, readable(value)) for name, value in table.frame.row(row, named=True).items()]
+        else [
+            (name, readable(value))
+            for name, value in table.frame.row(row, named=True).items()
+            if name not in table.texts
+        ]
     )
     is_planted = run.planted is not None and bool(run.planted[position])
     return Suspect(
@@ -152,10 +168,20 @@ def _suspect(run: AuditRun, usual: "_Usual", position: int) -> Suspect:
         mean_loss=float(scores.mean_loss[position]),
         mean_norm=float(run.norms[:, position].mean()),
         thumbnail=None if table.images is None else data_uri(table.images[row]),
+        texts=_texts(table, row),
         unusual=usual.values(position),
         values=values[:N_VALUES],
         n_more_values=max(0, len(values) - N_VALUES),
     )
+
+
+def _texts(table: Table, row: int) -> list[Text]:
+    """Of the columns that became bags of words."""
+    if table.frame is None:
+        return []
+    found = [(name, readable(table.frame[name][row])) for name in table.texts]
+    few, many = MOST_LETTERS
+    return [Text(name, cut(text, few), cut(text, many) if len(text) > few else None) for name, text in found]
 
 
 class _Usual:

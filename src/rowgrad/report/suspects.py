@@ -6,10 +6,11 @@ from markupsafe import escape
 from rowgrad.data.table import Table
 from rowgrad.graph.lettering import number
 from rowgrad.report.scores import readable, text_of
-from rowgrad.report.thumbnails import data_uri
+from rowgrad.report.thumbnails import cut, data_uri
 from rowgrad.uses.scores import AuditScores
 
 LISTED = 20
+MOST_LETTERS = 160  # of a text
 
 
 def suspects_section(table: Table, rows: torch.Tensor, scores: AuditScores) -> str:
@@ -32,6 +33,9 @@ def _listing(table: Table, rows: torch.Tensor, scores: AuditScores) -> str:
     }
     if table.images is not None:
         columns[""] = [f'<img src="{data_uri(table.images[place])}" alt="" height="40">' for place in places.tolist()]
+    if table.texts and table.frame is not None:
+        shown_texts = [table.frame[name].gather(places.tolist()).to_list() for name in table.texts]
+        columns["text"] = [_cell(values) for values in zip(*shown_texts, strict=True)]
     if table.target_name:
         columns["given"] = _escaped(text_of(table, table.targets[places]))
     if scores.suggested is not None and scores.suggested_probability is not None:
@@ -47,6 +51,11 @@ def _listing(table: Table, rows: torch.Tensor, scores: AuditScores) -> str:
         f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in zip(*columns.values(), strict=True)
     )
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _cell(texts: tuple[str | None, ...]) -> str:
+    lines = "<br>".join(_escaped([cut(readable(text), MOST_LETTERS) for text in texts]))
+    return f'<div style="white-space: normal; width: 24rem">{lines}</div>'
 
 
 def _escaped(values: list) -> list[str]:

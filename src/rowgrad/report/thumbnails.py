@@ -1,4 +1,4 @@
-"""Small pictures inside a page."""
+"""Small pictures and short texts inside a page."""
 
 import base64
 import io
@@ -9,6 +9,12 @@ import torch.nn.functional as F
 from matplotlib import image
 
 MAX_SIDE = 96  # pixels
+
+
+def cut(text: str, most: int) -> str:
+    """A text in one line of at most that many letters; an ellipsis stands for the rest."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1].rstrip()}…"
 
 
 def data_uri(pixels: np.ndarray) -> str:
