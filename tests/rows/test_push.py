@@ -16,6 +16,7 @@ from rowgrad.rows.general import GeneralPath
 
 P = dict[str, Tensor]
 SHAPES = {"W": (4, 3), "A": (4, 2), "B": (2, 3), "g": (4, 1), "k": (3,), "s": (), "U": (5, 3), "V": (5, 4)}
+IDS = torch.tensor([0, 2, 2, 4])
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
@@ -37,6 +38,11 @@ WEIGHTS: dict[str, Callable[[P], Tensor]] = {
     "weight norm":                  lambda p: _weight_norm(p["W"], p["g"], 0),
     "weight norm of an update":     lambda p: _weight_norm(p["W"] + p["A"] @ p["B"], p["g"], 0),
     "norm of the columns":          lambda p: _weight_norm(p["W"], p["k"].reshape(1, 3), 1),
+    "looked up":                    lambda p: F.embedding(IDS, p["U"]),
+    "looked up with padding":       lambda p: F.embedding(IDS, p["U"], padding_idx=2),
+    "looked up, sparse":            lambda p: F.embedding(IDS, p["U"], padding_idx=2, sparse=True),
+    "indexed":                      lambda p: p["U"][IDS],
+    "indexed twice":                lambda p: (p["U"] @ p["W"].T)[IDS[:, None], torch.tensor([0, -1, 3])],
     "negated, reshaped, copied":    lambda p: (-p["A"] @ p["B"]).clone().view(2, 2, 3).reshape(4, 3),
 }
 # fmt: on

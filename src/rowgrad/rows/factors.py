@@ -429,7 +429,7 @@ class Rows:
         return rows.new_zeros(tuple(self.shape)).index_add_(0, flat_ids, flat_rows)
 
     def dot(self, direction: Tensor) -> Tensor:
-        return (F.embedding(self.ids, direction.to(self.rows.dtype)) * self.rows).sum((1, 2))
+        return F.embedding(self.ids, direction.to(self.rows.dtype)).mul_(self.rows).sum((1, 2))
 
     def dense(self) -> Tensor:
         found = memory.zeros((self.n_examples * self.shape[0], self.shape[1]), self.rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rowgrad.rows.factors import Rows, wide
 from rowgrad.rows.products import row_owners
 from rowgrad.rows.site import Cotangents, Recipe, Site, only
-from rowgrad.tape import signed
+from rowgrad.tape import Node, signed
 
 NO_PADDING = -1
 
@@ -27,12 +27,20 @@ def embedding(site: Site) -> Recipe | None:
 
 def indexed(site: Site) -> Recipe | None:
     """Indexing of a table's leading dimensions by tensors of ids."""
-    indices = list(site.node.saved("indices"))
+    indices = leading_ids(site.node)
+    if indices is None:
+        return None
+    return _rows(site, flat_ids(indices, site.target_shape), site.target_shape[: len(indices)])
+
+
+def leading_ids(node: Node) -> list[Tensor] | None:
+    """The tensors that index the leading dimensions; None where others are indexed, or by masks."""
+    indices = list(node.saved("indices"))
     while indices and indices[-1] is None:
         indices.pop()
     if not indices or any(i is None or i.dtype not in (torch.long, torch.int) for i in indices):
         return None
-    return _rows(site, _flat_ids(indices, site.target_shape), site.target_shape[: len(indices)])
+    return indices
 
 
 def selected(site: Site) -> Recipe | None:
@@ -54,7 +62,7 @@ def gathered(site: Site) -> Recipe | None:
         else torch.arange(size, device=index.device).reshape([-1 if e == d else 1 for e in range(len(shape))])
         for d, size in enumerate(index.shape)
     ]
-    return _rows(site, _flat_ids(along, shape), shape)
+    return _rows(site, flat_ids(along, shape), shape)
 
 
 def taken(site: Site) -> Recipe | None:
@@ -62,7 +70,7 @@ def taken(site: Site) -> Recipe | None:
     return _rows(site, site.node.saved("index") % site.target_shape.numel(), site.target_shape)
 
 
-def _flat_ids(indices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+def flat_ids(indices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     """Number of each entry of a table of leading dimensions `shape`; ids may be negative."""
     flat = torch.zeros((), dtype=torch.long, device=indices[0].device)
     for index, size in zip(indices, shape, strict=False):

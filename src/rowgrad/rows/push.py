@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
 from rowgrad.rows.factors import Dense, Form, Outer, Rows, wide
+from rowgrad.rows.lookup import NO_PADDING, flat_ids, leading_ids
 from rowgrad.rows.ownership import Edge
 from rowgrad.rows.placement import Place, place_of
 from rowgrad.rows.projected import Projected
@@ -30,10 +32,16 @@ class Arrival:
     form: Form
     max_bytes: int  # rows written out on the way take no more
 
+    def target(self, slot: int) -> Node:
+        return self.tape.nodes[self._edge(slot)[0]]
+
     def target_shape(self, slot: int) -> torch.Size:
-        target = self.node.slots[slot]
-        assert target is not None
-        return self.tape.nodes[target[0]].shape(target[1])
+        return self.target(slot).shape(self._edge(slot)[1])
+
+    def _edge(self, slot: int) -> Edge:
+        edge = self.node.slots[slot]
+        assert edge is not None
+        return edge
 
 
 Push = Callable[[Arrival, int], Form | None]  # (arrival, slot); None: not in factors
@@ -238,6 +246,39 @@ def _weight_norm(arrival: Arrival) -> tuple[Tensor, Tensor, Form | None]:
     return v / norm.to(v.dtype), g / norm.to(v.dtype), _as_outer(arrival.form) if along_rows else None
 
 
+def _embedded(arrival: Arrival, slot: int) -> Form | None:
+    """Rows of a table looked up once for all examples: positions, for the most part."""
+    node = arrival.node
+    if node.attribute("scale_grad_by_freq"):
+        return None
+    padding = signed(node.attribute("padding_idx"))
+    return _looked_up(arrival, slot, node.saved("indices"), 1, padding, node.attribute("sparse"))
+
+
+def _indexed(arrival: Arrival, slot: int) -> Form | None:
+    """Likewise by indexing the leading dimensions of a table: relative positions."""
+    shape = arrival.target_shape(slot)
+    indices = leading_ids(arrival.node)
+    return None if indices is None else _looked_up(arrival, slot, flat_ids(indices, shape), len(indices))
+
+
+def _looked_up(
+    arrival: Arrival, slot: int, ids: Tensor, n_leading: int, padding: int = NO_PADDING, sparse: bool = False
+) -> Form | None:
+    rows, shape = _written_out(arrival), arrival.target_shape(slot)
+    if rows is None:
+        return None
+    table = torch.Size((prod(shape[:n_leading]), prod(shape[n_leading:])))
+    ids = ids.reshape(1, -1).long().expand(len(rows), -1)
+    rows = rows.reshape(*ids.shape, table[1])
+    real = None if padding == NO_PADDING else ids != padding
+    found = Rows(ids, rows if real is None else torch.where(real.unsqueeze(-1), rows, 0.0), table, sparse, real)
+    if table == shape or arrival.target(slot).is_leaf:
+        return found
+    whole = _written_out(replace(arrival, form=found))  # nodes below expect rows of the table's own shape
+    return None if whole is None else Dense(whole.reshape(-1, *shape))
+
+
 def _written_out(arrival: Arrival) -> Tensor | None:
     form = arrival.form
     if form.n_examples * form.shape.numel() * 8 > arrival.max_bytes:
@@ -275,6 +316,8 @@ PUSHES: Mapping[tuple[str, int], Push] = {
     ("MmBackward0", 1):                 _second_of_product,
     ("BmmBackward0", 0):                _first_of_product,
     ("BmmBackward0", 1):                _second_of_product,
+    ("EmbeddingBackward0", 0):          _embedded,
+    ("IndexBackward0", 0):              _indexed,
     ("WeightNormInterfaceBackward0", 0): _direction,
     ("WeightNormInterfaceBackward0", 1): _length,
 }
