@@ -65,7 +65,7 @@ def test_a_trained_model_reads_words_it_never_saw(folder: Path, capsys: pytest.C
     options = ["said.csv", "--target", "package", "--model", "mlp:16", "--audit"]
     assert main(["train", *options, "--epochs", "4", "--out", "whole"]) == 0
     assert "bags of words: body" in capsys.readouterr().out
-    assert '<div style="white-space: normal; width: 24rem">' in Path("whole/report.html").read_text()
+    assert '<div style="white-space: normal; width: 18rem">' in Path("whole/report.html").read_text()
     new = [
         "Return the header of a message as a Zeppelin.",
         "Zeppelins rust quietly",

@@ -55,7 +55,7 @@ def _listing(table: Table, rows: torch.Tensor, scores: AuditScores) -> str:
 
 def _cell(texts: tuple[str | None, ...]) -> str:
     lines = "<br>".join(_escaped([cut(readable(text), MOST_LETTERS) for text in texts]))
-    return f'<div style="white-space: normal; width: 24rem">{lines}</div>'
+    return f'<div style="white-space: normal; width: 18rem">{lines}</div>'
 
 
 def _escaped(values: list) -> list[str]:
