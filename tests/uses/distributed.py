@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from tests.rows.distributed import build
@@ -12,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import rowgrad as rg
+from rowgrad.errors import InputError
 
 
 def data(step: int) -> tuple[Tensor, Tensor]:
@@ -54,9 +59,50 @@ def clipping(rank: int) -> None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-14)
 
 
+def sampling(rank: int) -> None:
+    """Ranks are known from torch.distributed; weighted halves measure what one process measures on all draws."""
+    sampler = rg.NormSampler(20)
+    assert (sampler.rank, sampler.num_replicas, len(sampler)) == (rank, 2, 10)
+    rng = torch.Generator().manual_seed(5)
+    rows, weights = torch.randn(8, 4, generator=rng, dtype=torch.float64), torch.rand(8, generator=rng) + 0.5
+    mean_norm = (weights[:, None] * rows).mean(0).norm()
+    alone, found = rg.NoiseScale(), rg.NoiseScale(distributed=True)
+    alone.update(norms=rows.norm(dim=1), mean_norm=mean_norm, weights=weights)
+    mine = slice(0, 3) if rank == 0 else slice(3, 8)
+    found.update(norms=rows[mine].norm(dim=1), mean_norm=mean_norm, weights=weights[mine])
+    assert found.state_dict() == alone.state_dict()
+
+
+def errors(rank: int) -> None:
+    """What is wrong in one process alone is an error of both, and they go on together; dtypes may differ."""
+    noise, bound = rg.NoiseScale(distributed=True), rg.RunningQuantile(0.5, distributed=True)
+    ones, model = torch.ones(4), build()
+    J = rg.jacobian(model(torch.ones(2, 4, dtype=torch.float64)).sum(1), model)
+    refused: list[tuple[str, Callable[[], Any]]] = [
+        ("norms must be of shape", lambda: noise.update(norms=ones[:, None] if rank else ones, mean_norm=0.5)),
+        ("mean_norm='a'", lambda: noise.update(norms=ones, mean_norm="a" if rank else 0.5)),  # type: ignore[arg-type]
+        ("for each of 4 examples", lambda: noise.update(norms=ones, mean_norm=0.5, weights=ones[rank:])),
+        ("needs the latter", lambda: noise.update(J) if rank else noise.update(norms=ones, mean_norm=0.5)),
+        ("norms must be of shape", lambda: bound.update(ones[:, None] if rank else ones)),
+    ]
+    for message, act in refused:
+        with pytest.raises(InputError, match=f"in process 1: .*{message}"):
+            act()
+    with pytest.raises(InputError, match=r"mean_norm runs from 0.5 to 0.8 over the processes"):
+        noise.update(norms=ones, mean_norm=0.8 if rank else 0.5)
+    assert (noise.updates, noise.skipped, math.isnan(bound.value)) == (0, 0, True)
+
+    dtype = torch.float64 if rank else torch.bfloat16
+    noise.update(norms=(2 * ones).to(dtype), mean_norm=0.5)
+    assert noise.total.trace == 8 * (4 - 0.25) / 7
+    assert bound.update((ones * (rank + 1)).to(dtype)) == 1.5
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[3]), world_size=2)
     noise(int(sys.argv[3]))
     clipping(int(sys.argv[3]))
+    sampling(int(sys.argv[3]))
+    errors(int(sys.argv[3]))
     dist.destroy_process_group()

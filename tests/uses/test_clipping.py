@@ -123,8 +123,22 @@ def test_a_window_of_nothing_is_refused() -> None:
         rg.RunningQuantile(window=0)
 
 
+@pytest.mark.parametrize("norms", [[1.0, 2.0], torch.ones(2, 2), torch.tensor(1.0), None, -torch.ones(3)])
+def test_what_is_no_norm_is_refused(norms: object) -> None:
+    bound = rg.RunningQuantile()
+    with pytest.raises(InputError, match=r"norms must be of shape \(B,\)|not negative"):
+        bound.update(norms)  # type: ignore[arg-type]
+    assert repr(bound) == "RunningQuantile(0.5, value nan, 0 norms)"
+
+
+@pytest.mark.parametrize("options", [{"q": "a"}, {"q": None}, {"window": 8.5}, {"distributed": "yes"}])
+def test_options_of_another_kind_are_refused(options: dict) -> None:
+    with pytest.raises(InputError, match=r"RunningQuantile: (q|window|distributed)=.*, expected"):
+        rg.RunningQuantile(**options)
+
+
 def test_two_processes_measure_and_clip_as_one_does() -> None:
-    """The noise scale too."""
+    """The noise scale too; and what is refused in one process is refused in both."""
     run_on_two_processes("both", "tests.uses.distributed")
 
 

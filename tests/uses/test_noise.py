@@ -62,6 +62,57 @@ def test_the_mean_over_all_subsets_is_exact(b: int) -> None:
     assert noise.total.sq_norm == pytest.approx(float(mean.square().sum()) - trace / n, rel=1e-12)
 
 
+@pytest.mark.parametrize("b", [2, 3])
+@pytest.mark.parametrize("micro", [False, True])
+def test_the_mean_over_all_weighted_draws_is_exact(b: int, micro: bool) -> None:
+    """All N^B draws with unequal probabilities, each counted as often as it comes, with the weights of the draws."""
+    n = 4
+    data = draw(n, 3) + 0.5
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    sq_norm = trace = plain = 0.0
+    for chosen in itertools.product(range(n), repeat=b):
+        rows, w = data[list(chosen)], 1 / (n * p[list(chosen)])
+        often = float(p[list(chosen)].prod())
+        noise, unweighted = rg.NoiseScale(), rg.NoiseScale()
+        if micro:
+            mean = (w[:, None] * rows).mean(0).norm()
+            noise.update(norms=list(rows.norm(dim=1).split(1)), weights=list(w.split(1)), mean_norm=mean)
+        else:
+            noise.update(rows_as_data(rows), weights=w)
+        unweighted.update(rows_as_data(rows))
+        sq_norm, trace = sq_norm + often * noise.total.sq_norm, trace + often * noise.total.trace
+        plain += often * unweighted.total.sq_norm
+    mean = data.mean(0)
+    assert sq_norm == pytest.approx(float(mean.square().sum()), rel=1e-12)
+    assert trace == pytest.approx(float((data - mean).square().sum(1).mean()), rel=1e-12)
+    assert plain != pytest.approx(sq_norm, rel=0.1)
+
+
+def test_weights_of_one_change_nothing() -> None:
+    weighted = rg.NoiseScale()
+    for rows in batches():
+        weighted.update(rows_as_data(rows), weights=torch.ones(len(rows)))
+    assert weighted.compute() == pytest.approx(measured(*batches()).compute(), rel=1e-12)
+
+
+def test_batches_drawn_by_norms_measure_the_scale_of_uniform_ones() -> None:
+    """A few long rows: drawn by their norms and not weighted, they would hide most of the noise."""
+    rng = torch.Generator().manual_seed(1)
+    data = 0.3 * draw(300, 4) + 4 * torch.rand(300, 1, generator=rng, dtype=torch.float64) ** 9
+    mean = data.mean(0)
+    true = float((data - mean).square().sum(1).mean() / mean.square().sum())
+    sampler = rg.NormSampler(300, switch=None)
+    sampler.update(torch.arange(300), data.norm(dim=1))
+    noise, unweighted = rg.NoiseScale(), rg.NoiseScale()
+    for _ in range(30):
+        for drawn in torch.utils.data.BatchSampler(sampler, 20, False):
+            J, w = rows_as_data(data[[int(i) for i in drawn]]), torch.tensor([i.weight for i in drawn])
+            noise.update(J, weights=w)
+            unweighted.update(J)
+    assert abs(noise.total.scale - true) < 3 * noise.total.error < 0.5 * true
+    assert abs(unweighted.total.scale - true) > 5 * unweighted.total.error
+
+
 # A closed form
 
 
@@ -285,14 +336,39 @@ def test_half_of_what_is_needed_is_refused(given: dict) -> None:
 def test_both_ways_at_once_are_refused() -> None:
     with pytest.raises(InputError, match=r"takes a Jacobian, update\(J\), or norms="):
         rg.NoiseScale().update(rows_as_data(torch.ones(2, 2)), mean_norm=1.0)
-    with pytest.raises(InputError, match=r"distributed=True needs the latter"):
-        rg.NoiseScale(distributed=True).update(rows_as_data(torch.ones(2, 2)))
 
 
-@pytest.mark.parametrize("norms", [[], torch.ones(2, 2), torch.tensor(1.0), [1.0, 2.0]])
+@pytest.mark.parametrize("norms", [[], torch.ones(2, 2), torch.tensor(1.0), [1.0, 2.0], 5.0, torch.ones(2) > 0])
 def test_norms_of_another_shape_are_refused(norms: object) -> None:
     with pytest.raises(InputError, match=r"norms must be of shape \(B,\)"):
         rg.NoiseScale().update(norms=norms, mean_norm=1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"norms": -torch.ones(3), "mean_norm": 0.5}, "norms: the smallest is -1; expected numbers that are not neg"),
+        ({"norms": torch.ones(3), "mean_norm": -0.5}, "mean_norm=-0.5: expected a norm, which is not negative"),
+        ({"norms": torch.ones(3), "mean_norm": "a"}, "mean_norm='a': expected one number"),
+        ({"norms": torch.ones(3), "mean_norm": torch.ones(2)}, "mean_norm=a tensor of .* expected one number"),
+        ({"norms": torch.ones(3), "mean_norm": 0.5, "weights": torch.ones(2)}, "a finite one for each of 3 examples"),
+        ({"norms": torch.ones(3), "mean_norm": 0.5, "weights": torch.tensor([1.0, 1.0, NAN])}, "a finite one for each"),
+        ({"norms": torch.ones(3), "mean_norm": 0.5, "weights": -torch.ones(3)}, "weights: the smallest is -1"),
+        ({"J": torch.ones(3)}, r"was given a tensor of float32 .* expected rowgrad.jacobian\(losses, model\)"),
+    ],
+)
+def test_what_is_no_norm_is_refused_and_nothing_taken_in(given: dict, message: str) -> None:
+    noise = measured(*batches())
+    before = noise.state_dict()
+    with pytest.raises(InputError, match=message):
+        noise.update(**given)
+    assert noise.state_dict() == before
+
+
+@pytest.mark.parametrize("options", [{"decay": "x"}, {"decay": None}, {"decay": True}, {"distributed": 2}])
+def test_options_of_another_kind_are_refused(options: dict) -> None:
+    with pytest.raises(InputError, match=r"NoiseScale: (decay|distributed)=.*, expected"):
+        rg.NoiseScale(**options)
 
 
 def test_a_gradient_that_is_no_mean_is_refused() -> None:

@@ -360,6 +360,41 @@ def test_processes_that_switched_at_different_times_share_the_shuffle_again() ->
         assert any(on) or torch.equal(visited.sort().values, torch.arange(N)), on
 
 
+def test_pools_of_processes_share_a_shuffle_and_draw_differently() -> None:
+    def make(rank: int, **options: Any) -> uses.PoolSampler:
+        return uses.PoolSampler(N, lambda index: torch.ones(len(index)), batch_size=7, rank=rank, **options)
+
+    shards = [make(r, num_replicas=2) for r in range(2)]
+    batches = [list(shard) for shard in shards]
+    assert [len(shard) for shard in shards] == [len(found) for found in batches] == [5, 5]
+    assert sorted(int(i) for found in batches for batch in found for i in batch) == [*range(N)]
+
+    by_rank = [[int(i) for _ in range(40) for b in make(r, num_replicas=2, switch=None) for i in b] for r in range(2)]
+    alike = sum(a == b for a, b in zip(*by_rank, strict=True)) / len(by_rank[0])
+    assert alike < 0.05  # 1 / 60 by chance
+
+
+@pytest.mark.parametrize("kind", ["NormSampler", "PoolSampler"])
+def test_rank_and_number_of_processes_are_those_of_torch_distributed(kind: str, monkeypatch: Any) -> None:
+    def make(**options: Any) -> Any:
+        if kind == "NormSampler":
+            return rg.NormSampler(N, **options)
+        return uses.PoolSampler(N, lambda index: torch.ones(len(index)), batch_size=6, **options)
+
+    early = make()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    found = make()
+    assert (found.rank, found.num_replicas, found.draws) == (1, 3, 20)
+    assert len(list(found)) == len(found)
+    alone = make(rank=0, num_replicas=1)
+    assert len(list(alone)) == len(alone)
+    assert alone.draws == N
+    with pytest.warns(rg.RowgradWarning, match=f"{kind}: made before torch.distributed was initialized"):
+        next(iter(early))
+
+
 # A loop
 
 
@@ -423,6 +458,40 @@ def test_a_state_goes_on_with_the_same_draws(workers: int, save_at: int) -> None
     seen = save_at // 9 * N + save_at % 9 * 7
     assert again.draws == whole.draws[seen:]
     assert all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["drop_last", "break", "pool"])
+def test_an_epoch_of_fewer_draws_is_over_where_the_loop_is(kind: str, workers: int) -> None:
+    """60 examples in batches of 16: a state after the third batch begins a new epoch, as the unstopped loop does."""
+
+    def loop(sampler: Any, n_epochs: int) -> list[list[int]]:
+        data = rg.Weighted(TensorDataset(torch.arange(N)))
+        how: dict[str, Any] = {"batch_sampler": sampler}
+        if kind != "pool":
+            how = {"batch_size": 16, "sampler": sampler, "drop_last": kind == "drop_last"}
+        loader = DataLoader(data, num_workers=workers, multiprocessing_context="fork" if workers else None, **how)
+        found = []
+        for _ in range(n_epochs):
+            for k, (_, draw) in enumerate(loader, start=1):
+                sampler.update(draw, torch.ones(len(draw.index)))
+                found.append(draw.index.tolist())
+                if kind == "break" and k == 3:
+                    break
+        return found
+
+    def make() -> Any:
+        if kind == "pool":
+            return uses.PoolSampler(N, lambda index: torch.ones(len(index)), batch_size=16, draws=48)
+        return rg.NormSampler(N, draws=48)
+
+    whole, begun, again = make(), make(), make()
+    expected = loop(whole, 3)
+    assert [len(batch) for batch in expected] == [16] * 9
+    assert len(whole) == (3 if kind == "pool" else 48)
+    assert loop(begun, 1) == expected[:3]
+    again.load_state_dict(begun.state_dict())
+    assert loop(again, 2) == expected[3:]
 
 
 def test_batches_without_an_update_are_drawn_again() -> None:
@@ -594,14 +663,25 @@ def test_a_pool_in_a_loop_switches_itself_on_and_resumes(workers: int) -> None:
 
 def test_scores_that_do_not_fit() -> None:
     for score, message in (
-        (lambda index: torch.ones(3), r"\(3,\) for 10"),
+        (lambda index: torch.ones(3), r"\(3,\), from 1 to 1 for 10 examples"),
+        (lambda index: torch.ones(0), r"shape \(0,\) for 10"),
         (lambda index: -torch.ones(len(index)), "not negative"),
         (lambda index: torch.full((len(index),), torch.inf), "gave inf"),
+        (lambda index: [1.0] * len(index), "gave a list for 10 examples; expected a tensor"),
+        (lambda index: None, "gave None"),
     ):
         with pytest.raises(rg.RowgradError, match=message):
             next(iter(uses.PoolSampler(N, score, batch_size=2, switch=None)))
     with pytest.raises(rg.RowgradError, match="a pool as large"):
         uses.PoolSampler(N, torch.tensor, batch_size=4, pool=3)
+    with pytest.raises(rg.RowgradError, match=r"pool=10.5, expected a whole number"):
+        uses.PoolSampler(N, torch.tensor, batch_size=4, pool=10.5)  # type: ignore[arg-type]
+    with pytest.raises(rg.RowgradError, match=r"batch_size=2.5, expected a whole number"):
+        uses.PoolSampler(N, torch.tensor, batch_size=2.5)  # type: ignore[arg-type]
+    with pytest.raises(rg.RowgradError, match="score=None, expected a function"):
+        uses.PoolSampler(N, None, batch_size=4)  # type: ignore[arg-type]
+    with pytest.raises(rg.RowgradError, match=r"PoolSampler.update was given a tensor of int64 .* expected the draw"):
+        uses.PoolSampler(N, torch.tensor, batch_size=4).update(torch.arange(4), torch.ones(4))  # type: ignore[arg-type]
     with pytest.raises(rg.RowgradError, match='expected "cost"'):
         uses.PoolSampler(N, torch.tensor, batch_size=4, switch="auto")
     with pytest.raises(rg.RowgradError, match="one loss per example"):
@@ -615,12 +695,24 @@ def test_scores_that_do_not_fit() -> None:
     ("options", "message"),
     [
         ({"n": 0}, "number of examples"),
-        ({"n": [1, 2]}, "len\\(dataset\\)"),
+        ({"n": [1, 2]}, "n=a list, .*len\\(dataset\\)"),
+        ({"n": 10.5}, "n=10.5, .*len\\(dataset\\)"),
+        ({"n": None}, "n=None"),
+        ({"n": True}, "n=True"),
         ({"mix": 0.0}, "mix=0.0"),
+        ({"mix": "a"}, "mix='a'"),
+        ({"mix": torch.nan}, "mix=nan"),
         ({"decay": 1.5}, "decay=1.5"),
         ({"max_weight": 0}, "max_weight=0"),
         ({"switch": (1.0, 2.0)}, "on at least off"),
+        ({"switch": 1.2}, "switch=1.2, expected two numbers"),
         ({"window": 3}, "at least 8"),
+        ({"window": 8.5}, "window=8.5"),
+        ({"generator": 0}, "generator=0, expected a torch.Generator"),
+        ({"draws": 4}, "draws=4, expected a whole number from 1 to 3"),
+        ({"draws": 0}, "draws=0"),
+        ({"rank": 0}, "rank=0 and num_replicas=None: expected both"),
+        ({"rank": 0, "num_replicas": 0}, "num_replicas=0"),
         ({"rank": 2, "num_replicas": 2}, "rank=2"),
     ],
 )
@@ -636,15 +728,62 @@ def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
         ([0, N], [1.0, 1.0], f"0 to {N - 1}"),
         ([0, -1], [1.0, 1.0], "run from -1"),
         ([0, 1], [1.0, -2.0], "not negative"),
+        ([True, False], [1.0, 2.0], "a tensor of bool .* or a tensor of positions, whole numbers"),
+        ([2.9], [1.0], "a tensor of float32"),
+        ([0, 1], [1 + 1j, 1], "norms must be of shape"),
+        ([[0, 1]], [[1.0, 1.0]], r"norms must be of shape \(B,\)"),
     ],
 )
-def test_updates_that_do_not_fit(index: list[int], norms: list[float], message: str) -> None:
+def test_updates_that_do_not_fit(index: list[Any], norms: list[Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         rg.NormSampler(N).update(torch.tensor(index), torch.tensor(norms))
 
 
+@pytest.mark.parametrize(
+    ("draw", "norms", "message"),
+    [
+        ([0, 1], torch.ones(2), "was given a list; expected the draw"),
+        ((torch.arange(2), torch.ones(2)), torch.ones(2), "was given a tuple; expected the draw"),
+        (torch.arange(2), [1.0, 2.0], "one real number for each example; got a list"),
+        (Draw(1, 1.0, 0), torch.ones(2), "was given 1; expected the draw"),
+    ],
+)
+def test_updates_with_what_is_no_tensor(draw: Any, norms: Any, message: str) -> None:
+    sampler = rg.NormSampler(N)
+    with pytest.raises(InputError, match=message):
+        sampler.update(draw, norms)
+
+
+@pytest.mark.parametrize("grad_norm", ["a", -1.0, torch.ones(2), None])
+def test_the_norm_of_the_gradient_is_one_number(grad_norm: Any) -> None:
+    sampler = rg.NormSampler(N)
+    draw = together([i for _, i in zip(range(2), sampler, strict=False)])
+    if grad_norm is None:
+        return sampler.update(draw, torch.ones(2), grad_norm=torch.tensor([0.5]))
+    with pytest.raises(InputError, match=r"grad_norm=.*: expected"):
+        sampler.update(draw, torch.ones(2), grad_norm=grad_norm)
+    return None
+
+
+def test_samplers_and_loaders_that_do_not_fit_are_told_apart() -> None:
+    data = rg.Weighted(TensorDataset(torch.arange(20.0)))
+    pool = uses.PoolSampler(20, lambda index: torch.ones(len(index)), batch_size=4)
+    with pytest.raises(InputError, match=r"whole batches, as PoolSampler does; use DataLoader\(..., batch_sampler="):
+        next(iter(DataLoader(data, batch_size=4, sampler=pool)))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"single examples, as NormSampler does; use DataLoader\(..., batch_size="):
+        next(iter(DataLoader(data, batch_sampler=rg.NormSampler(20))))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"a position is 1.5; expected a whole number"):
+        data[1.5]  # type: ignore[index]
+    with pytest.raises(
+        IndexError, match=r"position 2\d of a data set of 20 examples, in rg.Weighted; make the sampler"
+    ):
+        list(DataLoader(data, batch_size=4, sampler=rg.NormSampler(25)))
+    assert [int(draw.index) for _, draw in data] == [*range(20)]
+    assert data[-1][1].index == 19
+
+
 def test_a_state_of_another_size_and_two_loops_at_once() -> None:
-    with pytest.raises(InputError, match="for 3 examples"):
+    with pytest.raises(InputError, match="the state's n is 3, expected 60"):
         rg.NormSampler(N).load_state_dict(rg.NormSampler(3).state_dict())
     sampler = rg.NormSampler(N)
     first = iter(sampler)

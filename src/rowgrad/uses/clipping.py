@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import nan
+from math import inf, nan
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rowgrad.errors import InputError
+from rowgrad.uses import expected
+from rowgrad.uses.expected import Expected
 from rowgrad.uses.processes import gathered
+
+OPTIONS = {
+    "q": expected.number("a number between 0 and 1", lambda v: 0 < v < 1),
+    "window": expected.whole(1, what="at least one example, a whole number"),
+    "distributed": expected.FLAG,
+}
+STATE = {
+    "kind": expected.same("RunningQuantile"),
+    "q": OPTIONS["q"],
+    "window": OPTIONS["window"],
+    "value": expected.number("a positive number, or nan before the first batch", lambda v: 0 < v < inf or v != v),
+    "batches": Expected(
+        "a list of tensors, (B,), of finite positive norms",
+        lambda v: isinstance(v, list) and all(_are_norms(batch) for batch in v),
+    ),
+}
 
 
 class RunningQuantile:
@@ -50,11 +67,8 @@ class RunningQuantile:
     """
 
     def __init__(self, q: float = 0.5, *, window: int = 1024, distributed: bool = False) -> None:
-        if not 0 < q < 1:
-            raise InputError(f"RunningQuantile: q={q!r}, expected a number between 0 and 1")
-        if window < 1:
-            raise InputError(f"RunningQuantile: window={window!r}, expected at least one example")
-        self.q, self.window, self.distributed = q, window, distributed
+        expected.check("RunningQuantile", {"q": q, "window": window, "distributed": distributed}, OPTIONS)
+        self.q, self.window, self.distributed = float(q), int(window), distributed
         self.reset()
 
     def reset(self) -> None:
@@ -66,9 +80,11 @@ class RunningQuantile:
         """Take in the norms of one batch, shape (B,), and return the bound for it.
 
         `rowgrad.clipped_loss` does this itself; `rowgrad.clip_weights` takes the bound.
+
+        Raises:
+            InputError: norms are not (B,), or one is negative; with distributed=True in all processes.
         """
-        seen = gathered(norms.detach()) if self.distributed else norms.detach()
-        seen = seen.cpu().double()
+        seen = torch.cat(gathered(lambda: expected.vector("norms", norms), self.distributed))
         self._batches.append(seen[seen.isfinite() & (seen > 0)])
         while sum(map(len, self._batches[1:])) >= self.window:
             del self._batches[0]
@@ -78,12 +94,22 @@ class RunningQuantile:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers; `torch.load` reads them with weights_only=True."""
-        return {"q": self.q, "window": self.window, "value": self.value, "batches": [b.clone() for b in self._batches]}
+        plain = {"kind": "RunningQuantile", "q": self.q, "window": self.window, "value": self.value}
+        return plain | {"batches": [batch.clone() for batch in self._batches]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned, q and window included."""
-        self.q, self.window, self.value = state["q"], state["window"], state["value"]
-        self._batches = [batch.clone() for batch in state["batches"]]
+        """Go on from what `state_dict` returned, q and window included.
+
+        Raises:
+            InputError: the state lacks an entry, or holds one that it cannot have; nothing was loaded.
+        """
+        found = expected.checked_state("RunningQuantile", state, STATE)
+        self.q, self.window, self.value = found["q"], found["window"], found["value"]
+        self._batches = found["batches"]
 
     def __repr__(self) -> str:
         return f"RunningQuantile({self.q:g}, value {self.value:.4g}, {sum(map(len, self._batches))} norms)"
+
+
+def _are_norms(value: Any) -> bool:
+    return expected.is_tensor(value, torch.float64, -1) and bool((value.isfinite() & (value > 0)).all())

@@ -6,11 +6,14 @@ position carries its weight, from the sampler through the data set and the worke
 it was drawn by norms at all: a weight of 1 does not tell, where all scores are equal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
+
+from rowgrad.errors import InputError
+from rowgrad.uses.expected import is_whole
 
 
 class DrawnIndex(int):
@@ -43,8 +46,11 @@ class Weighted(Dataset):
     `DataLoader(data, sampler=sampler, collate_fn=data.collate)`.
 
     Args:
-        dataset: with positions 0 to N - 1; its `__getitems__` is used where there is one.
+        dataset: with positions 0 to N - 1 and a length; its `__getitems__` is used where there is one.
         collate_fn: makes a batch of a list of items; PyTorch's default without it.
+    Raises:
+        IndexError: a position is none of the data set, as when a sampler was made for a larger one.
+        InputError: the sampler's batches came as positions, or its positions as batches.
 
     >>> import torch, rowgrad
     >>> data = rowgrad.Weighted(torch.utils.data.TensorDataset(torch.arange(6.0)))
@@ -61,20 +67,39 @@ class Weighted(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, Draw]:
-        return self.dataset[int(index)], _draw(index)
+        draw = self._draw(index)
+        return self.dataset[draw.index], draw
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Draw]]:
-        plain = [int(index) for index in indices]
+    def __getitems__(self, indices: Iterable[int]) -> list[tuple[Any, Draw]]:
+        if not isinstance(indices, Iterable):
+            raise InputError(
+                f"a batch is the position {indices!r}: the sampler gives single examples, as NormSampler does; use "
+                "DataLoader(..., batch_size=..., sampler=sampler), not batch_sampler="
+            )
+        draws = [self._draw(index) for index in indices]
+        plain = [draw.index for draw in draws]
         together = getattr(self.dataset, "__getitems__", None)
         items = [self.dataset[index] for index in plain] if together is None else together(plain)
-        return list(zip(items, map(_draw, indices), strict=True))
+        return list(zip(items, draws, strict=True))
 
     def collate(self, items: Sequence[tuple[Any, Draw]]) -> tuple[Any, Draw]:
         """A batch (batch, draw) of a list of items, the first part of it by `collate_fn`."""
         collate = self._collate_fn or torch.utils.data.default_collate
         return collate([item for item, _ in items]), torch.utils.data.default_collate([draw for _, draw in items])
 
-
-def _draw(index: int) -> Draw:
-    drawn = index if isinstance(index, DrawnIndex) else DrawnIndex(index)
-    return Draw(int(drawn), torch.tensor(drawn.weight, dtype=torch.float32), drawn.number, drawn.by_norms)
+    def _draw(self, index: Any) -> Draw:
+        if not is_whole(index):
+            raise InputError(
+                f"a position is {index!r}: the sampler gives whole batches, as PoolSampler does; use "
+                "DataLoader(..., batch_sampler=sampler), not sampler="
+                if isinstance(index, (list, tuple))
+                else f"a position is {index!r}; expected a whole number"
+            )
+        if not -len(self) <= index < len(self):
+            raise IndexError(
+                f"position {int(index)} of a data set of {len(self)} examples, in rg.Weighted; make the sampler for as "
+                "many, rg.NormSampler(len(dataset))"
+            )
+        drawn = index if isinstance(index, DrawnIndex) else DrawnIndex(index)
+        weight = torch.tensor(drawn.weight, dtype=torch.float32)
+        return Draw(int(drawn) % len(self), weight, drawn.number, drawn.by_norms)

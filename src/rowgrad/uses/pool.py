@@ -1,12 +1,15 @@
 """Draw each batch out of a larger pool, by a bound on the gradients that costs a forward pass and no table."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rowgrad.errors import InputError, NonFiniteError, NotAVectorError
+from rowgrad.uses import expected
 from rowgrad.uses.draws import Draw, DrawnIndex
+from rowgrad.uses.expected import described
 from rowgrad.uses.weighted import WeightedSampler
 
 
@@ -70,11 +73,12 @@ class PoolSampler(WeightedSampler):
         score: function of K positions (a list) that gives their scores, (K,), not negative; called without gradients.
         batch_size: B, the last batch of an epoch may be smaller.
         pool: K; 5 * batch_size by default.
-        mix, max_weight, window, generator: as for `NormSampler`.
+        mix, max_weight, window, rank, num_replicas, draws, generator: as for `NormSampler`. Processes share the
+            shuffle, and each draws pools of its own.
         switch: (on, off): on once the gain less two errors exceeds the first, off once it is below the second; by
             default both are the cost of a step, 1 + K / (3 B). None for always on.
     Raises:
-        InputError: an argument is out of range, or the scores do not fit the pool.
+        InputError: an argument is out of range or of another kind, or the scores do not fit the pool.
         NonFiniteError: a score is inf or nan.
     Source: Katharopoulos and Fleuret 2018 (arXiv:1803.00942).
 
@@ -97,22 +101,37 @@ class PoolSampler(WeightedSampler):
         max_weight: float | None = None,
         switch: tuple[float, float] | str | None = "cost",
         window: int = 64,
+        rank: int | None = None,
+        num_replicas: int | None = None,
+        draws: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        self._check({"batch_size": batch_size}, {"batch_size": expected.whole(1)})
         pool = 5 * batch_size if pool is None else pool
-        if not 1 <= batch_size <= pool:
-            raise InputError(f"batch_size={batch_size} of pool={pool}: expected at least 1, and a pool as large")
+        self._check({"pool": pool}, {"pool": expected.whole(batch_size, what="a whole number, a pool as large as B")})
+        if not callable(score):
+            raise InputError(f"PoolSampler: score={described(score)}, expected a function of positions")
         if isinstance(switch, str):
             if switch != "cost":
                 raise InputError(f'switch="{switch}": expected "cost", (on, off), or None for always on')
             cost = 1 + pool / (3 * batch_size)
             switch = (cost, cost)
-        super().__init__(n, mix, max_weight, switch, window, generator)
-        self._score, self.batch_size, self.pool = score, batch_size, pool
+        super().__init__(
+            n,
+            mix=mix,
+            max_weight=max_weight,
+            switch=switch,
+            window=window,
+            rank=rank,
+            num_replicas=num_replicas,
+            draws=draws,
+            generator=generator,
+        )
+        self._score, self.batch_size, self.pool = score, int(batch_size), int(pool)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
-        return -(-self.n // self.batch_size)
+        """Batches in an epoch of one process."""
+        return -(-self.draws // self.batch_size)
 
     def __iter__(self) -> Iterator[list[DrawnIndex]]:
         return self._batches(self._draws(self.batch_size))
@@ -125,13 +144,16 @@ class PoolSampler(WeightedSampler):
             norms: of their gradients (B,), not weighted; any dtype and device.
             grad_norm: norm of the batch's weighted mean gradient, for the exact ratio of variances.
         Raises:
-            InputError: the shapes do not agree, or a position is out of range.
+            InputError: the shapes do not agree, a position is out of range, a norm is negative, or it is no draw.
         """
-        _, norms = self._checked(draw.index, norms)
+        _, norms = self._checked(draw, norms)
         self._finish(draw)
         out_of_pool = bool(torch.as_tensor(draw.by_norms).any())
         would = draw.weight.detach().cpu().double() if out_of_pool else 1 / (len(norms) * self._shares(norms))
         self._measure(draw, would, norms, grad_norm, 1 / self.pool)
+
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | {"batch_size": self.batch_size, "pool": self.pool}
 
     def _batches(self, draws: Iterator[DrawnIndex]) -> Iterator[list[DrawnIndex]]:
         while batch := [i for _, i in zip(range(self.batch_size), draws, strict=False)]:
@@ -146,12 +168,13 @@ class PoolSampler(WeightedSampler):
 
     def _scores(self, pool: Tensor) -> Tensor:
         with torch.no_grad():
-            scores = self._score(pool.tolist()).detach().to("cpu", torch.float64)
-        if scores.shape != pool.shape or bool((scores < 0).any()):
+            given = self._score(pool.tolist())
+        if not isinstance(given, Tensor) or given.shape != pool.shape or given.is_complex() or bool((given < 0).any()):
             raise InputError(
-                f"score gave {tuple(scores.shape)} for {len(pool)} examples, the least {float(scores.min()):g}; "
-                f"expected one score for each, ({len(pool)},), not negative"
+                f"score gave {described(given)} for {len(pool)} examples; expected a tensor with one score for each, "
+                f"({len(pool)},), not negative"
             )
+        scores = given.detach().cpu().double()
         if not bool(scores.isfinite().all()):
             bad = int((~scores.isfinite()).nonzero()[0])
             raise NonFiniteError(f"score gave {float(scores[bad]):g} for example {int(pool[bad])} of the data set")

@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rowgrad.errors import InputError, RowgradError
 
 T = TypeVar("T")
+
+
+def place(rank: int | None, num_replicas: int | None) -> tuple[int, int]:
+    """Rank and number of the processes, as given or else as `torch.distributed` has them; (0, 1) without it."""
+    if rank is not None and num_replicas is not None:
+        return rank, num_replicas
+    if (rank, num_replicas) != (None, None):
+        raise InputError(
+            f"rank={rank} and num_replicas={num_replicas}: expected both or, to ask torch.distributed, none"
+        )
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def check_initialized(option: str) -> None:
@@ -46,15 +58,9 @@ def from_first(values: Tensor) -> Tensor:
     return found[0]
 
 
-def gathered(values: Tensor) -> Tensor:
-    """The vectors of all processes behind each other, in the order of their ranks; they may differ in length."""
+def gathered(make: Callable[[], T], distributed: bool) -> list[T]:
+    """What `make` gives here or, where `distributed`, in each process; see `from_all`."""
+    if not distributed:
+        return [make()]
     check_initialized("distributed=True")
-    n_processes = dist.get_world_size()
-    length = torch.tensor([len(values)], device=values.device)
-    lengths = [torch.empty_like(length) for _ in range(n_processes)]
-    dist.all_gather(lengths, length)
-    longest = max(int(n) for n in lengths)
-    padded = torch.cat([values, values.new_zeros(longest - len(values))])
-    parts = [torch.empty_like(padded) for _ in range(n_processes)]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
+    return from_all(make)

@@ -1,18 +1,20 @@
 """Draw the examples that pull hardest more often, and weigh them so that the mean gradient stays what it was."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rowgrad.errors import InputError
+from rowgrad.uses import expected
 from rowgrad.uses.draws import Draw, DrawnIndex
+from rowgrad.uses.expected import Expected
 from rowgrad.uses.sumtree import SumTree
 from rowgrad.uses.weighted import WeightedSampler
 
 BLOCK = 32  # positions drawn at once
 UNSEEN, STALE, FRESH = 0, 1, 2
+DECAY = expected.number("a share in [0, 1]; 1 keeps norms as last seen", lambda v: 0 <= v <= 1)
 
 
 class NormSampler(WeightedSampler):
@@ -39,9 +41,10 @@ class NormSampler(WeightedSampler):
     Edge cases: an example never seen counts as the mean of the others, one with norm 0 has p_i = mix / N; while all
     norms are 0 draws are uniform. Inf and NaN, as with a scaler that is too high, leave the table as it is.
 
-    With several processes give all the same seed, and each its rank: they share one shuffle, and draw different numbers
-    of one stream. Each has a table of its own; gathered positions and norms may be given to `update` as well. Switch
-    off what wraps samplers by itself (`use_distributed_sampler=False` in Lightning).
+    With several processes make it after `torch.distributed.init_process_group`, with a generator of the same seed in
+    each: they share one shuffle, and draw different numbers of one stream. Each has a table and a gain of its own;
+    gathered positions and norms may be given to `update` as well. Switch off what wraps samplers by itself
+    (`use_distributed_sampler=False` in Lightning).
 
     Args:
         n: how many examples the data set has; may exceed the 2^24 of torch.multinomial. Takes 5 bytes an example.
@@ -52,10 +55,15 @@ class NormSampler(WeightedSampler):
         switch: (on, off): on once the gain less two errors exceeds the first, off once the gain is below the second;
             None for always on, from the first table on.
         window: how many batches the gain is measured over.
-        rank, num_replicas: of the process, with several.
+        rank, num_replicas: of the process, with several; by default as `torch.distributed` has them, if initialized.
+        draws: how many make an epoch of one process, at most and by default n / num_replicas, rounded up. A loop that
+            leaves out the last, smaller batch (`drop_last=True`) or breaks off after k batches sets it to what it
+            uses, so that a state taken there is one of an epoch that is over.
         generator: where the draws come from; one of its own with a fixed seed by default. No other is touched.
     Raises:
-        InputError: an argument is out of range.
+        InputError: an argument is out of range, or no number.
+    Warns:
+        RowgradWarning: at the first draw, if it was made before `torch.distributed` was initialized.
     Source: Goodfellow 2015, section 1; Zhao and Zhang 2014 (arXiv:1401.2753); Alain et al. 2015
     (arXiv:1511.06481).
 
@@ -75,24 +83,32 @@ class NormSampler(WeightedSampler):
         max_weight: float | None = None,
         switch: tuple[float, float] | None = (1.2, 1.0),
         window: int = 64,
-        rank: int = 0,
-        num_replicas: int = 1,
+        rank: int | None = None,
+        num_replicas: int | None = None,
+        draws: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(n, mix, max_weight, switch, window, generator)
-        if not 0 <= decay <= 1:
-            raise InputError(f"decay={decay}: expected a share in [0, 1]; 1 keeps norms as last seen")
-        if not 0 <= rank < num_replicas:
-            raise InputError(f"rank={rank} of num_replicas={num_replicas}: expected 0 <= rank < num_replicas")
-        self.decay, self.rank, self.num_replicas = decay, rank, num_replicas
-        self._table = torch.zeros(n)
-        self._seen = torch.zeros(n, dtype=torch.uint8)
+        super().__init__(
+            n,
+            mix=mix,
+            max_weight=max_weight,
+            switch=switch,
+            window=window,
+            rank=rank,
+            num_replicas=num_replicas,
+            draws=draws,
+            generator=generator,
+        )
+        self._check({"decay": decay}, {"decay": DECAY})
+        self.decay = float(decay)
+        self._table = torch.zeros(self.n)
+        self._seen = torch.zeros(self.n, dtype=torch.uint8)
         self._n_seen = 0
         self._tree: SumTree | None = None
 
     def __len__(self) -> int:
         """Draws in an epoch of one process."""
-        return self._n_draws
+        return self.draws
 
     def __iter__(self) -> Iterator[DrawnIndex]:
         return self._draws(BLOCK)
@@ -121,9 +137,9 @@ class NormSampler(WeightedSampler):
             norms: of their gradients (B,), not weighted; any dtype and device.
             grad_norm: norm of the batch's weighted mean gradient, for the exact ratio of variances.
         Raises:
-            InputError: the shapes do not agree, or a position is out of range.
+            InputError: the shapes do not agree, a position is out of range or no whole number, or a norm is negative.
         """
-        index, norms = self._checked(draw.index if isinstance(draw, Draw) else draw, norms)
+        index, norms = self._checked(draw, norms, or_positions=True)
         if isinstance(draw, Draw):
             self._finish(draw)
             self._measure(draw, 1 / (self.n * self.probabilities(index)), norms, grad_norm)
@@ -135,11 +151,21 @@ class NormSampler(WeightedSampler):
         own = {"table": table.clone(), "built": self._tree is not None, "seen": self._seen.clone()}
         return super().state_dict() | own
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        table = state["table"].clone()
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | {"decay": self.decay}
+
+    def _expected(self) -> dict[str, Expected]:
+        return super()._expected() | {
+            "table": expected.tensor(torch.float32, self.n, least=0),
+            "built": expected.FLAG,
+            "seen": expected.tensor(torch.uint8, self.n, least=UNSEEN, most=FRESH),
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        super()._load(state)
+        table = state["table"]
         self._table, self._tree = (table[:0], SumTree(table)) if state["built"] else (table, None)
-        self._seen = state["seen"].clone()
+        self._seen = state["seen"]
         self._n_seen = int(self._seen.count_nonzero())
 
     def _begin(self) -> None:
@@ -158,7 +184,7 @@ class NormSampler(WeightedSampler):
 
     def _by_norms(self, size: int) -> tuple[Tensor, Tensor]:
         assert self._tree is not None
-        which, anywhere, by_norm = self._uniform(3, size * self.num_replicas)[:, self.rank :: self.num_replicas]
+        which, anywhere, by_norm = self._uniform(3, size)
         index = torch.where(which < self.mix, (anywhere * self.n).long(), self._tree.find(by_norm))
         return index, self._capped(1 / (self.n * self.probabilities(index)))
 

@@ -9,18 +9,41 @@ epoch, never from the generator: draws by norms move that on, in each process as
 """
 
 import math
+import warnings
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from rowgrad.errors import InputError
+from rowgrad.errors import InputError, RowgradWarning
+from rowgrad.uses import expected
 from rowgrad.uses.draws import Draw, DrawnIndex
+from rowgrad.uses.expected import Expected, described
 from rowgrad.uses.gain import Gain, GainMeter
+from rowgrad.uses.processes import place
+
+OPTIONS = {
+    "n": expected.whole(1, what="the number of examples, len(dataset)"),
+    "mix": expected.number(
+        "a share in (0, 1]; without uniform draws an example may never return", lambda v: 0 < v <= 1
+    ),
+    "max_weight": Expected(
+        "a positive number, or None for no cap", lambda v: v is None or (expected.is_number(v) and v > 0)
+    ),
+    "switch": Expected(
+        "two numbers (on, off) with on at least off, or None for always on",
+        lambda v: (
+            v is None or (isinstance(v, tuple) and len(v) == 2 and all(map(expected.is_number, v)) and v[0] >= v[1])
+        ),
+    ),
+    "window": expected.whole(GainMeter.LEAST),
+    "num_replicas": expected.whole(1),
+    "generator": expected.GENERATOR,
+}
 
 
 class WeightedSampler(Sampler[Any]):
@@ -29,17 +52,30 @@ class WeightedSampler(Sampler[Any]):
     def __init__(
         self,
         n: int,
+        *,
         mix: float,
         max_weight: float | None,
         switch: tuple[float, float] | None,
         window: int,
+        rank: int | None,
+        num_replicas: int | None,
+        draws: int | None,
         generator: torch.Generator | None,
     ) -> None:
-        _check(n, mix, max_weight, switch, window)
-        self.n, self.mix, self.max_weight, self.switch = n, mix, max_weight, switch
-        self.rank, self.num_replicas = 0, 1
+        self._asks_for_place = rank is None and num_replicas is None
+        rank, num_replicas = place(rank, num_replicas)
+        given = {"n": n, "mix": mix, "max_weight": max_weight, "switch": switch, "window": window}
+        self._check(given | {"num_replicas": num_replicas, "generator": generator}, OPTIONS)
+        most = -(-n // num_replicas)
+        draws = most if draws is None else draws
+        limits = {"rank": expected.whole(0, num_replicas - 1), "draws": expected.whole(1, most)}
+        self._check({"rank": rank, "draws": draws}, limits)
+        self.n, self.window, self.draws, self.mix = int(n), int(window), int(draws), float(mix)
+        self.max_weight = None if max_weight is None else float(max_weight)
+        self.switch = None if switch is None else (float(switch[0]), float(switch[1]))
+        self.rank, self.num_replicas = int(rank), int(num_replicas)
         self._generator = generator if generator is not None else torch.Generator().manual_seed(0)
-        self._meter = GainMeter(window)
+        self._meter = GainMeter(self.window)
         self._wanted = switch is None
         self._epoch, self._drawn, self._done, self._resumes = 0, 0, 0, False
         # Drawn, from number `_first` on, and no update came yet: positions, weights, whether by norms; (3, block).
@@ -48,6 +84,9 @@ class WeightedSampler(Sampler[Any]):
         self._seed = int(torch.randint(2**62, (), generator=self._generator))
         self._shuffle_at = 0
         self._shuffle: Tensor | None = None
+
+    def _check(self, given: Mapping[str, Any], rules: Mapping[str, Expected]) -> None:
+        expected.check(type(self).__name__, given, rules)
 
     @property
     def active(self) -> bool:
@@ -70,11 +109,11 @@ class WeightedSampler(Sampler[Any]):
         """Everything the next draws depend on: tensors and plain values, which `weights_only=True` loads.
 
         Taken after the `update` of a batch, in the middle of an epoch, also with workers: draws are given again from
-        the first that no update has come for. With `drop_last=True` the rest of an epoch may be less than a batch.
+        the first that no update has come for. The epoch is over after the update of the last of its `draws`. The
+        options are in it for comparison. With several processes each saves and loads its own.
         """
         waiting = torch.cat([torch.zeros(3, 0, dtype=torch.float64), *self._waiting], 1)
-        return {
-            "n": self.n,
+        return self._options() | {
             "meter": self._meter.sums.clone(),
             "wanted": self._wanted,
             "epoch": self._epoch,
@@ -86,27 +125,75 @@ class WeightedSampler(Sampler[Any]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; the next `iter` continues its epoch.
+        """Go on from a state; the next `iter` continues its epoch, or begins one where that is over.
 
         Raises:
-            InputError: the state is of a data set of another size.
+            InputError: the state is of another kind of sampler or of one with other options, lacks an entry, or holds
+                one that it cannot have; nothing was loaded.
         """
-        if state["n"] != self.n:
-            raise InputError(f"the state is of a sampler for {state['n']} examples, this one has {self.n}")
-        self._meter.sums = state["meter"].clone()
+        kind = type(self).__name__
+        found = expected.checked_state(kind, state, self._expected())
+        n_waiting = found["waiting"].shape[1]
+        if found["done"] + n_waiting > self.draws:
+            raise InputError(
+                f"{kind}: the state's waiting holds {n_waiting} draws, with {found['done']} done already; expected no "
+                f"more than the {self.draws} of an epoch"
+            )
+        self._load(found)
+
+    def _options(self) -> dict[str, Any]:
+        """What the draws depend on beside what was drawn; a state fits a sampler with the same."""
+        return {
+            "kind": type(self).__name__,
+            "n": self.n,
+            "mix": self.mix,
+            "max_weight": self.max_weight,
+            "switch": self.switch,
+            "window": self.window,
+            "rank": self.rank,
+            "num_replicas": self.num_replicas,
+            "draws": self.draws,
+        }
+
+    def _expected(self) -> dict[str, Expected]:
+        """What a state may hold."""
+        return {name: expected.same(value) for name, value in self._options().items()} | {
+            "meter": Expected(f"second moments of at most {self.window} batches", self._fits),
+            "wanted": expected.FLAG,
+            "epoch": expected.whole(0, 2**62),
+            "done": expected.whole(0, self.draws),
+            "waiting": Expected(
+                "a tensor of float64: positions in the data set, weights, and 1 for draws by norms",
+                lambda v: (
+                    expected.is_tensor(v, torch.float64, 3, -1)
+                    and bool(((v[0] >= 0) & (v[0] < self.n) & (v[0] == v[0].floor())).all())
+                    and bool(((v[1] > 0) & v[1].isfinite() & ((v[2] == 0) | (v[2] == 1))).all())
+                ),
+            ),
+            "seed": expected.whole(0, 2**62 - 1),
+            "shuffle_at": expected.whole(0, self.draws),
+            "generator": Expected("the state of a torch.Generator of the CPU", _is_generator_state),
+        }
+
+    def _fits(self, meter: Any) -> bool:
+        return (
+            expected.is_tensor(meter, torch.float64, -1, 4)
+            and len(meter) <= self.window
+            and bool((meter[:, :2] >= 0).all() and meter[:, :2].isfinite().all())
+            and not bool(meter.isinf().any())
+        )
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Take over a state that was checked and copied."""
+        self._meter.sums = state["meter"]
         self._wanted, self._epoch = state["wanted"], state["epoch"]
         self._done = self._first = state["done"]
-        waiting = state["waiting"].clone()
+        waiting = state["waiting"]
         self._drawn = self._done + waiting.shape[1]
         self._waiting = deque([waiting] if waiting.numel() else [])
         self._seed, self._shuffle_at, self._shuffle = state["seed"], state["shuffle_at"], None
         self._generator.set_state(state["generator"])
-        self._resumes = self._epoch > 0 and self._done < self._n_draws
-
-    @property
-    def _n_draws(self) -> int:
-        """Draws in an epoch of one process."""
-        return -(-self.n // self.num_replicas)
+        self._resumes = self._epoch > 0 and self._done < self.draws
 
     def _draws(self, block: int) -> Iterator[DrawnIndex]:
         """The draws of an epoch, or what is left of one, `block` of them at a time.
@@ -124,11 +211,18 @@ class WeightedSampler(Sampler[Any]):
                     number += 1
                     if epoch != self._epoch:
                         raise InputError("the sampler began another epoch; go over it with one loader at a time")
-            if number >= self._n_draws:
+            if number >= self.draws:
                 return
-            blocks = [self._next_block(min(block, self._n_draws - number))]
+            blocks = [self._next_block(min(block, self.draws - number))]
 
     def _begin(self) -> None:
+        if self._asks_for_place and place(None, None) != (self.rank, self.num_replicas):
+            warnings.warn(
+                f"{type(self).__name__}: made before torch.distributed was initialized, it draws for one process, and "
+                "all processes get the same batches; make it afterwards, or give rank= and num_replicas=",
+                RowgradWarning,
+                stacklevel=2,
+            )
         self._epoch += 1
         self._drawn = self._done = self._first = 0
         self._waiting.clear()
@@ -154,7 +248,9 @@ class WeightedSampler(Sampler[Any]):
         return self._shuffle[at % self.n], torch.ones(size, dtype=torch.float64)
 
     def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, dtype=torch.float64, generator=self._generator)
+        """Numbers from [0, 1), of which each process takes its own."""
+        together = torch.rand((*shape, self.num_replicas), dtype=torch.float64, generator=self._generator)
+        return together[..., self.rank]
 
     def _capped(self, weights: Tensor) -> Tensor:
         return weights if self.max_weight is None else weights.clamp(max=self.max_weight)
@@ -175,18 +271,26 @@ class WeightedSampler(Sampler[Any]):
         self, draw: Draw, would: Tensor, norms: Tensor, grad_norm: float | Tensor | None, per_pool: float = 0.0
     ) -> None:
         """A batch, weights that norms would give, norms; see `GainMeter.add`. Left out if not finite."""
-        mean = None if grad_norm is None else float(grad_norm)
+        mean = None if grad_norm is None else expected.length("grad_norm", grad_norm)
         if not len(norms) or not bool(norms.isfinite().all()) or not math.isfinite(mean or 0.0):
             return
-        weights, by_norms = draw.weight.detach().cpu().double(), bool(torch.as_tensor(draw.by_norms).any())
+        weights, by_norms = expected.vector("draw.weight", draw.weight), bool(torch.as_tensor(draw.by_norms).any())
         self._meter.add(weights, would, norms, mean, per_pool=per_pool, out_of_pool=by_norms)
         if self.switch is not None:
             gain, (on, off) = self.gain, self.switch
             self._wanted = gain.ratio >= off if self._wanted else gain.ratio - 2 * gain.error > on
 
-    def _checked(self, index: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        index, norms = index.detach().to("cpu", torch.int64), norms.detach().to("cpu", torch.float64)
-        if index.ndim != 1 or index.shape != norms.shape:
+    def _checked(self, draw: Any, norms: Any, *, or_positions: bool = False) -> tuple[Tensor, Tensor]:
+        """Positions and norms on the CPU."""
+        index = draw.index if isinstance(draw, Draw) else draw if or_positions else None
+        if not isinstance(index, Tensor) or not expected.is_integers(index):
+            raise InputError(
+                f"{type(self).__name__}.update was given {described(index if isinstance(draw, Draw) else draw)}; "
+                "expected the draw that comes with each batch of rg.Weighted, a rowgrad.uses.draws.Draw"
+                + (", or a tensor of positions, whole numbers of shape (B,)" if or_positions else "")
+            )
+        index, norms = index.detach().to("cpu", torch.int64), expected.vector("norms", norms)
+        if index.shape != norms.shape:
             raise InputError(
                 f"update was given positions of shape {tuple(index.shape)} and norms of shape {tuple(norms.shape)}; "
                 "expected one of each for an example, (B,)"
@@ -195,19 +299,14 @@ class WeightedSampler(Sampler[Any]):
             raise InputError(
                 f"positions run from {index.min()} to {index.max()}; the sampler has examples 0 to {self.n - 1}"
             )
-        if bool((norms < 0).any()):
-            raise InputError(f"a norm is {float(norms.min()):g}; expected norms, which are not negative")
         return index, norms
 
 
-def _check(n: int, mix: float, max_weight: float | None, switch: tuple[float, float] | None, window: int) -> None:
-    if isinstance(n, Sized) or n < 1:
-        raise InputError(f"n={n!r}: expected the number of examples, len(dataset)")
-    if not 0 < mix <= 1:
-        raise InputError(f"mix={mix}: expected a share in (0, 1]; without uniform draws an example may never return")
-    if max_weight is not None and not max_weight > 0:
-        raise InputError(f"max_weight={max_weight}: expected a positive number, or None for no cap")
-    if switch is not None and not switch[0] >= switch[1]:
-        raise InputError(f"switch={switch}: expected (on, off) with on at least off, or None for always on")
-    if window < GainMeter.LEAST:
-        raise InputError(f"window={window}: expected at least {GainMeter.LEAST} batches")
+def _is_generator_state(value: Any) -> bool:
+    if not expected.is_tensor(value, torch.uint8, -1):
+        return False
+    try:
+        torch.Generator().set_state(value.cpu())
+    except RuntimeError:
+        return False
+    return True
