@@ -73,6 +73,45 @@ def test_a_bound_that_is_not_positive_is_refused(bound: float) -> None:
         rg.clip_weights(torch.ones(2), bound)
 
 
+# fmt: off
+BOUNDS = {
+    "text":         ("1", TypeError, "max_norm='1' is a str; expected a positive number"),
+    "nothing":      (None, TypeError, "max_norm=None is a NoneType; expected a positive number"),
+    "a list":       ([1.0], TypeError, "is a list; expected a positive number"),
+    "a bool":       (True, TypeError, "max_norm=True is a bool; expected a positive number"),
+    "too few":      (torch.ones(4), ValueError, r"max_norm has shape \(4,\); expected one bound, or one for each"),
+    "in a mapping": ({"weight": 1.0, "bias": None}, TypeError, "max_norm=None is a NoneType; expected a positive"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("case", BOUNDS)
+def test_a_bound_that_is_no_number_is_refused(case: str) -> None:
+    bound, error, message = BOUNDS[case]
+    model = nn.Linear(3, 1)
+    with pytest.raises(error, match=message):
+        rg.clipped_loss(model(torch.randn(9, 3)).squeeze(1), model, bound)
+
+
+@pytest.mark.parametrize("bound", [torch.tensor(0.5), torch.tensor([0.5]), torch.full((2,), 0.5)])
+def test_a_bound_may_be_a_tensor_for_all_or_for_each(bound: Tensor) -> None:
+    assert rg.clip_weights(torch.tensor([1.0, 0.1]), bound).tolist() == [0.5, 1.0]
+
+
+def test_norms_are_not_negative() -> None:
+    with pytest.raises(ValueError, match="norms: the smallest is -2; norms are not negative"):
+        rg.clip_weights(torch.tensor([-1.0, -2.0, NAN, 1.0]), 1.0)
+
+
+@pytest.mark.parametrize("bound", [1.0, {"": 1.0}])
+def test_of_no_examples_the_gradients_are_zeros_as_of_the_plain_loss(bound: float | dict[str, float]) -> None:
+    model = nn.Linear(3, 1)
+    loss = rg.clipped_loss(model(torch.randn(0, 3)).squeeze(1), model, bound)
+    loss.backward()
+    assert loss.item() == 0
+    assert [p.grad.abs().sum().item() for p in model.parameters()] == [0, 0]
+
+
 def test_unknown_words_are_refused() -> None:
     model = nn.Linear(2, 1)
     with pytest.raises(ValueError, match='mode=\'cut\': expected "clip" or "normalize"'):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from rowgrad.parameters import Params
 from rowgrad.rows.build import jacobian
+from rowgrad.rows.matrix import Jacobian
 
 logger = logging.getLogger("rowgrad")
 
@@ -45,8 +47,8 @@ def clip_weights(norms: Tensor | Sequence[float], max_norm: float | Tensor, *, m
     Returns:
         (B,), detached, of the norms' dtype. The share clipped is logged at debug level.
     Raises:
-        TypeError: norms are not numbers, for instance those by group.
-        ValueError: max_norm is not positive, or the mode is unknown.
+        TypeError: norms or max_norm are not numbers, for instance norms by group.
+        ValueError: a norm is negative, max_norm is not positive or does not broadcast, or the mode is unknown.
 
     >>> import torch, rowgrad
     >>> rowgrad.clip_weights(torch.tensor([0.5, 2.0, torch.inf]), max_norm=1.0)
@@ -55,7 +57,9 @@ def clip_weights(norms: Tensor | Sequence[float], max_norm: float | Tensor, *, m
     if mode not in ("clip", "normalize"):
         raise ValueError(f'mode={mode!r}: expected "clip" or "normalize"')
     norms = _numbers(norms)
-    if not _is_bound(max_norm, may_be_inf=mode == "clip"):
+    if (norms < 0).any():
+        raise ValueError(f"norms: the smallest is {float(norms[norms < 0].min()):g}; norms are not negative")
+    if not _is_bound(max_norm, norms, may_be_inf=mode == "clip"):
         raise ValueError(f"max_norm={max_norm!r}: expected a positive number" + (", finite" if mode != "clip" else ""))
     bound = max_norm.to(norms) if isinstance(max_norm, Tensor) else max_norm
     weights = bound / norms
@@ -65,10 +69,20 @@ def clip_weights(norms: Tensor | Sequence[float], max_norm: float | Tensor, *, m
     return weights.nan_to_num_(nan=0.0, posinf=torch.inf)  # nan: of a norm that is nan, or inf under a bound of inf
 
 
-def _is_bound(max_norm: float | Tensor, *, may_be_inf: bool) -> bool:
-    """Whether a number, or all of a tensor's, can bound a norm."""
+def _is_bound(max_norm: float | Tensor, norms: Tensor, *, may_be_inf: bool) -> bool:
+    """Whether a number, or all of a tensor's, can bound a norm; what is neither or does not broadcast is refused."""
     if isinstance(max_norm, Tensor):
+        if max_norm.numel() != 1 and max_norm.shape != norms.shape:
+            raise ValueError(
+                f"max_norm has shape {tuple(max_norm.shape)}; expected one bound, or one for each of the {len(norms)} "
+                "examples"
+            )
         return bool((max_norm > 0).all()) and (may_be_inf or bool(max_norm.isfinite().all()))
+    if not isinstance(max_norm, Real) or isinstance(max_norm, bool):
+        raise TypeError(
+            f"max_norm={max_norm!r} is a {type(max_norm).__name__}; expected a positive number or a tensor of them "
+            "(clipped_loss also takes a RunningQuantile, or a mapping by group)"
+        )
     return max_norm > 0 and (may_be_inf or max_norm < torch.inf)
 
 
@@ -134,9 +148,19 @@ def clipped_loss(
     if not isinstance(max_norm, Mapping):
         norms = J.norms()
         bound = _bound(max_norm, norms)
-        loss = J.loss(clip_weights(norms, bound, mode=mode) / size, nonfinite=nonfinite)
-        loss.share_clipped = share_clipped(norms, bound)  # type: ignore[attr-defined]
-        return loss
+        weights, shares = clip_weights(norms, bound, mode=mode) / size, share_clipped(norms, bound)
+    else:
+        weights, shares = _by_group(J, max_norm, mode, size)
+    # of no examples the gradients are zeros, as of the plain loss: other processes may wait for them
+    loss = J.loss(weights, nonfinite=nonfinite) if len(J) else losses.sum()
+    loss.share_clipped = shares  # type: ignore[attr-defined]
+    return loss
+
+
+def _by_group(
+    J: Jacobian, max_norm: Mapping[Any, Bound], mode: str, size: int
+) -> tuple[dict[str, Tensor], dict[Any, float]]:
+    """Weights for each parameter, and for each group the share clipped."""
     names = {group: J.group_names(group) for group in max_norm}
     left_out = [n for n in J.names if all(n not in members for members in names.values())]
     if left_out:
@@ -148,9 +172,8 @@ def clipped_loss(
     by_group = J.norms(by=names)
     bounds = {group: _bound(bound, by_group[group]) for group, bound in max_norm.items()}
     weights = {group: clip_weights(by_group[group], bound, mode=mode) / size for group, bound in bounds.items()}
-    loss = J.loss({name: weights[group] for group in names for name in names[group]}, nonfinite=nonfinite)
-    loss.share_clipped = {g: share_clipped(by_group[g], b) for g, b in bounds.items()}  # type: ignore[attr-defined]
-    return loss
+    shares = {group: share_clipped(by_group[group], bound) for group, bound in bounds.items()}
+    return {name: weights[group] for group in names for name in names[group]}, shares
 
 
 def _bound(max_norm: Bound, norms: Tensor) -> float | Tensor:
