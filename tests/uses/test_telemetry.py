@@ -87,6 +87,13 @@ def test_no_example_at_all() -> None:
 def test_a_quantile_out_of_range_is_refused() -> None:
     with pytest.raises(InputError, match="expected numbers from 0 to 1"):
         batch_statistics(network(), quantiles=(0.5, 95))
+    with pytest.raises(InputError, match="expected numbers from 0 to 1"):
+        batch_statistics(network(), quantiles=("0.5",))  # type: ignore[arg-type]
+
+
+def test_what_are_no_rows_is_refused() -> None:
+    with pytest.raises(InputError, match=r"given a tensor of float32 .* expected rowgrad.jacobian\(losses, model\)"):
+        batch_statistics(torch.ones(3))  # type: ignore[arg-type]
 
 
 def test_the_rows_are_not_used_up(leaves_nothing_behind) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rowgrad.errors import InputError
 from rowgrad.rows.matrix import Jacobian
+from rowgrad.uses.expected import described, is_number
 
 
 def batch_statistics(
@@ -35,7 +36,7 @@ def batch_statistics(
         conflicts: whether to look at each pair. It is what takes a Gram matrix, B^2 numbers; the others take two
             weighted sums.
     Raises:
-        InputError: a quantile is out of range.
+        InputError: J is no Jacobian, or a quantile is out of range.
     Source: Yin et al. 2018, "Gradient Diversity: a Key Ingredient for Scalable Distributed Learning",
     arXiv:1706.05699.
 
@@ -47,7 +48,9 @@ def batch_statistics(
     >>> found["gradient_diversity"], round(found["mean_cosine"], 3), round(found["share_conflicting"], 3)
     (3.0, -0.333, 0.333)
     """
-    if not all(0 <= q <= 1 for q in quantiles):
+    if not isinstance(J, Jacobian):
+        raise InputError(f"batch_statistics was given {described(J)}; expected rowgrad.jacobian(losses, model)")
+    if not all(is_number(q) and 0 <= q <= 1 for q in quantiles):
         raise InputError(f"batch_statistics: quantiles={tuple(quantiles)}, expected numbers from 0 to 1")
     norms = J.norms()
     finite = norms.isfinite()
