@@ -79,13 +79,16 @@ def run(arguments: list[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _known(error: Exception) -> str:
+def _known(error: typer.BadParameter) -> str:
     """The options that there are, where one that is not was given."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ != "NoSuchOption" or context is None:
         return ""
-    names = sorted(name for p in context.command.params for name in p.opts if name.startswith("--"))
-    return f" There are {', '.join(names)}." if names else ""
+    names = sorted(
+        name for p in context.command.params for name in (*p.opts, *p.secondary_opts) if name.startswith("--")
+    )
+    said = "" if error.format_message().endswith((".", "?")) else "."
+    return f"{said} There are {', '.join(names)}." if names else ""
 
 
 class _Ended(BaseException):

@@ -17,7 +17,9 @@ def staged(directory: Path) -> Iterator[Path]:
 
     Guarantees: until the block has ended without an exception nothing in `directory` changes; then a new directory
     appears by one rename, and in an existing one each file is replaced by one rename and other files stay. The
-    temporary folder (beside a new directory, inside an existing one) is gone in every case.
+    temporary folder, `.rowgrad-` and eight letters (beside a new directory, inside an existing one), is gone then and
+    after an exception. A process that is killed outright (SIGKILL, a power cut) leaves it: nothing reads it again, and
+    since no process can tell whose it is on a shared disk, removing it is left to the user.
 
     Raises:
         InputError: `directory` cannot be written; raised before the block runs.
