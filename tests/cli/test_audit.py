@@ -19,6 +19,7 @@ from rowgrad.cli import audit as command
 from rowgrad.cli import main
 from rowgrad.cli.output import staged
 from rowgrad.errors import InputError
+from rowgrad.uses.calibration import wilson
 
 FILES = {"report.html", "scores.parquet", "metrics.jsonl"}
 QUICK = ["--epochs", "2", "--hidden", "8"]
@@ -44,19 +45,45 @@ def test_audit_of_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     n_flagged = frame["likely_mislabelled"].sum()
     n_found = frame.filter(pl.col("likely_mislabelled") & pl.col("is_planted")).height
     assert f"Flagged {n_flagged} of 1,797 examples as likely mislabelled." in out
+    (precision, *first_ends), (recall, *ends) = (
+        (k / n, *wilson(k, n)) for k, n in ((n_found, n_flagged), (n_found, 180))
+    )
     assert (
-        f"Found {n_found} of 180 planted errors: precision of the flags {n_found / n_flagged:.3f}, "
-        f"recall {n_found / 180:.3f}, average precision of the ranking 0.9" in out
+        f"Found {n_found} of 180 planted errors: precision of the flags {precision:.3f} (95%: {first_ends[0]:.2f} to "
+        f"{first_ends[1]:.2f}), recall {recall:.3f} (95%: {ends[0]:.2f} to {ends[1]:.2f}), average precision of the "
+        "ranking 0.9" in out
     )
     first = frame.sort("rank").row(0, named=True)
     words = next(line.split() for line in out.splitlines() if line.split()[:1] == ["1"])
     assert words[1:4] == [str(first["index"]), first["given"], first["suggested"]]
-    assert "times a plain step" in out
+    assert re.search(r"An audited step, with gradient norms, took \d.\d\d times a plain step", out)
     assert f"Report: {tmp_path / 'found' / 'report.html'}" in out
     html = Path("found/report.html").read_text(encoding="utf-8")
     assert "rowgrad audit digits --flip 0.1 --out found --epochs 10" in html
     summary = json.loads(Path("found/metrics.jsonl").read_text().splitlines()[-1])
     assert summary["planted"]["n_found"] == n_found
+
+
+def test_without_norms_the_same_is_found_for_less(capsys: pytest.CaptureFixture[str]) -> None:
+    for out, options in (("with", []), ("without", ["--no-norms"])):
+        assert main(["audit", "iris", "--flip", "0.2", "--out", out, *QUICK, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "An audited step, without gradient norms, took" in printed
+    one, other = (pl.read_parquet(f"{out}/scores.parquet") for out in ("with", "without"))
+    assert one["mean_loss"].to_numpy() == pytest.approx(other["mean_loss"].to_numpy(), rel=1e-4)
+    assert set(one.columns) - set(other.columns) == {
+        *("mean_norm", "final_norm", "peak_norm", "peak_epoch", "self_influence", "spiking")
+    }
+
+
+def test_flips_that_calibrate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "iris", "--calibrate", "0.1", "--out", "found", "--epochs", "10"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\d+ of 15 planted flips were flagged: estimated recall [01]\.\d\d \(95%: ", out)
+    frame = pl.read_parquet("found/scores.parquet")
+    assert frame["planted"].sum() == 15
+    assert not (frame["planted"] & frame["likely_mislabelled"]).any()
+    assert json.loads(Path("found/metrics.jsonl").read_text().splitlines()[-1])["calibration"]["n_planted"] == 15
 
 
 def test_the_same_seed_writes_the_same_scores() -> None:
@@ -103,13 +130,16 @@ BAD = {
     "out in no place":     (TABLE, ["t.csv", "--out", "/proc/none"], "--out /proc/none: cannot be written ("),
     "flip too large":      (TABLE, ["t.csv", "--flip", "0.6"], "--flip 0.6: the share of corrupted targets must be"),
     "flip below zero":     (TABLE, ["t.csv", "--flip", "-0.1"], "--flip -0.1: the share of corrupted targets"),
+    "calibrate too much":  (TABLE, ["t.csv", "--calibrate", "0.6"], "--calibrate 0.6: the share of labels to"),
+    "two kinds of flips":  (TABLE, ["t.csv", "--calibrate", "0.1", "--flip", "0.1"], "--flip and --calibrate both"),
+    "quantities flipped":  (None, ["diabetes", "--calibrate", "0.1"], "only labels can be flipped"),
     "flip not a number":   (TABLE, ["t.csv", "--flip", "x"], "Invalid value for '--flip'"),
     "no epochs":           (TABLE, ["t.csv", "--epochs", "0"], "--epochs 0: at least one epoch is needed"),
     "widths":              (TABLE, ["t.csv", "--hidden", "a"], "--hidden a: expected widths separated by commas"),
     "rows":                (TABLE, ["t.csv", "--rows", "1.5"], "--rows 1.5: the share of rows to audit"),
     "too few rows":        (TABLE, ["t.csv", "--rows", "0.5"], "t.csv: the class '"),
     "an unknown task":     (TABLE, ["t.csv", "--task", "guess"], "Invalid value for '--task'"),
-    "an unknown option":   (TABLE, ["t.csv", "--wrong"], "No such option: --wrong"),
+    "an unknown option":   (TABLE, ["t.csv", "--resume"], "No such option: --resume. There are --batch-size, "),
     "training diverged":   (TABLE, ["t.csv", "--lr", "1e30"], "training diverged in epoch"),
     "no data":             (None, [], "Missing argument"),
 }
@@ -137,7 +167,19 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("rowgrad 0.")
     assert main(["audit", "--help"]) == 0
     text = capsys.readouterr().out
-    for option in ("--target", "--flip", "--out", "--epochs", "--seed", "--rows", "--task", "--drop", "--nan"):
+    for option in (
+        "--target",
+        "--flip",
+        "--calibrate",
+        "--no-norms",
+        "--out",
+        "--epochs",
+        "--seed",
+        "--rows",
+        "--task",
+        "--drop",
+        "--nan",
+    ):
         assert option in text
     assert main(["nosuch"]) == 2
     assert "No such command 'nosuch'" in capsys.readouterr().err

@@ -17,7 +17,7 @@ def digits_run(flip: float = 0.1) -> AuditRun:
     return audit_table(read_table("digits"), Settings(epochs=6), flip=flip, rows=0.4)
 
 
-def words_run(task: str = "classification", flip: float = 0.1, n: int = 120) -> AuditRun:
+def words_run(task: str = "classification", flip: float = 0.1, n: int = 120, **options) -> AuditRun:
     """A table whose names and values need escaping and whose words are long."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(n, 3, generator=generator, dtype=torch.float64)
@@ -38,4 +38,4 @@ def words_run(task: str = "classification", flip: float = 0.1, n: int = 120) -> 
         frame=frame,
         notes=("A note with <angle> brackets.",),
     )
-    return audit_table(table, Settings(epochs=4, hidden=(16,)), flip=flip)
+    return audit_table(table, Settings(epochs=4, hidden=(16,)), flip=flip, **options)

@@ -9,9 +9,10 @@ import polars as pl
 import pytest
 from tests.report.runs import digits_run, words_run
 
-from rowgrad.report.metrics import write_metrics
-from rowgrad.report.scores import readable, scores_frame, write_scores
+from rowgrad.report.metrics import metrics, write_metrics
+from rowgrad.report.scores import scores_frame, write_scores
 from rowgrad.training.audited import AuditRun
+from rowgrad.uses.gallery import readable
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,26 @@ def test_scores_of_quantities() -> None:
     assert frame["given"].dtype == pl.Float64
     assert frame["line"].to_list() == list(range(2, 122))
     assert frame.filter(pl.col("is_planted") != (pl.col("given") != pl.col("before"))).is_empty()
+
+
+def test_scores_of_labels_flipped_to_calibrate() -> None:
+    run = words_run(flip=0, calibrate=0.1)
+    frame, classes = scores_frame(run), run.table.classes
+    assert frame["planted"].sum() == 12
+    assert frame.filter(pl.col("planted") != (pl.col("given") != pl.col("before"))).is_empty()
+    assert frame["before"].to_list() == [classes[label] for label in run.table.targets.tolist()]
+    assert frame["given"].to_list() == [classes[label] for label in run.given.tolist()]
+    summary = metrics(run)[-1]
+    assert summary["calibration"]["n_planted"] == 12
+    json.dumps(summary, allow_nan=False)
+
+
+def test_a_log_without_norms() -> None:
+    *epochs, summary = metrics(words_run(norms=False))
+    assert {epoch["median_norm"] for epoch in epochs} == {None}
+    assert summary["cost"]["rows_ratio"] is None
+    assert summary["calibration"] is None
+    json.dumps(summary, allow_nan=False)
 
 
 def test_scores_without_planted_errors_do_not_speak_of_them() -> None:

@@ -55,6 +55,9 @@ RUNS = {
     "images, nothing planted": lambda: digits_run(flip=0),
     "labels": words_run,
     "labels, nothing planted": lambda: words_run(flip=0),
+    "labels, flipped to calibrate": lambda: words_run(flip=0, calibrate=0.1),
+    "labels, without norms": lambda: words_run(norms=False),
+    "quantities, without norms": lambda: words_run("regression", norms=False),
     "quantities": lambda: words_run("regression"),
     "quantities, nothing planted": lambda: words_run("regression", flip=0),
 }
@@ -86,8 +89,9 @@ def test_it_names_the_suspects_and_the_figures(run: AuditRun) -> None:
     assert re.findall(r"(?:row|line) \d+", page.text)[:12] == shown[:12]
     assert f"{len(run.rows):,}" in page.text
     assert "rowgrad audit 'a file.csv'" in page.text
-    assert "Cost of the rows" in page.text
-    assert f"{run.cost.rows_ratio:.2f}" in page.text
+    assert "Cost of the audit" in page.text
+    assert f"{run.cost.audit_ratio:.2f}" in page.text
+    assert ("with each example's gradient norm" in page.text) is (run.norms is not None)
     if run.table.classes is None:
         assert "suggested" not in page.text.replace("no other target is suggested", "")
         assert "sd²" in page.text
@@ -96,13 +100,49 @@ def test_it_names_the_suspects_and_the_figures(run: AuditRun) -> None:
         assert f"{n_flagged} of {len(run.rows)} labels flagged" in page.text
         assert page.text.count("given") > 12
         assert "loss (nats)" in page.text
-    if run.planted is None:
+    if run.scores.calibration is not None:
+        assert str(run.scores.calibration) in page.text
+        assert "--flip" not in page.text
+        assert page.text.count("label flipped to calibrate") == 2
+    elif run.planted is None:
         assert "planted" not in page.text.lower()
         assert "--flip 0.1" in page.text
+        assert ("--calibrate 0.03" in page.text) is (run.table.classes is not None)
     else:
         planted = score_planted(run.scores, run.planted)
         assert f"{planted.average_precision:.3f} average precision" in page.text
         assert "planted error, was" in page.text
+        low, high = planted.precision_at_k_interval if run.table.classes is None else planted.recall_interval
+        assert f"95%: {low:.2f} to {high:.2f})" in page.text
+
+
+def test_suspects_carry_their_flags_and_the_reasons(run: AuditRun) -> None:
+    page, scores = _Page(render(run)), run.scores
+    for k in scores.order()[:12].tolist():
+        assert scores.reason(k, run.table.classes).replace("  ", " ") in page.text
+    shown = page.text.count
+    for name, mask in scores.flags.items():
+        n_listed = int(mask[scores.order()[:12]].sum())
+        assert shown(name) >= n_listed + (name != "spiking")
+    badges = [a for tag, a in page.elements if tag == "span" and a.get("class") == "badge flagged"]
+    listed = scores.order()[: max(12, min(60, 0 if scores.flagged is None else int(scores.flagged.sum())))]
+    assert len(badges) == sum(int(mask[listed].sum()) for mask in scores.flags.values())
+
+
+def test_what_is_missing_without_norms_is_said(run: AuditRun) -> None:
+    page = _Page(render(run))
+    assert ("This run took none ( --no-norms )." in page.text) is (run.norms is None)
+    assert ("Ranked gradient norms" in page.text) is (run.norms is not None)
+    assert ("mean norm" in page.text) is (run.norms is not None)
+
+
+def test_no_claim_that_the_data_may_refute(run: AuditRun) -> None:
+    page = _Page(render(run))
+    assert "It grows as they are learned" not in page.text
+    assert "not used for the flags" not in page.text
+    if run.table.classes is None:
+        assert "label is believed" not in page.text
+        assert "never forgotten" not in page.text
 
 
 def test_thumbnails_or_values(run: AuditRun) -> None:
@@ -122,13 +162,17 @@ def test_plots_have_axes_with_units(run: AuditRun) -> None:
     charts = [attributes for tag, attributes in page.elements if tag == "svg"]
     is_labels = run.table.classes is not None
     is_measured = any(epoch.noise_scale_error for epoch in run.epochs)
-    assert len(charts) == 2 * 6 + (2 if is_labels else 1) + 2 * is_measured + 4
+    has_norms = run.norms is not None
+    n_of_each = 2 if has_norms else 1
+    charts = [attributes for attributes in charts if attributes.get("role") == "img"]
+    assert len(charts) == n_of_each * 6 + is_labels + has_norms + 2 * is_measured + 2 * n_of_each
     assert all(attributes["aria-label"] for attributes in charts)
     unit = "nats" if is_labels else "sd²"
-    for label in (f"loss ({unit})", f"gradient norm ({unit} per unit of weight)", "epoch"):
+    for label in (f"loss ({unit})", "epoch"):
         assert label in page.text
+    assert (f"gradient norm ({unit} per unit of weight)" in page.text) is has_norms
     assert ("noise scale (examples)" in page.text) is is_measured
-    assert "mean gradient norm, log scale" in page.text
+    assert ("mean gradient norm, log scale" in page.text) is has_norms
     assert ("confidence" in page.text) is is_labels
 
 
@@ -139,9 +183,10 @@ def test_sections_of_any_audit(run: AuditRun) -> None:
     matrices = sum(attributes.get("class") == "matrix" for _, attributes in page.elements)
     assert matrices == (0 if classes is None else 1 + bool(run.scores.flagged.any()))
     assert ("Classes that pull against each other" in page.text) is (classes is not None)
-    marked = sum(attributes.get("class") == "doubted" for _, attributes in page.elements)
+    marked = sum(a.get("class") == "doubted" and a.get("r") == "2.6" for _, a in page.elements)
     expected = run.planted if classes is None else run.scores.flagged
-    assert marked == (0 if expected is None else (1 if classes is None else 2) * int(expected.sum()))
+    n_charts = (classes is not None) + (run.norms is not None)
+    assert marked == (0 if expected is None else n_charts * int(expected.sum()))
     assert page.text.count("The result depends on the model") == 1
 
 

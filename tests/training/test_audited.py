@@ -66,6 +66,15 @@ def _suggested_right(run: AuditRun) -> float:
     return float((run.scores.suggested[found] == run.table.targets[run.rows][found]).double().mean())
 
 
+def test_hard_examples_are_those_that_the_network_hardly_believed() -> None:
+    """Nearly all of breast_cancer is fitted: a loss far above the others' alone is no sign of a hard example."""
+    for name, most in (("breast_cancer", 10), ("digits", 60)):
+        scores = audit_table(read_table(name)).scores
+        hard = scores.flags["hard"]
+        assert int(hard.sum()) <= most
+        assert float(scores.confidence[hard].max()) < 2 / 3
+
+
 def test_flags_on_clean_digits(digits: Table) -> None:
     runs = [audit_table(digits, Settings(seed=seed), rows=0.7) for seed in SEEDS]
     assert statistics.median(int(run.scores.flagged.sum()) for run in runs) <= 3
@@ -107,9 +116,10 @@ def test_the_course_by_hand(task: str) -> None:
     given = run.given if table.classes else ((run.given - run.given.mean()) / run.given.std(correction=0)).float()
     torch.manual_seed(3)
     model = mlp(4, (7,), table.n_outputs, 0.0)
-    optimizer = adam(model, settings.lr)
+    optimizer, influence = adam(model, settings.lr), torch.zeros(60)
     for epoch in range(3):
-        for index in torch.randperm(len(table), generator=generator).split(16):
+        order = torch.randperm(len(table), generator=generator)
+        for index in order.split(16):
             outputs = model(inputs[index])
             if table.classes:
                 losses = F.cross_entropy(outputs, given[index], reduction="none")
@@ -123,6 +133,11 @@ def test_the_course_by_hand(task: str) -> None:
             optimizer.zero_grad()
             losses.mean().backward()
             optimizer.step()
+        share = settings.lr / torch.tensor([len(b) for b in torch.arange(60).split(16)]).repeat_interleave(
+            torch.tensor([16, 16, 16, 12])
+        )
+        influence += torch.zeros(60).index_add_(0, order, share * run.norms[epoch, order].square())
+    torch.testing.assert_close(run.scores.self_influence, influence, rtol=1e-4, atol=0)
     torch.testing.assert_close(run.scores.mean_loss, run.losses.mean(0))
     torch.testing.assert_close(run.scores.final_norm, run.norms[-1])
     assert [epoch.number for epoch in run.epochs] == [1, 2, 3]
@@ -171,6 +186,26 @@ def test_cost_is_measured_and_the_model_untouched_by_it() -> None:
         assert 0 < low <= median <= high
     assert run.cost.rows_ratio == run.cost.rows_seconds[1] / run.cost.plain_seconds[1] > 1
     assert run.scores.times_seen.tolist() == [1] * 60
+
+
+def test_without_norms_the_training_is_the_same() -> None:
+    one, other = (audit_table(_small(), Settings(epochs=3), flip=0.1, norms=norms) for norms in (True, False))
+    torch.testing.assert_close(one.losses, other.losses, rtol=1e-4, atol=1e-6)
+    assert other.norms is None
+    assert other.scores.mean_norm is None
+    assert (other.cost.rows_seconds, other.cost.rows_ratio) == (None, None)
+    assert {(epoch.median_norm, epoch.noise_scale) for epoch in other.epochs} == {(None, None)}
+    torch.testing.assert_close(one.conflict, other.conflict, rtol=1e-3, atol=1e-4)
+
+
+def test_labels_flipped_to_calibrate_are_trained_on_and_not_judged() -> None:
+    table = _small(n=200)
+    run = audit_table(table, Settings(epochs=3), calibrate=0.1)
+    assert int((run.given != table.targets).sum()) == run.scores.calibration.n_planted == 20
+    assert torch.equal(run.scores.planted, run.given != table.targets)
+    assert torch.equal(run.scores.given, run.given)
+    with pytest.raises(InputError, match=r"--calibrate 0.1: small has quantities to predict, and only labels"):
+        audit_table(_small("regression"), calibrate=0.1)
 
 
 def test_timing_leaves_the_trained_model_alone() -> None:

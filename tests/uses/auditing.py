@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import rowgrad as rg
-from rowgrad.errors import InputError, NonFiniteError
+from rowgrad.errors import InputError, RowgradWarning
 from rowgrad.uses.scores import AuditScores
 
 N, CLASSES = 16, 3
@@ -100,7 +100,8 @@ def refusals(rank: int) -> None:
     logits = torch.zeros(len(index), CLASSES, dtype=torch.float64)
     good = {"losses": torch.ones(len(index)), "logits": logits, "labels": labels()[index]}
     for change, error in (
-        ({"losses": torch.full((len(index),), torch.nan)}, NonFiniteError),
+        ({"losses": torch.ones(1)}, InputError),
+        ({"lr": "0.1"}, InputError),
         ({"labels": labels()[index] + CLASSES}, InputError),
     ):
         with pytest.raises(error, match="in process 1: "):
@@ -110,8 +111,20 @@ def refusals(rank: int) -> None:
     assert found.compute().times_seen.tolist() == [1] * N
 
 
+def overflow(rank: int) -> None:
+    """What one process cannot use is left out in both, and told in both."""
+    found = rg.Audit(N, CLASSES, gather=True)
+    index = torch.arange(rank, N, 2)
+    losses = torch.ones(len(index))
+    losses[0] = torch.nan if rank == 1 else 1.0
+    with pytest.warns(RowgradWarning, match="example 1: its losses are not finite"):
+        found.update(index, losses=losses, logits=torch.zeros(len(index), CLASSES), labels=labels()[index])
+    assert found.compute().times_seen.tolist() == [1, 0] + [1] * (N - 2)
+    assert found.skipped == 1
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[3]), world_size=2)
-    {"audit": audit, "flips": flips, "refusals": refusals}[sys.argv[1]](int(sys.argv[3]))
+    {"audit": audit, "flips": flips, "refusals": refusals, "overflow": overflow}[sys.argv[1]](int(sys.argv[3]))
     dist.destroy_process_group()

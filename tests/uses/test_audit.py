@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from rowgrad.errors import InputError, NonFiniteError
+from rowgrad.errors import InputError, RowgradWarning
 from rowgrad.uses.audit import Audit
 from rowgrad.uses.scores import AuditScores
 
@@ -46,7 +50,7 @@ def _feed(audit: Audit, course: dict[str, torch.Tensor], seed: int = 0) -> Audit
                 norms=course["norms"][epoch, index],
                 logits=course["logits"][epoch, index],
                 labels=course["labels"][index],
-                lr=float(RATES[epoch]),
+                lr=float(RATES[epoch]) * len(index),  # as if each example made a step of its own
             )
     return audit
 
@@ -108,7 +112,7 @@ def test_an_example_that_a_batch_holds_twice_is_visited_twice() -> None:
         noise = torch.rand(40, generator=rng)  # as dropout's: the visits of an example differ
         values = {name: v[index] for name, v in _epoch(course, epoch).items()}
         values |= {"norms": values["norms"] * noise, "labels": course["labels"][index]}
-        together.update(index, lr=float(RATES[epoch]), **values)
+        together.update(index, lr=float(RATES[epoch]) * 40, **values)
         for k in range(40):
             alone.update(index[k : k + 1], lr=float(RATES[epoch]), **{n: v[k : k + 1] for n, v in values.items()})
     assert together.compute().times_seen.max() > EPOCHS
@@ -152,7 +156,8 @@ def test_a_saved_state_goes_on_as_if_never_interrupted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("n", "n_classes"), [(N + 1, CLASSES), (N, CLASSES + 1), (N, None)])
 def test_a_state_of_other_sizes_is_refused(n: int, n_classes: int | None) -> None:
     audit = Audit(n, n_classes)
-    with pytest.raises(InputError, match=f"n={N}, n_classes={CLASSES}; this one has n={n}, n_classes={n_classes}"):
+    found, here = (N, n) if n != N else (CLASSES, n_classes)
+    with pytest.raises(InputError, match=f"Audit: the state's n.* is {found}, expected {here}, as here; make it with"):
         audit.load_state_dict(_fed(_course()).state_dict())
     assert audit.compute().times_seen.sum() == 0
 
@@ -171,8 +176,8 @@ def test_a_state_of_other_shapes_is_refused_and_nothing_loaded(name: str, value:
     audit.plant(torch.arange(N), _course()["labels"])
     state = audit.state_dict()
     again = Audit(N, CLASSES)
-    with pytest.raises(InputError, match=f"the state's {name} is .*; expected a tensor of shape"):
-        again.load_state_dict(state | {"seen": torch.ones(N), name: value})
+    with pytest.raises(InputError, match=f"the state's {name} is .*, expected a tensor of .* and shape"):
+        again.load_state_dict(state | {"seen": torch.ones(N, dtype=torch.float64), name: value})
     assert again.compute().times_seen.sum() == 0
     assert again.compute().planted is None
 
@@ -226,7 +231,7 @@ GOOD = {
 REFUSED = {
     "a position out of range": ({"index": torch.tensor([0, 9])}, "examples 0 to 4"),
     "a negative position": ({"index": torch.tensor([-1, 1])}, "examples 0 to 4"),
-    "a position twice, with two labels": ({"index": torch.tensor([1, 1])}, "example 1 has another label"),
+    "a position twice, with two labels": ({"index": torch.tensor([1, 1])}, "example 1 has two labels in this batch"),
     "positions that are floats": ({"index": torch.tensor([0.0, 1.0])}, "index holds float32; expected whole numbers"),
     "a mask for positions": ({"index": torch.tensor([True, False])}, "index holds bool; expected whole numbers"),
     "an index that is no tensor": ({"index": "all"}, "index is a str; expected a tensor"),
@@ -234,8 +239,10 @@ REFUSED = {
     "complex losses": ({"losses": torch.ones(2, dtype=torch.complex64)}, "losses holds complex64; expected real"),
     "complex logits": ({"logits": torch.ones(2, 3, dtype=torch.complex64)}, "logits holds complex64; expected real"),
     "a negative norm": ({"norms": torch.tensor([1.0, -2.0])}, "norms: the smallest is -2"),
-    "a learning rate of nan": ({"lr": float("nan")}, "lr=nan: expected the learning rate"),
-    "a negative learning rate": ({"lr": -0.1}, "lr=-0.1: expected the learning rate"),
+    "a learning rate of nan": ({"lr": float("nan")}, "lr=nan, expected the learning rate"),
+    "a negative learning rate": ({"lr": -0.1}, "lr=-0.1, expected the learning rate"),
+    "no learning rate": ({"lr": None}, "lr=None, expected the learning rate"),
+    "a learning rate that is text": ({"lr": "0.1"}, "lr='0.1', expected the learning rate"),
     "an index of the wrong shape": ({"index": torch.tensor([[0, 1]])}, r"index has shape \(1, 2\)"),
     "losses of the wrong shape": ({"losses": torch.ones(3)}, r"losses has shape \(3,\)"),
     "norms of the wrong shape": ({"norms": torch.ones(2, 1)}, r"norms has shape \(2, 1\)"),
@@ -278,13 +285,66 @@ def test_large_logits_are_finite() -> None:
 
 @pytest.mark.parametrize("name", ["losses", "norms", "logits"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_nonfinite_value_is_refused_and_nothing_taken_in(name: str, value: float) -> None:
+def test_what_overflows_is_left_out_counted_and_told_once(name: str, value: float, tmp_path: Path) -> None:
     audit = Audit(5, 3)
     bad = GOOD[name].clone()
     bad[1] = value
-    with pytest.raises(NonFiniteError, match=f"{name}: example 1 has"):
+    with pytest.warns(RowgradWarning, match=rf"example 1: its {name} are not finite. Such visits are left out") as told:
         audit.update(**(GOOD | {name: bad}))
-    assert audit.compute().times_seen.sum() == 0
+    assert told[0].filename == __file__
+    audit.update(**(GOOD | {name: bad}))  # without a further word
+    assert audit.compute().times_seen.tolist() == [2, 0, 0, 0, 0]
+    assert audit.compute().given.tolist() == [0, -1, -1, -1, -1]
+    assert audit.skipped == 2
+    torch.save(audit.state_dict(), tmp_path / "audit.pt")
+    again = Audit(5, 3)
+    again.load_state_dict(torch.load(tmp_path / "audit.pt", weights_only=True))
+    assert again.skipped == 2
+    again.reset()
+    assert again.skipped == 0
+
+
+def test_a_masked_logit_is_a_probability_of_zero() -> None:
+    """Unless it is that of the given label, whose loss is infinite."""
+    audit, other = Audit(5, 3), Audit(5, 3)
+    audit.update(**(GOOD | {"logits": torch.tensor([[0.0, -torch.inf, 1.0], [1.0, 1.0, 0.0]])}))
+    other.update(**(GOOD | {"logits": torch.tensor([[0.0, -1e9, 1.0], [1.0, 1.0, 0.0]])}))
+    _equal(audit.compute(), other.compute())
+    assert audit.compute().times_seen.sum() == 2
+    with pytest.warns(RowgradWarning, match="example 1: its logits are not finite"):
+        audit.update(**(GOOD | {"logits": torch.tensor([[0.0, 0.0, 1.0], [1.0, 1.0, -torch.inf]])}))
+
+
+@pytest.mark.parametrize(("shape", "flat"), [((2,), "logits"), ((2, 1), "logits[:, 0]")])
+def test_of_a_single_logit_it_says_how_to_make_two(shape: tuple[int, ...], flat: str) -> None:
+    z = torch.tensor([0.5, -2.0])
+    with pytest.raises(InputError, match=re.escape(f"make two: torch.stack([torch.zeros_like({flat}), {flat}], 1)")):
+        Audit(5, 2).update(GOOD["index"], losses=z.abs(), logits=z.reshape(shape), labels=torch.tensor([0, 1]))
+    pair = torch.stack([torch.zeros_like(z), z], 1)
+    torch.testing.assert_close(pair.softmax(1)[:, 1], z.sigmoid())
+    with pytest.raises(InputError, match=r"expected \(2, 3\) and \(2,\)$"):  # of three classes there is no such way
+        Audit(5, 3).update(GOOD["index"], losses=z.abs(), logits=z, labels=torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("n_micro", [1, 2])
+def test_self_influence_is_what_an_examples_own_share_of_the_step_takes_off_its_loss(n_micro: int) -> None:
+    """To first order; measured by moving the weights along each example's part of the gradient alone."""
+    torch.manual_seed(0)
+    model, lr, size = nn.Linear(20, 3).double(), 1e-6, 32
+    x, y = torch.randn(size, 20, dtype=torch.float64), torch.randint(3, (size,))
+    weights, audit = dict(model.named_parameters()), Audit(size, 3)
+    decrease = []
+    for index in torch.arange(size).chunk(n_micro):
+        logits = model(x[index])
+        losses = F.cross_entropy(logits, y[index], reduction="none")
+        rows = [torch.autograd.grad(loss, [*weights.values()], retain_graph=True) for loss in losses]
+        norms = torch.stack([torch.cat([g.flatten() for g in row]).norm() for row in rows])
+        audit.update(index, losses=losses, norms=norms, logits=logits, labels=y[index], lr=lr / n_micro)
+        for k, row, loss in zip(index.tolist(), rows, losses, strict=True):
+            moved = {name: w - lr * g / size for (name, w), g in zip(weights.items(), row, strict=True)}
+            after = F.cross_entropy(torch.func.functional_call(model, moved, (x[k : k + 1],)), y[k : k + 1])
+            decrease.append((loss - after).item())
+    torch.testing.assert_close(audit.compute().self_influence, torch.tensor(decrease), rtol=1e-4, atol=0)
 
 
 def test_a_changed_label_is_refused() -> None:
@@ -301,7 +361,78 @@ def test_norms_come_in_every_update_or_in_none() -> None:
         audit.update(**(GOOD | {"norms": None}))
 
 
-@pytest.mark.parametrize("arguments", [(0,), (5, 1), (10.5,), (5, 2.0), ([1, 2],)])
+@pytest.mark.parametrize("arguments", [(0,), (5, 1), (10.5,), (5, 2.0), ([1, 2],), (True,), (5, True), ("5",)])
 def test_sizes_that_cannot_be_audited(arguments: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="needs an example and, for labels, two classes"):
         Audit(*arguments)
+
+
+def test_sizes_may_be_numpys() -> None:
+    audit = Audit(np.int64(5), np.int32(3))
+    assert [type(size) for size in (audit.n, audit.n_classes)] == [int, int]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calibrate": "0.1"}, "Audit: calibrate='0.1', expected the share of labels"),
+        ({"calibrate": True}, "Audit: calibrate=True, expected the share of labels"),
+        ({"calibrate": float("nan")}, "Audit: calibrate=nan, expected the share of labels"),
+        ({"calibrate": 0.5, "generator": 3}, "Audit: generator=3, expected a torch.Generator"),
+    ],
+)
+def test_options_that_are_something_else(arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Audit(5, 2, **arguments)
+
+
+STATES = {
+    "no mapping": (lambda state: None, "Audit: the state is None; load what"),
+    "no flips where some are": (lambda s: s | {"flipped": None}, "flipped is None, expected a tensor of int64"),
+    "flips where none are": (lambda s: s | {"shifts": None}, r"flipped is a tensor of int64 and shape \(23,\)"),
+    "shifts in float": (lambda s: s | {"shifts": s["shifts"].float()}, "shifts is a tensor of float32"),
+    "shifts too far": (lambda s: s | {"shifts": s["shifts"] + 4}, "shifts is a .*, from 4 to 7, expected .* 0 to 3"),
+    "labels out of range": (lambda s: s | {"labels": torch.full((N,), 99)}, "labels is a .*, from 99 to 99, expected"),
+    "nan": (lambda s: s | {"seen": s["seen"] * torch.nan}, "seen is a tensor of float64 .*nan"),
+    "a negative sum": (lambda s: s | {"norm_sum": s["norm_sum"] - 100}, "norm_sum is a tensor of float64 .* from -"),
+    "complex": (lambda s: s | {"peak": s["peak"].cfloat()}, "peak is a tensor of complex64"),
+    "odd norms": (lambda s: s | {"has_norms": "x"}, "has_norms is 'x', expected True, False or None"),
+    "odd plants": (lambda s: s | {"has_planted": 2}, "has_planted is 2, expected True or False"),
+    "odd count": (lambda s: s | {"skipped": -1}, "skipped is -1, expected a whole number"),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_state_that_no_audit_has_is_refused_and_nothing_loaded(case: str) -> None:
+    change, message = STATES[case]
+    state = _planted(Audit(N, CLASSES, calibrate=0.2)).state_dict()
+    audit = _planted(Audit(N, CLASSES, calibrate=0.4))
+    before = audit.state_dict()
+    with pytest.raises(InputError, match=message):
+        audit.load_state_dict(change(state))
+    after = audit.state_dict()
+    assert all(torch.equal(v, after[k]) if isinstance(v, torch.Tensor) else v == after[k] for k, v in before.items())
+    audit.load_state_dict(state)
+    assert int(audit.compute().planted.sum()) == round(0.2 * N)
+
+
+def _planted(audit: Audit) -> Audit:
+    course = _course()
+    audit.update(torch.arange(N), labels=audit.plant(torch.arange(N), course["labels"]), **_epoch(course, 0))
+    return audit
+
+
+def test_an_audit_without_flips_goes_into_one_with_some() -> None:
+    audit = Audit(N, CLASSES, calibrate=0.2)
+    audit.load_state_dict(_fed(_course()).state_dict())
+    _equal(audit.compute(), _fed(_course()).compute())
+    assert audit.plant([0, 1], [2, 3]) == [2, 3]
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray])
+def test_labels_to_plant_may_be_lists_and_arrays(kind: Callable) -> None:
+    labels = _course()["labels"]
+    audit = Audit(N, CLASSES, calibrate=0.2)
+    planted = audit.plant(kind(range(N)), kind(labels.tolist()))
+    assert torch.equal(planted, audit.plant(torch.arange(N), labels))
+    assert int((planted != labels).sum()) == round(0.2 * N)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import rowgrad as rg
-from rowgrad.errors import InputError
+from rowgrad.errors import InputError, RowgradWarning
 
 
 def test_the_plain_loop() -> None:
@@ -99,7 +99,7 @@ def test_padded_sentences_are_as_each_by_itself() -> None:
                 n = int(lengths[k])
                 loss = F.cross_entropy(model(ids[k : k + 1, :n])[0], targets[k, :n])
                 (row,) = torch.autograd.grad(loss, [*model.parameters()])
-                alone.update(torch.tensor([k]), losses=loss[None], norms=row.norm()[None])
+                alone.update(torch.tensor([k]), losses=loss[None], norms=row.norm()[None], lr=1 / len(index))
             optimizer.zero_grad()
             J.loss(1 / len(J)).backward()
             optimizer.step()
@@ -113,7 +113,7 @@ def test_accumulated_micro_batches_are_one_batch() -> None:
         for step, (index, x, y) in enumerate(DataLoader(rg.Indexed(TensorDataset(points(), labels())), batch_size=2)):
             logits = model(x)
             J = rg.jacobian(F.cross_entropy(logits, y, reduction="none"), model)
-            audit.update(index, losses=J.losses, norms=J.norms(), logits=logits, labels=y)
+            audit.update(index, losses=J.losses, norms=J.norms(), logits=logits, labels=y, lr=1 / 2)
             (J.loss(1 / len(J)) / 2).backward()
             if step % 2:
                 optimizer.step()
@@ -156,7 +156,38 @@ def test_autocast_and_a_scaler_that_skips_a_step() -> None:
     assert not torch.equal(found.mean_loss, plain.mean_loss)
 
 
-@pytest.mark.parametrize("what", ["audit", "flips", "refusals"])
+def test_float16_whose_scale_is_too_large_at_first() -> None:
+    """The scaler skips steps and lowers its scale; the audit leaves the same batches' overflows out and goes on."""
+    audit, model = rg.Audit(N, CLASSES), build().float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler, scales = torch.amp.GradScaler("cpu", init_scale=2.0**24), [2.0**24]
+
+    def epoch() -> None:
+        for index, x, y in DataLoader(rg.Indexed(TensorDataset(points().float(), labels())), batch_size=4):
+            with torch.autocast("cpu", torch.float16):
+                logits = model(x)
+                losses = F.cross_entropy(logits, y, reduction="none")
+            J = rg.jacobian(losses, model, loss_scale=scaler.get_scale())
+            audit.update(index, losses=losses, norms=J.norms(), logits=logits, labels=y, lr=0.1)
+            optimizer.zero_grad()
+            scaler.scale(J.loss(1 / len(J))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+
+    with pytest.warns(RowgradWarning, match="its norms are not finite.*usual under a GradScaler"):
+        epoch()
+    for _ in range(5):
+        epoch()  # without a further word
+    n_skipped = len(set(scales)) - 1
+    assert 0 < audit.skipped <= 4 * n_skipped
+    scores = audit.compute()
+    assert scores.times_seen.sum() == 6 * N - audit.skipped
+    assert scores.mean_norm.isfinite().all()
+    assert scores.self_influence.isfinite().all()
+
+
+@pytest.mark.parametrize("what", ["audit", "flips", "refusals", "overflow"])
 def test_two_processes_hold_the_audit_of_one(what: str) -> None:
     run_on_two_processes(what, "tests.uses.auditing")
 

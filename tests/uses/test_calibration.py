@@ -96,9 +96,9 @@ def test_a_state_carries_the_flips() -> None:
     ("arguments", "message"),
     [
         ({"n_classes": None, "calibrate": 0.1}, "calibrate flips labels and needs n_classes"),
-        ({"n_classes": 3, "calibrate": 0.6}, "calibrate=0.6: the share of labels to flip"),
-        ({"n_classes": 3, "calibrate": -0.1}, "calibrate=-0.1: the share"),
-        ({"n_classes": 3, "calibrate": float("nan")}, "calibrate=nan: the share"),
+        ({"n_classes": 3, "calibrate": 0.6}, "calibrate=0.6, expected the share of labels to flip"),
+        ({"n_classes": 3, "calibrate": -0.1}, "calibrate=-0.1, expected the share"),
+        ({"n_classes": 3, "calibrate": float("nan")}, "calibrate=nan, expected the share"),
     ],
 )
 def test_shares_that_cannot_be_flipped(arguments: dict, message: str) -> None:

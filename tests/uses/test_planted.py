@@ -7,6 +7,7 @@ import torch
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 
 from rowgrad.errors import InputError
+from rowgrad.uses.calibration import wilson
 from rowgrad.uses.planted import average_precision, score_planted
 from rowgrad.uses.scores import AuditScores
 
@@ -37,6 +38,10 @@ def test_agrees_with_scikit_learn() -> None:
     assert found.average_precision == pytest.approx(average_precision_score(planted, scores.mean_loss))
     assert found.n_found == int((planted & scores.flagged).sum())
     assert found.n_planted == int(planted.sum())
+    assert found.precision_interval == wilson(found.n_found, int(scores.flagged.sum()))
+    assert found.recall_interval == wilson(found.n_found, found.n_planted)
+    low, high = found.precision_at_k_interval
+    assert low < found.precision_at_k < high
     assert found.by_column["final loss"] == pytest.approx(average_precision_score(planted, scores.final_loss))
     assert found.by_column["mean margin"] == pytest.approx(found.average_precision)  # a monotone function of the loss
     assert list(found.by_column) == ["mean loss", "final loss", "mean margin"]
@@ -53,6 +58,7 @@ def test_without_flags_there_is_a_ranking_only() -> None:
     scores, planted = _scores(labels=False)
     found = score_planted(scores, planted)
     assert (found.n_found, found.precision, found.recall) == (None, None, None)
+    assert (found.precision_interval, found.recall_interval) == (None, None)
     assert 0 < found.average_precision < 1
 
 
@@ -60,8 +66,8 @@ def test_precision_without_a_flag_is_undefined() -> None:
     scores, planted = _scores()
     scores.flagged[:] = False
     found = score_planted(scores, planted)
-    assert found.precision is None
-    assert found.recall == 0
+    assert (found.precision, found.precision_interval) == (None, None)
+    assert found.recall == found.recall_interval[0] == 0
 
 
 def test_perfect_and_worst_ranking() -> None:

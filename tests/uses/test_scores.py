@@ -59,7 +59,8 @@ def test_reasons_name_their_figures() -> None:
     )
     low, high = (float(scores.mean_loss[~scores.flagged].sort().values[k]) for k in (2, 7))
     assert scores.reason(HARD) == (
-        f"Its mean loss of {scores.mean_loss[HARD]:.3g} is far above the usual, beyond {high + 3 * (high - low):.3g}."
+        f"Its mean loss of {scores.mean_loss[HARD]:.3g} is far above the usual, beyond {high + 3 * (high - low):.3g}, "
+        f"and its label had a mean probability of {scores.confidence[HARD]:.2f}."
     )
     assert scores.reason(NEVER).endswith("The network predicted another label at each of 20 visits.")
     median = float(scores.self_influence.sort().values[6])
@@ -101,9 +102,27 @@ def test_the_tables_hold_the_same(tmp_path: Path, n_classes: int | None, norms: 
     assert pandas.to_dict("list") == frame.to_dict(as_series=False)
 
 
-def test_a_table_of_another_kind_is_refused() -> None:
-    with pytest.raises(InputError, match=r'table\(.scores.csv.\): expected "polars", "pandas" or a path that ends'):
-        _audit().table("scores.csv")
+@pytest.mark.parametrize(("to", "said"), [("scores.csv", "'scores.csv'"), (3, "3"), (None, "None")])
+def test_a_table_of_another_kind_is_refused(to: object, said: str) -> None:
+    with pytest.raises(InputError, match=rf'table\({said}\): expected "polars", "pandas" or a path that ends'):
+        _audit().table(to)
+
+
+def test_what_was_never_seen_has_no_values(tmp_path: Path) -> None:
+    """Nulls: left out of means and comparisons, where NaN is the largest of all."""
+    audit = Audit(3, 2)
+    audit.update(
+        torch.tensor([1, 2]), losses=torch.tensor([1.0, 2.0]), logits=torch.eye(2), labels=torch.tensor([0, 0])
+    )
+    frame = audit.table()
+    assert frame.sort("mean_loss", descending=True, nulls_last=True)["index"].to_list() == [2, 1, 0]
+    assert frame["mean_loss"].max() == 2.0
+    unseen = frame.row(0, named=True)
+    known = {"index": 0, "rank": 3, "times_seen": 0, "reason": ""}
+    flags = dict.fromkeys((name.replace(" ", "_") for name in audit.compute().flags), False)
+    assert unseen == dict.fromkeys(frame.columns) | known | flags
+    assert audit.table("pandas")["mean_loss"].isna().tolist() == [True, False, False]
+    assert pl.read_parquet(audit.table(tmp_path / "scores.parquet")).equals(frame)
 
 
 @pytest.mark.parametrize(("to", "library"), [("polars", "polars"), ("s.parquet", "polars"), ("pandas", "pandas")])
@@ -151,6 +170,29 @@ def test_flags_of_a_network_that_learned_little_are_doubted(agreed: int, said: s
     doubt = _judged(agreed).compute().doubt
     assert said in doubt
     assert bool(said) is bool(doubt)
+
+
+def test_what_is_flipped_for_calibration_is_no_reason_to_doubt() -> None:
+    """Half of the labels are flipped, and the network gave all examples the label before."""
+    audit, labels = Audit(90, 3, calibrate=0.5), torch.arange(90) % 3
+    planted = audit.plant(torch.arange(90), labels)
+    audit.update(torch.arange(90), losses=torch.ones(90), logits=F.one_hot(labels, 3).double(), labels=planted)
+    assert audit.compute().calibration.n_found == 45
+    assert audit.compute().doubt == ""
+
+
+def test_a_fitted_example_is_not_hard() -> None:
+    """Its loss is hundreds of times the others', and its label had a probability of .88 throughout."""
+    audit, margin = Audit(N, 2), torch.full((N,), 9.0)
+    margin[0], margin[1] = 2.0, 0.5
+    logits, labels = torch.stack([margin, torch.zeros(N)], 1), torch.zeros(N, dtype=torch.int64)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    audit.update(torch.arange(N), losses=losses, logits=logits, labels=labels)
+    assert audit.compute().flags["hard"].nonzero().flatten().tolist() == [1]
+    without = Audit(N)
+    without.update(torch.arange(N), losses=losses)
+    assert without.compute().flags["hard"].nonzero().flatten().tolist() == [0, 1]
+    assert without.compute().reason(0).startswith("Its mean loss of 0.127 is far above the usual, beyond 0.000123.")
 
 
 def test_nothing_is_doubted_without_labels() -> None:

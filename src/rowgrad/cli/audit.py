@@ -15,9 +15,10 @@ from rowgrad.errors import InputError
 from rowgrad.graph.lettering import number
 from rowgrad.report.metrics import write_metrics
 from rowgrad.report.page import write_page
-from rowgrad.report.scores import readable, targets_text, write_scores
+from rowgrad.report.scores import targets_text, write_scores
 from rowgrad.training.audited import AuditRun, audit_table
 from rowgrad.training.settings import Settings
+from rowgrad.uses.gallery import readable
 from rowgrad.uses.planted import score_planted
 
 N_SHOWN = 10  # suspects in the terminal
@@ -44,6 +45,12 @@ def audit(
     ],
     target: Annotated[str | None, typer.Option(help="Column (or NPZ array) to predict.")] = None,
     flip: Annotated[float, typer.Option(help="Share of targets to corrupt first, to measure what is found.")] = 0.0,
+    calibrate: Annotated[
+        float, typer.Option(help="Share of labels to flip, to estimate how many wrong ones are found; 0.03 is usual.")
+    ] = 0.0,
+    norms: Annotated[
+        bool, typer.Option(help="Take gradient norms too, which may double the time; wrong labels are found without.")
+    ] = True,
     out: Annotated[Path | None, typer.Option(help="Directory of the results; default rowgrad-audit-NAME.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; default 40, fewer for large data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step; default by the size of the data.")] = None,
@@ -70,6 +77,10 @@ def audit(
     settings = Settings(epochs, batch_size, lr, _widths(hidden), dropout, seed)
     if not 0 <= flip <= 0.5:
         raise InputError(f"--flip {flip:g}: the share of corrupted targets must be at least 0 and at most 0.5")
+    if not 0 <= calibrate <= 0.5:
+        raise InputError(f"--calibrate {calibrate:g}: the share of labels to flip must be at least 0 and at most 0.5")
+    if flip and calibrate:
+        raise InputError("--flip and --calibrate both change labels, for one purpose each; give one of them")
     if not 0 < rows <= 1:
         raise InputError(f"--rows {rows:g}: the share of rows to audit must be above 0 and at most 1")
     console = Console()
@@ -87,7 +98,9 @@ def audit(
         for note in table.notes:
             console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
         with progress_bar("training") as progress:
-            run = audit_table(table, settings, flip=flip, rows=rows, progress=progress)
+            run = audit_table(
+                table, settings, flip=flip, calibrate=calibrate, rows=rows, norms=norms, progress=progress
+            )
         write_scores(run, stage / "scores.parquet")
         write_metrics(run, stage / "metrics.jsonl")
         write_page(run, stage / "report.html", ["rowgrad", *context.obj])
@@ -110,11 +123,13 @@ def _summarize(console: Console, run: AuditRun, directory: Path) -> None:
         lines.append(f"Flagged {n_flagged:,} of {len(run.rows):,} examples as likely mislabelled.")
     if run.planted is not None:
         lines.append(_found(run))
+    if scores.calibration is not None:
+        lines.append(str(scores.calibration))
     if run.held_out is not None:
         lines.append(f"{'Accuracy' if run.table.classes else 'R²'} on the rows held out: {run.held_out:.3f}.")
+    kind = "without" if cost.rows_ratio is None else "with"
     lines.append(
-        f"A step with rows took {cost.rows_ratio:.2f} times a plain step, {cost.audit_ratio:.2f} times with the "
-        f"bookkeeping (measured in this run)."
+        f"An audited step, {kind} gradient norms, took {cost.audit_ratio:.2f} times a plain step (measured here)."
     )
     lines.append(f"Report: {(directory / 'report.html').resolve()}")
     if run.doubt:
@@ -144,9 +159,10 @@ def _suspects(run: AuditRun) -> TextTable:
         columns.append([readable(label) if flag else "" for label, flag in zip(labels, flagged, strict=True)])
         columns.append([f"{share:.2f}" if flag else "" for share, flag in zip(shares, flagged, strict=True)])
     text.add_column("mean loss", justify="right")
-    text.add_column("mean norm", justify="right")
     columns.append([number(value) for value in scores.mean_loss[shown].tolist()])
-    columns.append([number(value) for value in run.norms[:, shown].mean(dim=0).tolist()])
+    if scores.mean_norm is not None:
+        text.add_column("mean norm", justify="right")
+        columns.append([number(value) for value in scores.mean_norm[shown].tolist()])
     if run.planted is not None:
         text.add_column("planted")
         columns.append(["yes" if planted else "" for planted in run.planted[shown].tolist()])
@@ -159,13 +175,20 @@ def _found(run: AuditRun) -> str:
     assert run.planted is not None
     planted = score_planted(run.scores, run.planted)
     ranking = f"average precision of the ranking {planted.average_precision:.3f}"
-    if planted.recall is None:
+    if planted.recall is None or planted.recall_interval is None:
         return (
-            f"Of {planted.n_planted:,} planted errors, {planted.precision_at_k:.0%} are among the first "
-            f"{planted.n_planted:,} of the ranking; {ranking}."
+            f"Of {planted.n_planted:,} planted errors, {planted.precision_at_k:.0%} "
+            f"{_interval(planted.precision_at_k_interval)} are among the first {planted.n_planted:,} of the ranking; "
+            f"{ranking}."
         )
-    precision = "undefined (no flags)" if planted.precision is None else f"{planted.precision:.3f}"
+    precision = "undefined (no flags)"
+    if planted.precision is not None and planted.precision_interval is not None:
+        precision = f"{planted.precision:.3f} {_interval(planted.precision_interval)}"
     return (
         f"Found {planted.n_found:,} of {planted.n_planted:,} planted errors: precision of the flags {precision}, "
-        f"recall {planted.recall:.3f}, {ranking}."
+        f"recall {planted.recall:.3f} {_interval(planted.recall_interval)}, {ranking}."
     )
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    return f"(95%: {ends[0]:.2f} to {ends[1]:.2f})"

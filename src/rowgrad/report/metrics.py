@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ def versions() -> dict[str, str]:
 def metrics(run: AuditRun) -> list[dict[str, Any]]:
     """The lines of the log: `{"kind": "epoch", ...}` for each epoch, then `{"kind": "summary", ...}`."""
     lines: list[dict[str, Any]] = [{"kind": "epoch", **dataclasses.asdict(epoch)} for epoch in run.epochs]
+    calibration = run.scores.calibration
     planted = None if run.planted is None else dataclasses.asdict(score_planted(run.scores, run.planted))
     table = run.table
     lines.append(
@@ -38,6 +40,7 @@ def metrics(run: AuditRun) -> list[dict[str, Any]]:
             "n_flagged": None if run.scores.flagged is None else int(run.scores.flagged.sum()),
             "flip": run.flip,
             "planted": planted,
+            "calibration": None if calibration is None else _finite(dataclasses.asdict(calibration)),
             "held_out_score": run.held_out,
             "settings": dataclasses.asdict(run.settings) | {"batch_size": run.batch_size, "epochs": len(run.epochs)},
             "n_parameters": run.n_parameters,
@@ -48,6 +51,11 @@ def metrics(run: AuditRun) -> list[dict[str, Any]]:
         }
     )
     return lines
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    """None for NaN, which JSON does not have."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def write_metrics(run: AuditRun, path: Path) -> None:

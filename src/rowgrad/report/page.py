@@ -13,10 +13,11 @@ from rowgrad.data.table import Table
 from rowgrad.graph.lettering import number, percent
 from rowgrad.report.charts import Line, Series, line_chart, plot
 from rowgrad.report.metrics import versions
-from rowgrad.report.scores import readable, targets_text
+from rowgrad.report.scores import targets_text
 from rowgrad.report.thumbnails import cut, data_uri
 from rowgrad.training.audited import N_COMPARED, AuditRun
 from rowgrad.uses import sections
+from rowgrad.uses.gallery import readable
 from rowgrad.uses.planted import PlantedScores, score_planted
 
 N_LISTED = (12, 60)  # suspects on the page: at least, at most
@@ -55,11 +56,13 @@ class Suspect:
     given: str
     suggested: str | None
     probability: float | None
+    flags: list[str]
+    reason: str
     flagged: bool
     planted: bool
     before: str | None
     mean_loss: float
-    mean_norm: float
+    mean_norm: float | None
     thumbnail: str | None
     texts: list[Text]
     unusual: list[Value]
@@ -69,11 +72,10 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Curves:
-    """A suspect's loss and gradient norm over training."""
+    """A suspect's loss and, where there is one, gradient norm over training."""
 
     suspect: Suspect
-    loss: Markup
-    norm: Markup
+    charts: list[Markup]
 
 
 def render(run: AuditRun, command: Sequence[str] = ()) -> str:
@@ -162,11 +164,13 @@ def _suspect(run: AuditRun, usual: "_Usual", position: int) -> Suspect:
         given=readable(targets_text(run, run.given[here])[0]),
         suggested=None if scores.suggested is None else readable(targets_text(run, scores.suggested[here])[0]),
         probability=None if scores.suggested_probability is None else float(scores.suggested_probability[position]),
+        flags=[name for name, mask in scores.flags.items() if mask[position]],
+        reason=scores.reason(position, table.classes),
         flagged=scores.flagged is not None and bool(scores.flagged[position]),
         planted=is_planted,
         before=readable(targets_text(run, table.targets[row : row + 1])[0]) if is_planted else None,
         mean_loss=float(scores.mean_loss[position]),
-        mean_norm=float(run.norms[:, position].mean()),
+        mean_norm=None if scores.mean_norm is None else float(scores.mean_norm[position]),
         thumbnail=None if table.images is None else data_uri(table.images[row]),
         texts=_texts(table, row),
         unusual=usual.values(position),
@@ -223,6 +227,8 @@ def _curves(run: AuditRun, suspect: Suspect, position: int) -> Curves:
     members = slice(None) if run.table.classes is None else (run.given == run.given[position]).numpy()
     charts = []
     for values, label, unit in ((run.losses, "loss", loss_unit(run)), (run.norms, "gradient norm", norm_unit(run))):
+        if values is None:
+            continue
         class_values = values.numpy()[:, members]
         low, median, high = np.quantile(class_values, (0.25, 0.5, 0.75), axis=1)
         lines = [Line(median, "median"), Line(values[:, position].numpy(), "suspect")]
@@ -237,17 +243,16 @@ def _curves(run: AuditRun, suspect: Suspect, position: int) -> Curves:
                 title=f"{label} of {suspect.place} over training, and its class median",
             )
         )
-    return Curves(suspect, *charts)
+    return Curves(suspect, charts)
 
 
 def _training(run: AuditRun, width: int) -> list[Markup]:
-    """The course of the run itself: mean loss and median norm by epoch."""
+    """The course of the run itself: mean loss and, with norms, their median by epoch."""
     mean_loss = np.array([epoch.mean_loss for epoch in run.epochs])
-    median_norm = np.array([epoch.median_norm for epoch in run.epochs])
-    charts = (
-        (mean_loss, f"mean loss ({loss_unit(run)})", "mean loss over training"),
-        (median_norm, f"median gradient norm ({norm_unit(run)})", "median gradient norm over training"),
-    )
+    charts = [(mean_loss, f"mean loss ({loss_unit(run)})", "mean loss over training")]
+    if run.norms is not None:
+        median_norm = np.array([epoch.median_norm for epoch in run.epochs])
+        charts.append((median_norm, f"median gradient norm ({norm_unit(run)})", "median gradient norm over training"))
     return [
         line_chart([Line(values, "course")], None, width=width, height=180, x_label="epoch", y_label=label, title=title)
         for values, label, title in charts
@@ -273,11 +278,10 @@ def _noise(run: AuditRun, width: int) -> Markup | None:
 def _sections(run: AuditRun) -> dict[str, Markup]:
     """What the page of any audit shows, by name; empty where there is nothing to show."""
     scores, classes = run.scores, run.table.classes
-    marked = run.planted if scores.flagged is None else scores.flagged
     found = {
         "summary": sections.summary(scores, run.doubt),
         "data_map": sections.data_map(scores),
-        "ranked_norms": sections.ranked_norms(scores, marked),
+        "ranked_norms": sections.ranked_norms(scores, run.planted),
         "given_by_suggested": sections.given_by_suggested(scores, classes),
         "conflict": "" if run.conflict is None else sections.conflict_matrix(run.conflict, classes),
         "caveats": sections.caveats(scores, _caveats(run)),
@@ -294,8 +298,12 @@ def _caveats(run: AuditRun) -> list[str]:
             "A network that predicts more of the given labels than can be right needs fewer <code>--epochs</code>.",
             "The suggestion can only be one of the labels that occur in the data.",
         ]
+    if run.scores.calibration is not None:
+        return found  # what flips do not tell stands with the caveats of any audit
     if run.planted is None:
         told = "How many errors this run finds is not known: <code>--flip 0.1</code> measures it with a known share."
+        if run.table.classes is not None:
+            told += " <code>--calibrate 0.03</code> estimates it while your own labels are audited."
     elif run.table.classes is None:
         told = (
             "Planted errors are drawn at random and some hardly change the target; real ones may be easier or harder."

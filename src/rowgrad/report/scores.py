@@ -16,7 +16,8 @@ def scores_frame(run: AuditRun) -> pl.DataFrame:
     """One row per audited example, in order of its position in the data.
 
     Columns: `index` (position in the data, from 0), `line` (for CSV files), then those of `Audit.table()`, with classes
-    by their names and `peak_epoch` for `peak_visit`; where errors were planted `is_planted` and the target before.
+    by their names and `peak_epoch` for `peak_visit`; where errors were planted `is_planted` and the target before,
+    where labels were flipped to calibrate `planted` and the label before.
     """
     frame = frame_of(run.table, run.rows, run.given, run.scores)
     if run.planted is None:
@@ -35,6 +36,8 @@ def frame_of(table: Table, rows: torch.Tensor, given: torch.Tensor, scores: Audi
         found["given"] = text_of(table, given)
     if scores.suggested is not None:
         found["suggested"] = text_of(table, scores.suggested)
+    if scores.before is not None:
+        found["before"] = text_of(table, scores.before)
     names = {"peak_visit": "peak_epoch"}
     columns |= {names.get(name, name): values for name, values in found.items()}
     return pl.DataFrame(columns)
@@ -51,13 +54,8 @@ def targets_text(run: AuditRun, targets: torch.Tensor) -> list:
 
 
 def text_of(table: Table, targets: torch.Tensor) -> list:
-    """As `targets_text`, of a table."""
+    """As `targets_text`, of a table; None for the label -1 of an example that was never seen."""
     classes = table.classes
-    return targets.tolist() if classes is None else [classes[position] for position in targets.tolist()]
-
-
-def readable(value: object) -> str:
-    """A value of the data as text."""
-    if value is None or value == "":
-        return "(missing)"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if classes is None:
+        return targets.tolist()
+    return [None if position < 0 else classes[position] for position in targets.tolist()]

@@ -5,8 +5,9 @@ from markupsafe import escape
 
 from rowgrad.data.table import Table
 from rowgrad.graph.lettering import number
-from rowgrad.report.scores import readable, text_of
+from rowgrad.report.scores import text_of
 from rowgrad.report.thumbnails import cut, data_uri
+from rowgrad.uses.gallery import readable
 from rowgrad.uses.scores import AuditScores
 
 LISTED = 20

@@ -32,15 +32,16 @@ N_COMPARED = 500  # examples whose gradients are compared in pairs
 class Epoch:
     """What one pass over the audited examples showed, each example measured just before the step that used it.
 
+    median_norm, largest_norm: of the gradient norms; None without norms.
     accuracy: share whose most probable label is the given one; None for regression.
     noise_scale: the gradient noise scale in examples, over about the last hundred steps, and its standard error; None
-        where undefined.
+        where undefined and without norms.
     """
 
     number: int
     mean_loss: float
-    median_norm: float
-    largest_norm: float
+    median_norm: float | None
+    largest_norm: float | None
     accuracy: float | None
     noise_scale: float | None
     noise_scale_error: float | None
@@ -54,7 +55,7 @@ class AuditRun:
     rows: positions in the table of the audited examples, ascending, shape (n,); all else of shape (n,) follows them.
     given: the targets that were trained on; `planted` marks those that were corrupted on purpose (None: none were).
     scores: as computed by the audit.
-    losses, norms: each example's loss and gradient norm in each epoch, shape (epochs, n).
+    losses, norms: each example's loss and gradient norm in each epoch, shape (epochs, n); no norms if so asked.
     conflict: mean cosine between the gradients of two classes after the training, (K, K); None for regression.
     held_out: score on the rows that were not audited: accuracy, or R^2 for regression; None where all were audited.
     """
@@ -68,7 +69,7 @@ class AuditRun:
     planted: torch.Tensor | None
     scores: AuditScores
     losses: torch.Tensor
-    norms: torch.Tensor
+    norms: torch.Tensor | None
     conflict: torch.Tensor | None
     epochs: tuple[Epoch, ...]
     held_out: float | None
@@ -113,9 +114,8 @@ class _Problem:
 class _Record:
     """What the training run leaves behind; filled step by step."""
 
-    audit: Audit
     losses: torch.Tensor
-    norms: torch.Tensor
+    norms: torch.Tensor | None
     epochs: list[Epoch]
 
 
@@ -124,44 +124,70 @@ def audit_table(
     settings: Settings | None = None,
     *,
     flip: float = 0.0,
+    calibrate: float = 0.0,
     rows: float = 1.0,
+    norms: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AuditRun:
     """Train a multilayer perceptron on the table and score every audited example by its course through training.
 
-    The same table, settings, flip and rows give the same scores. No global random state is changed.
+    The same arguments give the same scores, apart from the time measured. No global random state is changed.
 
     Args:
         settings: of the training; default `Settings()`.
         flip: share of the audited targets to corrupt before training, at most 0.5; 0 plants nothing.
+        calibrate: share of the audited labels to flip, at most 0.5, so that the audit estimates how many wrong labels
+            it finds; these examples are not judged themselves.
         rows: share of the rows to audit, drawn at random; the others are held out and only measure the model.
+        norms: whether to take each example's gradient norm at every step. Without, a step costs about as much as in
+            plain training, and self-influence, spikes and the noise scale are missing.
         progress: called after every step with the steps done and the steps in all.
 
     Raises:
-        InputError: too few rows are left to audit, or training diverged.
+        InputError: too few rows are left to audit, `calibrate` for a regression, or training diverged.
     """
     settings = settings or Settings()
     with torch.random.fork_rng(devices=[]):  # initialization and dropout draw from the global generator
         torch.default_generator.manual_seed(settings.seed)
-        return _audit(table, settings, flip, rows, progress)
+        return _audit(table, settings, flip, calibrate, rows, norms, progress)
 
 
 def _audit(
-    table: Table, settings: Settings, flip: float, rows: float, progress: Callable[[int, int], None]
+    table: Table,
+    settings: Settings,
+    flip: float,
+    calibrate: float,
+    rows: float,
+    norms: bool,
+    progress: Callable[[int, int], None],
 ) -> AuditRun:
+    if calibrate and table.classes is None:
+        raise InputError(
+            f"--calibrate {calibrate:g}: {table.name} has quantities to predict, and only labels can be flipped; leave "
+            "it out, or measure the ranking with --flip"
+        )
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(settings.seed)
     chosen, held_out = split_rows(len(table), rows, generator)
     _check_chosen(table, chosen)
     given, planted = _plant(table, chosen, flip, generator)
+    n_classes = None if table.classes is None else len(table.classes)
+    audit = Audit(len(chosen), n_classes, calibrate=calibrate, generator=generator)
+    given = audit.plant(torch.arange(len(chosen)), given)
     problem = _problem(table, chosen, held_out, given)
     model = mlp(problem.inputs.shape[1], settings.hidden, table.n_outputs, settings.dropout)
     trainee = Trainee(model, adam(model, settings.lr), problem.criterion)
     batch_size = settings.batch_size_for(len(chosen))
-    record = _train(trainee, problem, settings, batch_size, generator, progress)
+    record = _train(audit, trainee, problem, settings, batch_size, norms, generator, progress)
     with _divergence_told("after the last epoch", settings):
         cost = measure_cost(
-            trainee, problem.inputs, problem.targets, problem.n_classes, batch_size=batch_size, generator=generator
+            trainee,
+            problem.inputs,
+            problem.targets,
+            problem.n_classes,
+            batch_size=batch_size,
+            generator=generator,
+            norms=norms,
         )
     return AuditRun(
         table=table,
@@ -171,7 +197,7 @@ def _audit(
         rows=chosen,
         given=given,
         planted=planted,
-        scores=record.audit.compute(),
+        scores=audit.compute(),
         losses=record.losses,
         norms=record.norms,
         conflict=_conflict(problem, model, generator),
@@ -223,27 +249,31 @@ def _problem(table: Table, chosen: torch.Tensor, held_out: torch.Tensor, given: 
 
 
 def _train(
+    audit: Audit,
     trainee: Trainee,
     problem: _Problem,
     settings: Settings,
     batch_size: int,
+    norms: bool,
     generator: torch.Generator,
     progress: Callable[[int, int], None],
 ) -> _Record:
     n, done = len(problem.targets), 0
     n_epochs = settings.epochs_for(n)
     total = n_epochs * -(-n // batch_size)
-    record = _Record(Audit(n, problem.n_classes), *torch.zeros(2, n_epochs, n).unbind(), epochs=[])
+    record = _Record(torch.zeros(n_epochs, n), torch.zeros(n_epochs, n) if norms else None, epochs=[])
     noise = NoiseScale()
     for epoch in range(n_epochs):
         start, n_correct = time.perf_counter(), 0
         for index in torch.randperm(n, generator=generator).split(batch_size):
             targets = problem.targets[index]
-            step = trainee.step_with_rows(problem.inputs[index], targets)
+            step = trainee.seen_step(problem.inputs[index], targets, norms=norms)
             with _divergence_told(f"in epoch {epoch + 1}", settings):
-                update(record.audit, index, step, targets)
-            noise.update(norms=step.norms, mean_norm=nn.utils.get_total_norm(_gradients(trainee.model)))
-            record.losses[epoch, index], record.norms[epoch, index] = step.losses, step.norms
+                update(audit, index, step, targets, settings.lr)
+            record.losses[epoch, index] = step.losses
+            if record.norms is not None and step.norms is not None:
+                record.norms[epoch, index] = step.norms
+                noise.update(norms=step.norms, mean_norm=nn.utils.get_total_norm(_gradients(trainee.model)))
             n_correct += int((step.outputs.argmax(dim=1) == targets).sum())
             done += 1
             progress(done, total)
@@ -265,12 +295,12 @@ def _divergence_told(when: str, settings: Settings) -> Iterator[None]:
 
 
 def _summary(epoch: int, record: _Record, accuracy: float | None, noise: Noise, seconds: float) -> Epoch:
-    losses, norms = record.losses[epoch], record.norms[epoch]
+    norms = None if record.norms is None else record.norms[epoch]
     return Epoch(
         number=epoch + 1,
-        mean_loss=float(losses.double().mean()),
-        median_norm=float(norms.median()),
-        largest_norm=float(norms.max()),
+        mean_loss=float(record.losses[epoch].double().mean()),
+        median_norm=None if norms is None else float(norms.median()),
+        largest_norm=None if norms is None else float(norms.max()),
         accuracy=accuracy,
         noise_scale=noise.scale if math.isfinite(noise.scale) else None,
         noise_scale_error=noise.error if math.isfinite(noise.error) else None,

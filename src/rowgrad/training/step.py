@@ -15,11 +15,11 @@ Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """What one step computed, detached: outputs (B, K), losses (B,) and gradient norms (B,)."""
+    """What one step computed, detached: outputs (B, K), losses (B,) and, where asked for, gradient norms (B,)."""
 
     outputs: torch.Tensor
     losses: torch.Tensor
-    norms: torch.Tensor
+    norms: torch.Tensor | None
 
 
 def label_losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -51,13 +51,17 @@ class Trainee:
         self.criterion(self.model(inputs), targets).mean().backward()
         self.optimizer.step()
 
-    def step_with_rows(self, inputs: torch.Tensor, targets: torch.Tensor) -> Step:
-        """The same step, which also gives each example's gradient norm before the update."""
+    def seen_step(self, inputs: torch.Tensor, targets: torch.Tensor, *, norms: bool) -> Step:
+        """The same step, which also gives what it computed before the update, and each example's gradient norm."""
         self.optimizer.zero_grad()
         outputs = self.model(inputs)
         losses = self.criterion(outputs, targets)
-        rows = jacobian(losses, self.model)
-        norms = cast(torch.Tensor, rows.norms())
-        rows.loss(1 / len(losses)).backward()
+        found = None
+        if norms:
+            rows = jacobian(losses, self.model)
+            found = cast(torch.Tensor, rows.norms())
+            rows.loss(1 / len(losses)).backward()
+        else:
+            losses.mean().backward()
         self.optimizer.step()
-        return Step(outputs.detach(), losses.detach(), norms)
+        return Step(outputs.detach(), losses.detach(), found)

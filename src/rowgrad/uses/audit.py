@@ -5,26 +5,29 @@ A probability averaged over the whole run still shows the label that the other e
 was learned by heart; the probability at the end does not. Averaging the loss ranks examples for the same reason.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import inf
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rowgrad.errors import InputError
-from rowgrad.files import whole
-from rowgrad.uses.batch import Batch, check_planted, checked, each_once, joined
+from rowgrad.errors import InputError, RowgradWarning
+from rowgrad.files import whole as whole_file
+from rowgrad.uses.batch import IGNORED, Batch, check_planted, checked, each_once, joined
 from rowgrad.uses.calibration import calibrate as calibrated
 from rowgrad.uses.calibration import draw_shifts
-from rowgrad.uses.course import Course
+from rowgrad.uses.course import COLUMNS, SIGNED, Course
+from rowgrad.uses.expected import FLAG, Expected, check, checked_state, is_whole, number, same, tensor, whole
 from rowgrad.uses.page import audit_page
 from rowgrad.uses.processes import check_initialized, from_all, from_first
 from rowgrad.uses.scores import AuditScores
 from rowgrad.uses.select import select
 from rowgrad.uses.tables import scores_table
 
+RATE = number("the learning rate of this step, finite and not negative", lambda v: 0 <= v < inf)
 WAITING = 10_000  # examples times classes that wait to be added together
 
 
@@ -47,6 +50,9 @@ class Audit:
         gather: with an initialized `torch.distributed`, take in the batches of all processes at every update, so that
             each process holds the audit of all examples; one that several hold in a step counts once. All processes
             must update equally often; the labels to flip are those of the first.
+    Attributes:
+        skipped: visits left out because a loss, a norm or the logits were not finite, as under a `GradScaler` that
+            skips the step and lowers its scale.
 
     >>> audit = Audit(2, n_classes=2)
     >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
@@ -70,13 +76,13 @@ class Audit:
         gather: bool = False,
     ) -> None:
         sizes = [n] if n_classes is None else [n, n_classes]
-        if not all(isinstance(size, int) and size > least for size, least in zip(sizes, (0, 1), strict=False)):
+        if not all(is_whole(size) and size > least for size, least in zip(sizes, (0, 1), strict=False)):
             raise InputError(
                 f"an audit needs an example and, for labels, two classes; got n={n!r} and n_classes={n_classes!r}, "
                 "expected whole numbers: len(dataset), and how many labels there are"
             )
-        self.n, self.n_classes, self.gather = n, n_classes, gather
-        self._shifts = draw_shifts(n, n_classes, calibrate, generator) if calibrate else None
+        self.n, self.n_classes, self.gather = int(n), None if n_classes is None else int(n_classes), gather
+        self._shifts = draw_shifts(self.n, self.n_classes, calibrate, generator) if calibrate else None
         if gather and self._shifts is not None:
             self._shifts = from_first(self._shifts)
         elif gather:
@@ -89,6 +95,7 @@ class Audit:
         self._labels = torch.full((self.n,), -1, dtype=torch.int64)
         self._has_norms: bool | None = None
         self._has_planted = False
+        self.skipped = 0
         self._flipped = torch.full((0 if self._shifts is None else self.n,), -1)  # what `plant` returned
         self._waiting: list[tuple[Batch, float]] = []
         self._waiting_for: set[int] = set()
@@ -99,41 +106,43 @@ class Audit:
         `torch.load` reads it back with `weights_only=True`. The tensors are copies: later updates leave them alone.
         """
         shifts = None if self._shifts is None else self._shifts.clone()
-        plain = {"n": self.n, "n_classes": self.n_classes, "has_norms": self._has_norms, "shifts": shifts}
+        plain = {"n": self.n, "n_classes": self.n_classes, "has_norms": self._has_norms, "skipped": self.skipped}
         return (
             plain
-            | {"has_planted": self._has_planted, "flipped": self._flipped.clone()}
-            | {name: tensor.clone() for name, tensor in self._tensors().items()}
+            | {"has_planted": self._has_planted, "shifts": shifts, "flipped": self._flipped.clone()}
+            | {name: values.clone() for name, values in self._tensors().items()}
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that `state_dict` gave; the labels that are flipped are those of the state.
 
         Raises:
-            InputError: the state is of another n or n_classes, lacks an entry or holds one of another shape; nothing
-                was loaded.
+            InputError: the state is of another n or n_classes, lacks an entry, or holds one of another kind, shape or
+                range; nothing was loaded.
         """
-        missing = [name for name in self.state_dict() if name not in state]
-        if missing:
-            raise InputError(f"the state has no {', '.join(missing)}; load what `Audit.state_dict()` gave")
-        if (state["n"], state["n_classes"]) != (self.n, self.n_classes):
-            raise InputError(
-                f"the state is of an audit with n={state['n']}, n_classes={state['n_classes']}; this one has "
-                f"n={self.n}, n_classes={self.n_classes}. Make the audit with the sizes of the state"
-            )
-        tensors = self._tensors()
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        if state["shifts"] is not None:
-            shapes |= {"shifts": self._labels.shape, "flipped": self._labels.shape}
-        for name, shape in shapes.items():
-            if not isinstance(state[name], Tensor) or state[name].shape != shape:
-                found = tuple(state[name].shape) if isinstance(state[name], Tensor) else type(state[name]).__name__
-                raise InputError(f"the state's {name} is {found}; expected a tensor of shape {tuple(shape)}")
-        self._has_norms, self._has_planted = state["has_norms"], state["has_planted"]
-        self._shifts = None if state["shifts"] is None else state["shifts"].clone()
-        self._flipped = state["flipped"].clone()
-        for name, tensor in tensors.items():
-            tensor.copy_(state[name])
+        found = checked_state("Audit", state, self._expected(state))
+        self._has_norms, self._has_planted, self.skipped = found["has_norms"], found["has_planted"], found["skipped"]
+        self._shifts, self._flipped = found["shifts"], found["flipped"]
+        for name, values in self._tensors().items():
+            values.copy_(found[name])
+
+    def _expected(self, state: Any) -> dict[str, Expected]:
+        """What a state of an audit of these sizes holds; the labels planted depend on whether any are to be."""
+        n, last = self.n, (self.n_classes or 0) - 1
+        is_planted = isinstance(state, Mapping) and state.get("shifts") is not None
+        shifts = tensor(torch.int64, n, least=0, most=max(0, last))
+        sums = {name: tensor(torch.float64, n, least=-inf if name in SIGNED else 0, most=inf) for name in COLUMNS}
+        return {
+            "n": same(n),
+            "n_classes": same(self.n_classes),
+            "has_norms": Expected("True, False or None", lambda v: v is None or isinstance(v, bool)),
+            "skipped": whole(0),
+            "has_planted": FLAG,
+            "shifts": Expected(f"None, or {shifts.what}", lambda v: v is None or shifts.fits(v)),
+            "flipped": tensor(torch.int64, n if is_planted else 0, least=IGNORED, most=last),
+            "labels": tensor(torch.int64, n, least=-1, most=last),
+            "probability_sum": tensor(torch.float32, n, self.n_classes or 0, least=0, most=inf),
+        } | sums
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that is accumulated, by name."""
@@ -147,9 +156,10 @@ class Audit:
         Without `calibrate` the labels are returned as they are.
 
         Args:
-            index, labels: positions and labels of B examples, shape (B,); labels of -100 are left alone.
+            index, labels: positions and labels of B examples, shape (B,), as tensors, arrays or lists; labels of -100
+                are left alone.
         Returns:
-            (B,), on the device of the labels.
+            (B,), on the device of the labels; of lists and arrays an int64 tensor on the CPU.
         Raises:
             InputError: a position or a label is out of range, or their shapes differ.
 
@@ -164,7 +174,7 @@ class Audit:
         shifts = self._shifts[index]
         flipped = torch.where((shifts > 0) & (given >= 0), (given + shifts) % self.n_classes, given)
         self._flipped[index] = flipped
-        return flipped.to(labels.device, labels.dtype)
+        return flipped.to(labels.device, labels.dtype) if isinstance(labels, Tensor) else flipped
 
     def update(
         self,
@@ -174,42 +184,48 @@ class Audit:
         norms: Tensor | None = None,
         logits: Tensor | None = None,
         labels: Tensor | None = None,
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
     ) -> None:
         """Take in one batch of B examples. One that the batch holds twice, drawn with replacement, is visited twice.
 
         Args:
             index: positions of the examples in the data set, shape (B,), integers below n.
-            losses: their losses, shape (B,).
+            losses: their losses, shape (B,), not divided and not multiplied by a scale.
             norms: their gradient norms, shape (B,); in every update or in none.
             logits, labels: outputs of shape (B, n_classes) and labels that were trained on, of shape (B,); required
                 with n_classes. An example with the label -100 is left out.
-            lr: learning rate of this step, for the self-influence.
+            lr: learning rate of this step, for the self-influence. The step is taken to be one along the mean gradient
+                of the batch, with gather=True of all processes' batches: each example's share of it is lr / B. Where
+                n micro-batches make a step, pass lr / n.
 
         Raises:
             InputError: a shape or dtype does not fit, a position or label is out of range, a norm or the lr is
-                negative, or a label changed.
-            NonFiniteError: a loss, norm or logit is inf or nan.
-            With either nothing was taken in; with gather=True it is raised in all processes.
+                negative, or a label changed; nothing was taken in. With gather=True it is raised in all processes.
+        Warns:
+            RowgradWarning: at the first example with a loss, norm or logit that is inf or nan. Such examples are left
+                out and counted in `skipped`. A logit of -inf, a probability of 0, is taken for all but the given label.
         """
 
-        def mine() -> Batch:
-            return self._checked(index, losses, norms, logits, labels, lr)
+        def mine() -> tuple[Batch, int]:
+            check("Audit.update", {"lr": lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr}, {"lr": RATE})
+            return self._checked(index, losses, norms, logits, labels), len(index)
 
-        batch = each_once(joined(from_all(mine))) if self.gather else mine()
+        found = from_all(mine) if self.gather else [mine()]
+        batch = joined([batch for batch, _ in found])
+        batch, n_left_out, why = _without_overflow(each_once(batch) if self.gather else batch)
         visits = batch.visits()
         self._take_labels(batch)
         self._has_norms = norms is not None
+        share = float(lr) / max(1, sum(size for _, size in found))
         for visit in visits:
-            self._wait(visit, lr)
+            self._wait(visit, share)
+        if n_left_out and not self.skipped:
+            warnings.warn(why, RowgradWarning, stacklevel=2)
+        self.skipped += n_left_out
 
-    def _checked(
-        self, index: Tensor, losses: Tensor, norms: Tensor | None, logits: Any, labels: Any, lr: float
-    ) -> Batch:
+    def _checked(self, index: Tensor, losses: Tensor, norms: Tensor | None, logits: Any, labels: Any) -> Batch:
         if (norms is not None) is not (self._has_norms if self._has_norms is not None else norms is not None):
             raise InputError("norms were given in some updates and not in others; give them in every update or in none")
-        if not (isfinite(lr) and lr >= 0):
-            raise InputError(f"lr={lr}: expected the learning rate of this step, a finite number that is not negative")
         batch = checked(index, losses, norms, logits, labels, n=self.n, n_classes=self.n_classes)
         if self._shifts is None or batch.labels is None:
             return batch
@@ -255,12 +271,17 @@ class Audit:
         if torch.equal(before, batch.labels):
             return
         self._labels[batch.index] = batch.labels
-        changed = (self._labels[batch.index] != batch.labels) | ((before >= 0) & (before != batch.labels))
+        differs = self._labels[batch.index] != batch.labels  # from another visit in this batch
+        changed = differs | ((before >= 0) & (before != batch.labels))
         if changed.any():
             self._labels[batch.index] = before
-            raise InputError(
-                f"example {batch.index[changed][0]} has another label than at an earlier visit; reset() first"
-            )
+            k = batch.index[changed][0]
+            if (before[batch.index == k] < 0).all():
+                raise InputError(
+                    f"example {k} has two labels in this batch; an audit takes one for each example, from 0 to n - 1 "
+                    "in the data set: look at how the index is made"
+                )
+            raise InputError(f"example {k} has another label than at an earlier visit; reset() first")
 
     def compute(self) -> AuditScores:
         """The scores of all examples so far; the accumulated state is left as it is."""
@@ -312,8 +333,9 @@ class Audit:
         Returns:
             int64, ascending.
         Warns:
-            RowgradWarning: where random was measured to be better: "low"; "high" with less than a fifth kept, or with
-                flagged examples making up over a twentieth of what is kept.
+            RowgradWarning: where the flags mean little (`AuditScores.doubt`), where fewer than `keep` are left (below
+                1, which asks for all that are), and where random was measured to be better: "low"; "high" with less
+                than a fifth kept, or with flagged examples making up over a twentieth of what is kept.
         Raises:
             InputError: an argument is out of range, or there are no flags, for want of labels.
 
@@ -341,23 +363,33 @@ class Audit:
         title: str = "Audit",
         classes: Sequence[str] | None = None,
         examples: Any = None,
-        conflict: Tensor | None = None,
+        conflict: Any = None,
         further: Mapping[str, str] | None = None,
     ) -> None:
         """Write a page about the audit: one HTML file that needs nothing else.
 
         Args:
             path: of the file; its directory must be there.
-            classes: names of the labels.
-            examples: gives by position what to show of an example: a picture (tensor or array of 2 or 3 dimensions), a
-                text, or a mapping of named values.
+            classes: names of the labels, one for each.
+            examples: gives by position what to show of an example: a picture (tensor, array or Pillow image of 2 or 3
+                dimensions), a text, or a mapping of named values. The data set of the training will do: of a tuple
+                (inputs, label) the inputs are shown; so will a data frame, of which the rows are.
             conflict: mean cosines between classes, (n_classes, n_classes), from `rowgrad.uses.sections.class_conflict`.
             further: sections of your own, {heading: HTML}; the HTML is taken as it is.
+        Raises:
+            InputError: there are not as many classes or examples as the audit has, `conflict` has another shape, or an
+                example is none of these. Nothing is written.
         """
         shown = audit_page(
-            self.compute(), title=title, classes=classes, examples=examples, conflict=conflict, further=further
+            self.compute(),
+            self.n_classes,
+            title=title,
+            classes=classes,
+            examples=examples,
+            conflict=conflict,
+            further=further,
         )
-        with whole(path) as stage:
+        with whole_file(path) as stage:
             stage.write_text(shown, encoding="utf-8")
 
     def _norm_scores(self, seen: Tensor) -> dict[str, Tensor]:
@@ -383,6 +415,21 @@ class Audit:
             "first_learned": self._course["learned"].long(),
             "flagged": (best.indices != self._labels) & is_seen,
         }
+
+
+def _without_overflow(batch: Batch) -> tuple[Batch, int, str]:
+    """The batch without the examples whose values are not finite, how many these are, and what to say of them."""
+    overflowed = batch.overflowed()
+    if not overflowed:
+        return batch, 0, ""
+    bad = torch.stack([*overflowed.values()]).any(dim=0)
+    first = int(bad.nonzero()[0])
+    names = " and ".join(name for name, mask in overflowed.items() if mask[first])
+    why = (
+        f"example {int(batch.index[first])}: its {names} are not finite. Such visits are left out of the audit and "
+        "counted in audit.skipped; a few are usual under a GradScaler, many mean that the training diverges"
+    )
+    return batch.kept(~bad), int(bad.sum()), why
 
 
 def _ranks(suspicion: Tensor, planted: Tensor | None) -> Tensor:

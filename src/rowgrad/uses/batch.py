@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rowgrad.errors import InputError, NonFiniteError
+from rowgrad.errors import InputError
 
 IGNORED = -100  # the label that PyTorch's losses leave out
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -50,6 +50,22 @@ class Batch:
         numbers = torch.tensor(number)
         return [self.kept(numbers == k) for k in range(max(number) + 1)]
 
+    def overflowed(self) -> dict[str, Tensor]:
+        """Masks, (B,), of the examples whose losses, norms or logits are not finite, by these names; empty if all are.
+
+        Another label's logit may be -inf: its probability is 0. One look at the sum of everything; only where that is
+        inf or nan the values one by one.
+        """
+        parts = {"losses": self.losses, "norms": self.norms, "logits": self.logits}
+        found = {name: part for name, part in parts.items() if part is not None}
+        if isfinite(sum(float(part.sum()) for part in found.values())):
+            return {}
+        bad = {name: ~part.isfinite() for name, part in found.items() if part.ndim == 1}
+        if self.logits is not None and self.labels is not None:
+            given = self.logits.gather(1, self.labels[:, None])
+            bad["logits"] = (~given.isfinite() | ~(self.logits < inf)).any(dim=1)
+        return {name: mask for name, mask in bad.items() if mask.any()}
+
 
 def checked(
     index: Tensor,
@@ -75,9 +91,8 @@ def checked(
         batch = Batch(index, losses, norms, None, None)
     else:
         batch = _with_outputs(Batch(index, losses, norms, logits, labels), n_classes)
-    _check_finite(batch)
-    if norms is not None and len(norms) and float(norms.min()) < 0:
-        raise InputError(f"norms: the smallest is {float(norms.min()):g}; norms are not negative")
+    if norms is not None and (norms < 0).any():
+        raise InputError(f"norms: the smallest is {float(norms[norms < 0].min()):g}; norms are not negative")
     return batch
 
 
@@ -90,7 +105,7 @@ def _with_outputs(batch: Batch, n_classes: int) -> Batch:
     if logits.shape != (len(batch), n_classes) or labels.shape != batch.index.shape:
         raise InputError(
             f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; "
-            f"expected ({len(batch)}, {n_classes}) and ({len(batch)},)"
+            f"expected ({len(batch)}, {n_classes}) and ({len(batch)},)" + _of_one_logit(logits, batch, n_classes)
         )
     _check_real("logits", logits)
     logits = logits.detach().to("cpu", torch.float32, copy=True)
@@ -100,6 +115,14 @@ def _with_outputs(batch: Batch, n_classes: int) -> Batch:
         batch = batch.kept(labels != IGNORED)
     _check_labels(found, n_classes)
     return batch
+
+
+def _of_one_logit(logits: Tensor, batch: Batch, n_classes: int) -> str:
+    """What to do about outputs as `binary_cross_entropy_with_logits` takes them."""
+    if n_classes != 2 or tuple(logits.shape) not in ((len(batch),), (len(batch), 1)):
+        return ""
+    flat = "logits" if logits.ndim == 1 else "logits[:, 0]"
+    return f"; of a single logit make two: torch.stack([torch.zeros_like({flat}), {flat}], 1)"
 
 
 def _check_labels(labels: list[int], n_classes: int) -> None:
@@ -157,25 +180,10 @@ def _vector(index: Tensor, name: str, values: Any) -> Tensor:
     return values.detach().to("cpu", torch.float64, copy=True)
 
 
-def _check_finite(batch: Batch) -> None:
-    """One look at the sum of everything; only where that is inf or nan the values one by one."""
-    parts = {"losses": batch.losses, "norms": batch.norms, "logits": batch.logits}
-    found = {name: values for name, values in parts.items() if values is not None}
-    if isfinite(sum(float(values.sum()) for values in found.values())):
-        return
-    for name, values in found.items():
-        finite = values.isfinite()
-        bad = ~(finite if values.ndim == 1 else finite.all(dim=1))
-        if bad.any():
-            value = values[bad][0].flatten()
-            raise NonFiniteError(
-                f"{name}: example {batch.index[bad][0]} has {value[~value.isfinite()][0]:g}; the audit takes finite "
-                "values only"
-            )
-
-
 def joined(batches: Sequence[Batch]) -> Batch:
     """Several batches of the same kind as one."""
+    if len(batches) == 1:
+        return batches[0]
     names = [field.name for field in fields(Batch)]
     parts = ([getattr(batch, name) for batch in batches] for name in names)
     return Batch(*(None if values[0] is None else torch.cat(values) for values in parts))  # type: ignore[arg-type]

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from rowgrad.errors import InputError
+from rowgrad.uses.expected import GENERATOR, check, number
 
+SHARE = number("the share of labels to flip, above 0 and at most 0.5, or 0 for none", lambda v: 0 < v <= 0.5)
 RESAMPLES = 400  # of the flips, for the interval of the number of true flags
 CUT = 0.75  # share of the flips above the loss at which errors are counted
 Z = 1.959964  # 95% of a normal distribution lie within this many deviations
@@ -125,11 +127,9 @@ def draw_shifts(n: int, n_classes: int | None, share: float, generator: torch.Ge
     """
     if n_classes is None:
         raise InputError("calibrate flips labels and needs n_classes; leave it 0 for regression")
-    if not 0 < share <= 0.5:
-        raise InputError(f"calibrate={share:g}: the share of labels to flip must be above 0 and at most 0.5")
+    check("Audit", {"calibrate": share, "generator": generator}, {"calibrate": SHARE, "generator": GENERATOR})
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    device = generator.device
-    chosen = torch.randperm(n, generator=generator, device=device)[: max(1, round(share * n))].cpu()
+    chosen = torch.randperm(n, generator=generator)[: max(1, round(share * n))]
     shifts = torch.zeros(n, dtype=torch.int64)
-    shifts[chosen] = torch.randint(1, n_classes, (len(chosen),), generator=generator, device=device).cpu()
+    shifts[chosen] = torch.randint(1, n_classes, (len(chosen),), generator=generator)
     return shifts

@@ -20,6 +20,7 @@ COLUMNS = (
     *("norm_sum", "norm", "peak", "peak_visit", "influence"),
     *("margin_sum", "given_sum", "given_sq_sum", "was_right", "forgotten", "learned"),
 )
+SIGNED = ("loss_sum", "loss", "margin_sum")  # of these, what may be negative
 _AT = {name: position for position, name in enumerate(COLUMNS)}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from rowgrad.errors import InputError
 from rowgrad.graph.lettering import escape, number
+from rowgrad.uses.indexed import Indexed
 from rowgrad.uses.scores import AuditScores
 
 MAX_SIDE = 96  # pixels of a picture
 MOST_LETTERS = 400  # of a text
 MOST_VALUES = 24  # of an example with named values
+VALUE_LETTERS = 80  # of one of them
 
 
 def cards(
@@ -27,15 +30,19 @@ def cards(
     """A list of cards, one for each position.
 
     Args:
-        examples: gives by position a picture (a tensor or array of 2 or 3 dimensions), a text, or a mapping of named
-            values; None shows none.
+        examples: gives by position a picture (a tensor, array or Pillow image of 2 or 3 dimensions), a text, or a
+            mapping of named values; of a tuple, (inputs, label), the first is shown. A data frame gives its rows. None
+            shows none.
+    Raises:
+        InputError: it has another length than the audit, gives nothing by position, or something else.
     """
-    return f'<ol class="suspects">{"".join(_card(scores, k, examples, classes) for k in positions)}</ol>'
+    of = None if examples is None else _by_position(examples, len(scores.rank))
+    return f'<ol class="suspects">{"".join(_card(scores, k, of, classes) for k in positions)}</ol>'
 
 
-def _card(scores: AuditScores, k: int, examples: Any, classes: Sequence[str] | None) -> str:
-    flags = "".join(f'<span class="badge">{escape(name)}</span>' for name, mask in scores.flags.items() if mask[k])
-    shown = "" if examples is None else _shown(examples[k], k)
+def _card(scores: AuditScores, k: int, of: Callable[[int], Any] | None, classes: Sequence[str] | None) -> str:
+    flags = " ".join(f'<span class="badge">{escape(name)}</span>' for name, mask in scores.flags.items() if mask[k])
+    shown = "" if of is None else _shown(of(k), k)
     return (
         f'<li class="card"><div class="who"><b>{int(scores.rank[k])}</b> <span>example {k}</span> {flags}</div>'
         f"{_labels(scores, k, classes)}{shown}"
@@ -60,23 +67,72 @@ def _labels(scores: AuditScores, k: int, classes: Sequence[str] | None) -> str:
     )
 
 
-def _shown(example: Any, k: int) -> str:
-    if isinstance(example, str):
-        cut = example if len(example) <= MOST_LETTERS else example[: MOST_LETTERS - 1] + "…"
-        return f'<p class="text">{escape(cut)}</p>'
-    if isinstance(example, Mapping):
-        pairs = "".join(
-            f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>"
-            for name, value in list(example.items())[:MOST_VALUES]
-        )
-        return f"<dl>{pairs}</dl>"
-    pixels = torch.as_tensor(example)
-    if pixels.ndim not in (2, 3):
+def _by_position(examples: Any, n: int) -> Callable[[int], Any]:
+    """What gives the k-th of n examples; see `cards` for what can be asked."""
+    if isinstance(examples, Indexed):
+        examples = examples.dataset
+    if hasattr(examples, "__len__") and len(examples) != n:
         raise InputError(
-            f"example {k} has shape {tuple(pixels.shape)}; the page shows pictures of 2 or 3 dimensions, texts and "
-            "mappings"
+            f"examples holds {len(examples)}, the audit {n}; pass all that the audit's positions count, in their order"
         )
-    return f'<img src="{picture(pixels)}" alt="image of example {k}" width="88">'
+    if hasattr(examples, "iloc"):  # of pandas: by position, whatever the index
+        return examples.iloc.__getitem__
+    if hasattr(examples, "row") and hasattr(examples, "columns"):  # of polars
+        return partial(examples.row, named=True)
+    if not hasattr(examples, "__getitem__"):
+        raise InputError(
+            f"examples is a {type(examples).__name__}; expected what gives an example by its position: a data set, a "
+            "list, an array, a tensor or a data frame"
+        )
+    return examples.__getitem__
+
+
+def _shown(given: Any, k: int) -> str:
+    example: Any = given[0] if isinstance(given, tuple) and given else given  # of (inputs, label), as data sets give
+    if isinstance(example, str):
+        return f'<p class="text">{escape(_cut(example, MOST_LETTERS))}</p>'
+    named = example.to_dict() if hasattr(example, "to_dict") else example  # a row of pandas
+    if isinstance(named, Mapping):
+        named = list(named.items())[:MOST_VALUES]
+        pairs = "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(_value(value))}</dd>" for name, value in named)
+        return f"<dl>{pairs}</dl>"
+    return f'<img src="{picture(_pixels(example, k))}" alt="image of example {k}" width="88">'
+
+
+def _cut(text: str, n: int) -> str:
+    return text if len(text) <= n else text[: n - 1] + "…"
+
+
+def _value(value: Any) -> str:
+    """A named value as a reader wants it: one of a tensor or of NumPy as a number, six digits, few letters."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    return _cut(readable(value), VALUE_LETTERS)
+
+
+def readable(value: object) -> str:
+    """A value of the data as text."""
+    if value is None or value == "":
+        return "(missing)"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _pixels(example: Any, k: int) -> Tensor:
+    """A picture as a tensor: of one, an array, nested lists, or what NumPy can read, such as Pillow's images."""
+    if getattr(example, "mode", None) in ("P", "CMYK"):  # Pillow's palettes and inks
+        example = example.convert("RGB")
+    if hasattr(example, "__array_interface__"):
+        import numpy as np  # here where its arrays are, which PyTorch does without
+
+        example = np.array(example)
+    expected = "the page shows pictures of 2 or 3 dimensions, texts and mappings of named values"
+    try:
+        pixels = torch.as_tensor(example)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"example {k} is a {type(example).__name__}; {expected}") from error
+    if pixels.ndim not in (2, 3) or not pixels.numel() or pixels.is_complex():
+        raise InputError(f"example {k} has shape {tuple(pixels.shape)} and {pixels.dtype}; {expected}")
+    return pixels
 
 
 def picture(pixels: Tensor) -> str:
@@ -97,6 +153,7 @@ def picture(pixels: Tensor) -> str:
         channels = channels[:1]
     values = channels.float()
     if pixels.dtype != torch.uint8:
+        values = values.nan_to_num()
         low, high = values.amin(), values.amax()
         values = (values - low) / (high - low if high > low else 1) * 255
     longest = max(values.shape[1:])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
 
+from rowgrad.errors import InputError
 from rowgrad.graph.lettering import escape
 from rowgrad.uses import sections
 from rowgrad.uses.gallery import cards
@@ -41,14 +42,20 @@ dt { color: var(--soft); } dd { margin: 0; text-align: right; } ul.plain { paddi
 
 def audit_page(
     scores: AuditScores,
+    n_classes: int | None,
     *,
     title: str = "Audit",
     classes: Sequence[str] | None = None,
     examples: Any = None,
-    conflict: Tensor | None = None,
+    conflict: Any = None,
     further: Mapping[str, str] | None = None,
 ) -> str:
     """The page as HTML; see `Audit.report`."""
+    if classes is not None and len(classes) != (n_classes or 0):
+        raise InputError(
+            f"classes names {len(classes)} labels, the audit has {n_classes or 'none'}; name each, in the order of "
+            "their numbers"
+        )
     n_seen = int((scores.times_seen > 0).sum())
     shown = [k for k in scores.order()[:N_CARDS].tolist() if scores.times_seen[k] > 0]
     parts = {
@@ -57,7 +64,7 @@ def audit_page(
         "Data map": sections.data_map(scores),
         "Ranked gradient norms": sections.ranked_norms(scores),
         "Flagged: given label by suggested label": sections.given_by_suggested(scores, classes),
-        "Classes that pull against each other": _conflict(conflict, classes),
+        "Classes that pull against each other": _conflict(conflict, n_classes, classes),
         **(further or {}),
         "How far to trust this": sections.caveats(scores),
     }
@@ -72,7 +79,13 @@ def audit_page(
     )
 
 
-def _conflict(conflict: Tensor | None, classes: Sequence[str] | None) -> str:
+def _conflict(conflict: Any, n_classes: int | None, classes: Sequence[str] | None) -> str:
     if conflict is None:
         return ""
-    return "<p>Mean cosine between the gradients of two classes.</p>" + sections.conflict_matrix(conflict, classes)
+    found = torch.as_tensor(conflict)
+    if found.shape != (n_classes, n_classes):
+        raise InputError(
+            f"conflict has shape {tuple(found.shape)}; expected ({n_classes}, {n_classes}), a cosine for each pair of "
+            "the audit's classes, as `rowgrad.uses.sections.class_conflict` gives them"
+        )
+    return "<p>Mean cosine between the gradients of two classes.</p>" + sections.conflict_matrix(found, classes)

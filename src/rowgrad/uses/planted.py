@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from rowgrad.errors import InputError
+from rowgrad.uses.calibration import wilson
 from rowgrad.uses.scores import AuditScores
 
 
@@ -13,6 +14,8 @@ class PlantedScores:
     """Of n_planted planted errors, how many an audit finds.
 
     precision, recall: of the flags; None where nothing can be flagged (regression), and precision where nothing was.
+    precision_interval, recall_interval, precision_at_k_interval: each one's 95% interval (Wilson 1927), as for other
+        errors drawn at random.
     average_precision: of the ranking: the mean, over the planted errors, of the precision down to that error.
     precision_at_k: share of planted errors among the first n_planted examples of the ranking.
     by_column: average precision if the examples were ranked by that score instead.
@@ -25,6 +28,9 @@ class PlantedScores:
     average_precision: float
     precision_at_k: float
     by_column: dict[str, float]
+    precision_interval: tuple[float, float] | None
+    recall_interval: tuple[float, float] | None
+    precision_at_k_interval: tuple[float, float]
 
 
 def score_planted(scores: AuditScores, planted: torch.Tensor) -> PlantedScores:
@@ -39,15 +45,18 @@ def score_planted(scores: AuditScores, planted: torch.Tensor) -> PlantedScores:
     flagged = scores.flagged
     n_found = None if flagged is None else int((flagged & planted).sum())
     n_flagged = 0 if flagged is None else int(flagged.sum())
-    first = planted[scores.order()[:n_planted]]
+    n_first = int(planted[scores.order()[:n_planted]].sum())
     return PlantedScores(
         n_planted=n_planted,
         n_found=n_found,
         precision=n_found / n_flagged if n_found is not None and n_flagged else None,
         recall=None if n_found is None else n_found / n_planted,
         average_precision=average_precision(planted[scores.order()]),
-        precision_at_k=float(first.double().mean()),
+        precision_at_k=n_first / n_planted,
         by_column={name: average_precision(planted[order]) for name, order in _rankings(scores).items()},
+        precision_interval=None if n_found is None or not n_flagged else wilson(n_found, n_flagged),
+        recall_interval=None if n_found is None else wilson(n_found, n_planted),
+        precision_at_k_interval=wilson(n_first, n_planted),
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from rowgrad.uses.calibration import Calibration
 
 FENCE = 3.0  # Tukey's for "far out": this many times the middle half's width above it
+HESITANT = 2 / 3  # mean probability of the given label below which a hard example is not taken for fitted
 REDUNDANT = 0.1  # of the median self-influence
 SPIKE = 5.0  # times the mean norm
 MANY = 1 / 3  # share of flagged examples from which the network is as likely to be wrong as the labels
@@ -29,8 +30,10 @@ class AuditScores:
     mean_loss, final_loss: over all updates, and at the last one; NaN for an example never seen.
     mean_norm, final_norm, peak_norm: likewise for the gradient norm, and its largest value; None without norms.
     peak_visit: the visit (1 for the first) at which the norm was largest; the epoch, where each epoch visits all.
-    self_influence: sum over the visits of learning rate times squared norm, how far the example's own steps lowered
-        its own loss to first order (TracIn; Pruthi, Liu, Sundararajan and Kale 2020, section 3.2).
+    self_influence: sum over the visits of learning rate times squared norm by the number B of examples of the step: how
+        far its own share of the steps lowered its own loss, to first order, for SGD on the mean of the batch (TracIn;
+        Pruthi, Liu, Sundararajan and Kale 2020, section 3.2). Of other optimizers it says who pulled, and in what
+        proportion, but not how far losses fell.
     given: the label that was trained on; -1 for an example never seen. None without logits, as are the following.
     confidence, variability: mean and (population) standard deviation over the visits of the given label's probability
         (Swayamdipta et al. 2020, section 2).
@@ -76,18 +79,19 @@ class AuditScores:
 
         likely mislabelled: the label of largest mean probability is not the given one (`flagged`).
         hard: not that, but the mean loss lies beyond Tukey's fence: 3 widths of the middle half (of the examples not
-            likely mislabelled) above it.
+            likely mislabelled) above it; with labels also the given one's mean probability is below two thirds. Where
+            nearly all examples are fitted, losses far above the others' are still small.
         never learned: the prediction was wrong at every one of at least two visits.
         redundant: never forgotten once learned, and its self-influence (without norms its mean loss) is below a tenth
             of the median.
         spiking: at a visit after the second, its norm was its largest, above the median peak, five times the mean of
             the other visits and beyond Tukey's fence for that ratio, as dropout makes all norms restless.
         """
-        may = self.times_seen > 0 if self.planted is None else (self.times_seen > 0) & ~self.planted
+        may = (self.times_seen > 0) & ~self._planted
         doubted = torch.zeros_like(may) if self.flagged is None else self.flagged
         found = {
             "likely mislabelled": self.flagged,
-            "hard": (self.mean_loss > self._fence) & ~doubted,
+            "hard": (self.mean_loss > self._fence) & self._is_hesitant & ~doubted,
             "never learned": None if self.first_learned is None else (self.first_learned == 0) & (self.times_seen > 1),
             "redundant": self._is_redundant & ~doubted,
             "spiking": self._is_spiking,
@@ -108,11 +112,12 @@ class AuditScores:
         """Why the flags of this training mean little, in plain sentences; empty where nothing speaks against them.
 
         Either the labels of largest mean probability agree with the given ones hardly more often (two standard errors)
-        than the largest class would, or more than a third of the examples is flagged. Without labels nothing is said.
+        than the largest class would, or more than a third of the examples is flagged. Those flipped for calibration do
+        not count. Without labels nothing is said.
         """
         if self.given is None or self.suggested is None or self.flagged is None:
             return ""
-        seen = self.given >= 0
+        seen = (self.given >= 0) & ~self._planted
         n = int(seen.sum())
         if not n:
             return ""
@@ -132,6 +137,10 @@ class AuditScores:
             )
         return ""
 
+    @property
+    def _planted(self) -> Tensor:
+        return torch.zeros_like(self.times_seen, dtype=torch.bool) if self.planted is None else self.planted
+
     def _sentence(self, name: str, k: int, classes: Sequence[str] | None) -> str:
         n_seen = int(self.times_seen[k])
         if name == "likely mislabelled":
@@ -141,7 +150,10 @@ class AuditScores:
                 f"{self._at('confidence', k):.2f}."
             )
         if name == "hard":
-            return f"Its mean loss of {self.mean_loss[k]:.3g} is far above the usual, beyond {self._fence:.3g}."
+            text = f"Its mean loss of {self.mean_loss[k]:.3g} is far above the usual, beyond {self._fence:.3g}"
+            if self.confidence is None:
+                return f"{text}."
+            return f"{text}, and its label had a mean probability of {self._at('confidence', k):.2f}."
         if name == "never learned":
             return f"The network predicted another label at each of {_visits(n_seen)}."
         if name == "redundant":
@@ -169,6 +181,11 @@ class AuditScores:
     def _fence(self) -> float:
         others = self.mean_loss if self.flagged is None else self.mean_loss[~self.flagged]
         return _fence(others)
+
+    @property
+    def _is_hesitant(self) -> Tensor:
+        """Whether the network never quite believed the label; True of all where there are none."""
+        return torch.ones_like(self._planted) if self.confidence is None else self.confidence < HESITANT
 
     @property
     def _pull(self) -> Tensor:

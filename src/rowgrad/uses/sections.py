@@ -27,12 +27,17 @@ STYLE = """
 .audit svg .middle { text-anchor: middle; } .audit svg .grid { stroke: var(--line); }
 .audit svg .usual { fill: var(--rest); fill-opacity: 0.55; stroke: none; }
 .audit svg .doubted { fill: var(--mark); fill-opacity: 0.9; stroke: none; }
+.audit svg .changed { fill: none; stroke: var(--ink); stroke-width: 1.2; }
 .audit svg .curve { fill: none; stroke: var(--rest); stroke-width: 2; }
 @media (max-width: 760px) { .audit svg text { font-size: 18px; } }
 .audit .doubt { color: var(--mark); font-weight: 600; }
-.audit .found { list-style: none; margin: 12px 0 0; padding: 0; }
-.audit .found li { margin: 0 0 6px; } .audit .found b { display: inline-block; min-width: 3.5em; text-align: right;
-  margin-right: 10px; font-variant-numeric: tabular-nums; }
+.audit .found { list-style: none; margin: 12px 0; padding: 0; }
+.audit .found li { margin: 0 0 6px; display: grid; grid-template-columns: 3.5em minmax(0, 1fr); gap: 10px; }
+.audit .found b { text-align: right; font-variant-numeric: tabular-nums; }
+.audit .marks { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 12px 0; padding: 0;
+  font-size: 0.9rem; color: var(--soft); }
+.audit .marks svg { display: inline-block; width: 12px; height: 12px; margin-right: 7px; vertical-align: -1px; }
+.audit .names { list-style: none; margin: 12px 0 0; padding: 0; max-width: 72ch; }
 .audit .scroll { overflow-x: auto; }
 .audit table.matrix { width: auto; max-width: none; border-collapse: separate; border-spacing: 2px; font-size: 0.85rem;
   overflow-wrap: normal; }
@@ -43,11 +48,12 @@ STYLE = """
 
 MEANING = {
     "likely mislabelled": "the network's probabilities, averaged over training, favor another label",
-    "hard": "the label is believed, but the loss is far above that of the others",
+    "hard": "the label had less than two thirds of the probability, and the loss is far above that of the others",
     "never learned": "the label was predicted at no visit",
-    "redundant": "learned early, never forgotten, and with hardly any pull on the weights",
+    "redundant": "learned early, never forgotten, and with hardly any {pull}",
     "spiking": "the gradient norm shot up once after the start of training",
 }
+OF_NO_LABELS = {"hard": "the loss is far above that of the others", "redundant": "fitted with hardly any {pull}"}
 
 
 def summary(scores: AuditScores, doubt: str | None = None) -> str:
@@ -58,12 +64,13 @@ def summary(scores: AuditScores, doubt: str | None = None) -> str:
     """
     doubt = scores.doubt if doubt is None else doubt
     warning = f'<p class="doubt">{escape(doubt)}</p>' if doubt else ""
-    lines = [
-        f"<li><b>{int(mask.sum()):,}</b>{escape(name)}: {MEANING[name]}</li>" for name, mask in scores.flags.items()
-    ]
+    meaning = MEANING | (OF_NO_LABELS if scores.given is None else {})
+    pull = "loss" if scores.self_influence is None else "pull on the weights"
+    found = [(int(mask.sum()), f"{name}: {meaning[name].format(pull=pull)}") for name, mask in scores.flags.items()]
     unseen = int((scores.times_seen == 0).sum())
     if unseen:
-        lines.append(f"<li><b>{unseen:,}</b>never seen in training; nothing is said of them</li>")
+        found.append((unseen, "never seen in training; nothing is said of them"))
+    lines = [f"<li><b>{n:,}</b><span>{escape(text)}</span></li>" for n, text in found]
     told = "" if scores.calibration is None else f"<p>{escape(str(scores.calibration))}</p>"
     return f'{warning}<ul class="found">{"".join(lines)}</ul>{told}'
 
@@ -71,24 +78,27 @@ def summary(scores: AuditScores, doubt: str | None = None) -> str:
 def data_map(scores: AuditScores) -> str:
     """Each example at its variability and its confidence, the doubted ones marked; empty without labels.
 
+    Those flipped for calibration have a mark of their own: the label they are shown with is wrong on purpose.
+
     Source: Swayamdipta et al. 2020, Dataset cartography, figure 1.
     """
     if scores.confidence is None or scores.variability is None or scores.flagged is None:
         return ""
+    kinds = _kinds(scores)
     widest = max(0.1, ceil(10 * float(scores.variability.nan_to_num().max())) / 10)
     parts = _axes((0, widest), (0, 1), "variability of the given label's probability", "confidence")
-    for style, mask in (("usual", ~scores.flagged & (scores.times_seen > 0)), ("doubted", scores.flagged)):
+    for style, (_, mask) in kinds.items():
         chosen = _thinned(mask.nonzero()[:, 0])
         places = zip(scores.variability[chosen].tolist(), scores.confidence[chosen].tolist(), strict=True)
         parts += [f'<circle class="{style}" cx="{_x(v / widest):.1f}" cy="{_y(c):.1f}" r="2.6"/>' for v, c in places]
-    return _svg(parts, "Confidence by variability of each example")
+    return _marks(kinds) + _svg(parts, "Confidence by variability of each example")
 
 
-def ranked_norms(scores: AuditScores, marked: Tensor | None = None) -> str:
+def ranked_norms(scores: AuditScores, planted: Tensor | None = None) -> str:
     """Mean gradient norms from the largest to the smallest on a logarithmic scale; empty without norms.
 
     Args:
-        marked: mask of the examples to mark, (N,); None marks the flagged ones.
+        planted: mask, (N,), of known errors, marked where no label is doubted, as in a regression.
     """
     if scores.mean_norm is None:
         return ""
@@ -106,13 +116,38 @@ def ranked_norms(scores: AuditScores, marked: Tensor | None = None) -> str:
         for k, v in zip(shown.tolist(), places[shown].tolist(), strict=True)
     )
     parts.append(f'<polyline class="curve" points="{points}"/>')
-    marked = scores.flagged if marked is None else marked
-    if marked is not None:
-        for k in _thinned(marked[order].nonzero()[:, 0]).tolist():
-            parts.append(
-                f'<circle class="doubted" cx="{_x(k / (len(order) - 1)):.1f}" cy="{_y(float(places[k])):.1f}" r="2.6"/>'
-            )
-    return _svg(parts, "Mean gradient norms in order of their size")
+    kinds = _kinds(scores, planted)
+    for style, (_, mask) in kinds.items():
+        chosen = [] if style == "usual" else _thinned(mask[order].nonzero()[:, 0]).tolist()
+        parts += [
+            f'<circle class="{style}" cx="{_x(k / (len(order) - 1)):.1f}" cy="{_y(float(places[k])):.1f}" r="2.6"/>'
+            for k in chosen
+        ]
+    return _marks(kinds) + _svg(parts, "Mean gradient norms in order of their size")
+
+
+def _kinds(scores: AuditScores, planted: Tensor | None = None) -> dict[str, tuple[str, Tensor]]:
+    """How the examples are marked in a chart: {style: (what it means, mask)}, the usual ones first."""
+    marked = {}
+    if scores.flagged is not None:
+        marked["doubted"] = ("likely mislabelled", scores.flagged)
+    elif planted is not None:
+        marked["doubted"] = ("planted error", planted)
+    if scores.planted is not None:
+        marked["changed"] = ("label flipped to calibrate", scores.planted)
+    usual = scores.times_seen > 0
+    for _, mask in marked.values():
+        usual = usual & ~mask
+    return {"usual": ("other examples", usual)} | marked
+
+
+def _marks(kinds: dict[str, tuple[str, Tensor]]) -> str:
+    """The legend; empty where there is one kind."""
+    if len(kinds) == 1:
+        return ""
+    dot = '<svg viewBox="0 0 12 12" aria-hidden="true"><circle class="{}" cx="6" cy="6" r="4.5"/></svg>'
+    items = "".join(f"<li>{dot.format(style)}{escape(name)}</li>" for style, (name, _) in kinds.items())
+    return f'<ul class="marks">{items}</ul>'
 
 
 def given_by_suggested(scores: AuditScores, classes: Sequence[str] | None = None) -> str:
@@ -149,8 +184,14 @@ def class_conflict(cosines: Tensor, labels: Tensor, n_classes: int) -> Tensor:
 
 
 def conflict_matrix(conflict: Tensor, classes: Sequence[str] | None = None) -> str:
-    """`class_conflict` as a table: shaded by size, the negative ones marked."""
-    return _matrix(conflict, _names(classes, len(conflict)), lambda v: f"{v:+.2f}", 1.0, marks=lambda v: v < 0)
+    """`class_conflict` as a table, the negative entries marked; the darkest is the largest between two classes."""
+    between = conflict.nan_to_num().abs().fill_diagonal_(0)
+    return _matrix(conflict, _names(classes, len(conflict)), _signed, float(between.max()), marks=lambda v: v < 0)
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.2f}"
+    return text[1:] if float(text) == 0 else text
 
 
 ALWAYS = (
@@ -183,16 +224,22 @@ def _matrix(values: Tensor, names: list[str], text, largest: float, marks=lambda
     size = values.nan_to_num().abs()
     busiest = (size.amax(dim=0) + size.amax(dim=1)).argsort(descending=True, stable=True)
     kept = sorted(busiest[:MOST_CLASSES].tolist())
-    heads = "".join(f'<th scope="col" title="{escape(names[k])}">{escape(elided(names[k], NAME))}</th>' for k in kept)
+    short = {k: elided(names[k], NAME) for k in kept}
+    key = ""
+    if len(set(short.values())) < len(kept):  # names that differ in what was left out
+        short = {k: elided(f"{k}: {names[k]}", NAME) for k in kept}
+        key = f'<ul class="names soft">{"".join(f"<li>{k}: {escape(names[k])}</li>" for k in kept)}</ul>'
+    heads = "".join(f'<th scope="col" title="{escape(names[k])}">{escape(short[k])}</th>' for k in kept)
     rows = [
-        f'<tr><th scope="row" title="{escape(names[i])}">{escape(elided(names[i], NAME))}</th>'
+        f'<tr><th scope="row" title="{escape(names[i])}">{escape(short[i])}</th>'
         + "".join(_cell(float(values[i, j]), text, largest, marks) for j in kept)
         + "</tr>"
         for i in kept
     ]
     left = len(names) - len(kept)
     rest = f'<p class="soft">{left} more classes have smaller entries.</p>' if left else ""
-    return f'<div class="scroll"><table class="matrix"><tr><td></td>{heads}</tr>{"".join(rows)}</table></div>{rest}'
+    table = f'<table class="matrix"><tr><td></td>{heads}</tr>{"".join(rows)}</table>'
+    return f'<div class="scroll">{table}</div>{rest}{key}'
 
 
 def _cell(value: float, text, largest: float, marks) -> str:

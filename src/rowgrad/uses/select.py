@@ -6,9 +6,15 @@ import torch
 from torch import Tensor
 
 from rowgrad.errors import InputError, RowgradWarning
+from rowgrad.uses.expected import GENERATOR, Expected, check, is_number, is_whole, number
 from rowgrad.uses.scores import AuditScores
 
 PREFERENCES = ("high", "random", "low")
+EXPECTED = {
+    "keep": number("a share above 0 and at most 1", lambda v: 0 < v <= 1),
+    "prefer": Expected(f"one of {', '.join(PREFERENCES)}", lambda v: v in PREFERENCES),
+    "generator": GENERATOR,
+}
 ENOUGH = 0.2  # share to keep below which hard examples alone taught less than random ones
 DOUBTED = 0.05  # share of flagged examples among the chosen from which high losses are mostly wrong labels
 
@@ -21,10 +27,7 @@ def select(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Positions of the examples to train on; see `Audit.select`."""
-    if not 0 < keep <= 1:
-        raise InputError(f"select(keep={keep}): the share to keep must be above 0 and at most 1")
-    if prefer not in PREFERENCES:
-        raise InputError(f"select(prefer={prefer!r}): expected one of {', '.join(PREFERENCES)}")
+    check("select", {"keep": keep, "prefer": prefer, "generator": generator}, EXPECTED)
     known = scores.times_seen > 0
     if scores.planted is not None:
         known = known & ~scores.planted
@@ -33,12 +36,19 @@ def select(
     n = max(1, round(keep * n_known))
     if prefer == "random":
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        order = torch.randperm(len(left), generator=generator, device=generator.device).cpu()
+        order = torch.randperm(len(left), generator=generator)
     else:
         order = scores.mean_loss[left].argsort(descending=prefer == "high", stable=True)
     chosen = left[order[:n]].sort().values
-    if n < len(left):
-        _say_if_random_is_better(scores, chosen, keep, prefer)
+    for message in (
+        scores.doubt and f"the audit says little of what to choose: {scores.doubt}",
+        len(left) < n
+        and keep < 1
+        and f"keep={keep:g} asks for {n} examples; without those dropped {len(left)} are left",
+        n < len(left) and _why_random_is_better(scores, chosen, keep, prefer),
+    ):
+        if message:
+            warnings.warn(message, RowgradWarning, stacklevel=3)
     return chosen
 
 
@@ -51,16 +61,17 @@ def _dropped(scores: AuditScores, drop_top: str | float, n_known: int) -> Tensor
                 "share or number of the ranking"
             )
         return scores.flagged
-    is_count = isinstance(drop_top, int)
-    if isinstance(drop_top, (str, bool)) or not 0 <= drop_top < (n_known if is_count else 1):
+    is_count = is_whole(drop_top)
+    if isinstance(drop_top, str) or not is_number(drop_top) or not 0 <= drop_top < (n_known if is_count else 1):
         raise InputError(
             f'select(drop_top={drop_top!r}): expected "flags", a share of at least 0 and below 1, or a whole number '
             f"below the {n_known} examples seen"
         )
-    return scores.rank <= (drop_top if is_count else round(drop_top * n_known))
+    return scores.rank <= (int(drop_top) if is_count else round(float(drop_top) * n_known))
 
 
-def _say_if_random_is_better(scores: AuditScores, chosen: Tensor, keep: float, prefer: str) -> None:
+def _why_random_is_better(scores: AuditScores, chosen: Tensor, keep: float, prefer: str) -> str:
+    """In a sentence; empty where it is not known to be."""
     doubted = 0 if scores.flagged is None else int(scores.flagged[chosen].sum())
     if prefer == "low":
         reason = "examples with low losses teach little that the others do not"
@@ -69,5 +80,5 @@ def _say_if_random_is_better(scores: AuditScores, chosen: Tensor, keep: float, p
     elif prefer == "high" and keep < ENOUGH:
         reason = f"of a share of {keep:g}, the hardest alone do not show what is usual"
     else:
-        return
-    warnings.warn(f'random is likely the better choice here (prefer="random"): {reason}', RowgradWarning, stacklevel=4)
+        return ""
+    return f'random is likely the better choice here (prefer="random"): {reason}'

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rowgrad.errors import InputError
 from rowgrad.files import whole
@@ -16,6 +17,7 @@ COLUMNS = (
     *("mean_loss", "final_loss", "times_forgotten", "first_learned"),
     *("mean_norm", "final_norm", "peak_norm", "peak_visit", "self_influence", "times_seen", "planted", "before"),
 )
+OF_ALL = ("rank", "times_seen", "planted")  # said of examples never seen, too
 INSTALL = "install it with pip install 'rowgrad[app]'"
 
 
@@ -23,14 +25,22 @@ def score_columns(scores: AuditScores, classes: Sequence[str] | None = None) -> 
     """{column: N values}: `index`, the scores that there are, a column for each flag, and `reason`.
 
     The columns of flags are `hard`, `redundant`, with norms `spiking`, with labels `likely_mislabelled` and
-    `never_learned`. `reason` is empty where nothing is flagged; `classes` are the names of the labels in it.
+    `never_learned`. `reason` is empty where nothing is flagged; `classes` are the names of the labels in it. What is
+    not known of an example never seen is None, a null in the tables.
     """
     found: dict[str, list] = {"index": list(range(len(scores.rank)))}
     values = {name: getattr(scores, name) for name in COLUMNS}
-    found |= {name: tensor.tolist() for name, tensor in values.items() if tensor is not None}
+    found |= {name: _seen(scores, name, tensor) for name, tensor in values.items() if tensor is not None}
     found |= {name.replace(" ", "_"): mask.tolist() for name, mask in scores.flags.items()}
     found["reason"] = reasons(scores, classes)
     return found
+
+
+def _seen(scores: AuditScores, name: str, tensor: Tensor) -> list:
+    """The values, None for what is not known of an example never seen."""
+    if name in OF_ALL:
+        return tensor.tolist()
+    return [value if n else None for value, n in zip(tensor.tolist(), scores.times_seen.tolist(), strict=True)]
 
 
 def reasons(scores: AuditScores, classes: Sequence[str] | None = None) -> list[str]:
@@ -51,6 +61,8 @@ def scores_table(scores: AuditScores, to: str | PathLike[str] = "polars") -> Any
     Raises:
         InputError: `to` is none of these, or what it needs is not installed.
     """
+    if not isinstance(to, (str, PathLike)):
+        raise InputError(f'table({to!r}): expected "polars", "pandas" or a path that ends in .parquet')
     if to == "pandas":
         try:
             import pandas as pd  # pyright: ignore[reportMissingImports]
