@@ -547,7 +547,7 @@ def test_batches_out_of_a_pool_are_unbiased_and_vary_as_measured() -> None:
                 grad = (draw.weight[:, None] * g[draw.index]).mean(0)
                 if len(batch) == size:
                     sampler._measure(
-                        draw, draw.weight, norms[draw.index], grad.norm() if known else None, 1 / sampler.pool
+                        draw, draw.weight, norms[draw.index], float(grad.norm()) if known else None, 1 / sampler.pool
                     )
                     estimates.append(grad)
         found = torch.stack(estimates)
@@ -762,6 +762,7 @@ def test_the_norm_of_the_gradient_is_one_number(grad_norm: Any) -> None:
         return sampler.update(draw, torch.ones(2), grad_norm=torch.tensor([0.5]))
     with pytest.raises(InputError, match=r"grad_norm=.*: expected"):
         sampler.update(draw, torch.ones(2), grad_norm=grad_norm)
+    assert sampler.state_dict()["done"] == 0  # nothing was taken in
     return None
 
 

@@ -146,11 +146,11 @@ class PoolSampler(WeightedSampler):
         Raises:
             InputError: the shapes do not agree, a position is out of range, a norm is negative, or it is no draw.
         """
-        _, norms = self._checked(draw, norms)
+        _, norms, mean_norm = self._checked(draw, norms, grad_norm)
         self._finish(draw)
         out_of_pool = bool(torch.as_tensor(draw.by_norms).any())
         would = draw.weight.detach().cpu().double() if out_of_pool else 1 / (len(norms) * self._shares(norms))
-        self._measure(draw, would, norms, grad_norm, 1 / self.pool)
+        self._measure(draw, would, norms, mean_norm, 1 / self.pool)
 
     def _options(self) -> dict[str, Any]:
         return super()._options() | {"batch_size": self.batch_size, "pool": self.pool}

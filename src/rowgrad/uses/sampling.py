@@ -139,10 +139,10 @@ class NormSampler(WeightedSampler):
         Raises:
             InputError: the shapes do not agree, a position is out of range or no whole number, or a norm is negative.
         """
-        index, norms = self._checked(draw, norms, or_positions=True)
+        index, norms, mean_norm = self._checked(draw, norms, grad_norm, or_positions=True)
         if isinstance(draw, Draw):
             self._finish(draw)
-            self._measure(draw, 1 / (self.n * self.probabilities(index)), norms, grad_norm)
+            self._measure(draw, 1 / (self.n * self.probabilities(index)), norms, mean_norm)
         finite = norms.float().isfinite()  # the table is of float32
         self._enter(index[finite], norms[finite])
 

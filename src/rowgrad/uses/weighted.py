@@ -37,7 +37,8 @@ OPTIONS = {
     "switch": Expected(
         "two numbers (on, off) with on at least off, or None for always on",
         lambda v: (
-            v is None or (isinstance(v, tuple) and len(v) == 2 and all(map(expected.is_number, v)) and v[0] >= v[1])
+            v is None
+            or (isinstance(v, (tuple, list)) and len(v) == 2 and all(map(expected.is_number, v)) and v[0] >= v[1])
         ),
     ),
     "window": expected.whole(GainMeter.LEAST),
@@ -268,20 +269,21 @@ class WeightedSampler(Sampler[Any]):
             self._first += self._waiting.popleft().shape[1]
 
     def _measure(
-        self, draw: Draw, would: Tensor, norms: Tensor, grad_norm: float | Tensor | None, per_pool: float = 0.0
+        self, draw: Draw, would: Tensor, norms: Tensor, grad_norm: float | None, per_pool: float = 0.0
     ) -> None:
         """A batch, weights that norms would give, norms; see `GainMeter.add`. Left out if not finite."""
-        mean = None if grad_norm is None else expected.length("grad_norm", grad_norm)
-        if not len(norms) or not bool(norms.isfinite().all()) or not math.isfinite(mean or 0.0):
+        if not len(norms) or not bool(norms.isfinite().all()) or not math.isfinite(grad_norm or 0.0):
             return
         weights, by_norms = expected.vector("draw.weight", draw.weight), bool(torch.as_tensor(draw.by_norms).any())
-        self._meter.add(weights, would, norms, mean, per_pool=per_pool, out_of_pool=by_norms)
+        self._meter.add(weights, would, norms, grad_norm, per_pool=per_pool, out_of_pool=by_norms)
         if self.switch is not None:
             gain, (on, off) = self.gain, self.switch
             self._wanted = gain.ratio >= off if self._wanted else gain.ratio - 2 * gain.error > on
 
-    def _checked(self, draw: Any, norms: Any, *, or_positions: bool = False) -> tuple[Tensor, Tensor]:
-        """Positions and norms on the CPU."""
+    def _checked(
+        self, draw: Any, norms: Any, grad_norm: Any, *, or_positions: bool = False
+    ) -> tuple[Tensor, Tensor, float | None]:
+        """Positions and norms on the CPU, and the norm of the gradient."""
         index = draw.index if isinstance(draw, Draw) else draw if or_positions else None
         if not isinstance(index, Tensor) or not expected.is_integers(index):
             raise InputError(
@@ -299,7 +301,7 @@ class WeightedSampler(Sampler[Any]):
             raise InputError(
                 f"positions run from {index.min()} to {index.max()}; the sampler has examples 0 to {self.n - 1}"
             )
-        return index, norms
+        return index, norms, None if grad_norm is None else expected.length("grad_norm", grad_norm)
 
 
 def _is_generator_state(value: Any) -> bool:
