@@ -25,10 +25,10 @@ class Region:
     forms: list[Form]
     place: Place
 
-    def sq_norms(self) -> Tensor:
+    def sq_norms(self, keep: bool) -> Tensor:
         if len(self.forms) == 1:
-            return self.forms[0].sq_norms()
-        found = sum_of(form.sq_norms() for form in self.forms)
+            return self.forms[0].sq_norms(keep)
+        found = sum_of(form.sq_norms(keep=True) for form in self.forms)  # the cross terms ask next
         for i, f in enumerate(self.forms):
             for g in self.forms[i + 1 :]:
                 found = found + 2 * inner(f, g)
@@ -103,8 +103,9 @@ class Block:
     def is_absent(self) -> bool:
         return not self.regions
 
-    def sq_norms(self) -> Tensor:
-        return self._total([r.sq_norms() for r in self.regions])
+    def sq_norms(self, keep: bool = False) -> Tensor:
+        """(B,); `keep` what is formed on the way for the next question."""
+        return self._total([r.sq_norms(keep) for r in self.regions])
 
     def dot(self, direction: Tensor) -> Tensor:
         direction = direction.contiguous()

@@ -10,8 +10,9 @@ is cheapest. Letters: B examples, T positions, G groups, a and b the two sides o
     Dense   row j itself                           (B, *shape)                               bias, scale, general path
     Multiples  row j = weights_j times one tensor  weights (B,), tensor of the shape         penalty on the weights
 
-Every form answers the same questions, all in at least float32: `sq_norms`, `weighted_sum(c)`, `dot(direction)`,
-`dense()`, `select(index)`; rows/pairs.py joins any two. Law: each equals the same question asked of `dense()`.
+Every form answers the same questions, all in at least float32: `sq_norms` (with `keep`, what is formed is kept for the
+next question), `weighted_sum(c)`, `dot(direction)`, `dense()`, `select(index)`; rows/pairs.py joins any two. Law: each
+equals the same question asked of `dense()`.
 
 Note [gram or form]
     ||left^T right||^2 is either the inner product of two T x T Gram matrices, T^2 (a + b) multiply-adds, or the squared
@@ -96,7 +97,7 @@ class Form(Protocol):
     def shape(self) -> torch.Size: ...
     @property
     def n_examples(self) -> int: ...
-    def sq_norms(self) -> Tensor: ...
+    def sq_norms(self, keep: bool = False) -> Tensor: ...
     def weighted_sum(self, c: Tensor) -> Tensor: ...
     def dot(self, direction: Tensor) -> Tensor: ...
     def dense(self) -> Tensor: ...
@@ -138,7 +139,7 @@ class Dense:
     def flat(self) -> Tensor:
         return reshaped(self.values, (self.n_examples, prod(self.shape)))
 
-    def sq_norms(self) -> Tensor:
+    def sq_norms(self, keep: bool = False) -> Tensor:
         return energies(self.values)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
@@ -219,8 +220,8 @@ class Outer:
         turned = (self.right, self.left, shape, not self.cotangent_left)
         return Outer(*turned, self.positions, self.cotangent_gram, formed, self._cancels)
 
-    def chunks(self, bytes_per_example: int) -> Iterator[slice]:
-        step = max(1, CHUNK_BYTES // max(1, bytes_per_example))
+    def chunks(self, bytes_per_example: int, step_bytes: int = 0) -> Iterator[slice]:
+        step = max(1, (step_bytes or CHUNK_BYTES) // max(1, bytes_per_example))
         return (slice(i, i + step) for i in range(0, self.n_examples, step))
 
     def form(self) -> Tensor:
@@ -232,7 +233,7 @@ class Outer:
             self._formed = formed
         return formed
 
-    def sq_norms(self) -> Tensor:
+    def sq_norms(self, keep: bool = False) -> Tensor:
         b, g, t, _, _ = self.sizes
         if t == 0 or b == 0:
             return self.left.new_zeros(b)
@@ -244,7 +245,7 @@ class Outer:
             found = self._sq_norms_by_gram()
             if not self._cancels:
                 return found
-        return self._sq_norms_by_forming()
+        return self._sq_norms_by_forming(keep)
 
     def cancels(self) -> bool:
         """Whether positions of some example cancel so far that Gram matrices would lose the digits that are left."""
@@ -273,11 +274,11 @@ class Outer:
         self._cancels = bool((found < CANCELLATION * bound).any())
         return found
 
-    def _sq_norms_by_forming(self) -> Tensor:
-        if self._formed is not None or self.formed_bytes <= KEEP_BYTES:
+    def _sq_norms_by_forming(self, keep: bool) -> Tensor:
+        if self._formed is not None or (keep and self.formed_bytes <= KEEP_BYTES):
             return energies(self.form())
         found = self.left.new_empty(self.n_examples)
-        for s in self.chunks(self.formed_bytes // max(1, self.n_examples)):
+        for s in self.chunks(self.formed_bytes // max(1, self.n_examples), step_bytes(self.left.device)):
             found[s] = energies(self._written_out(s))
         return found
 
@@ -403,7 +404,7 @@ class Rows:
         merged.index_add_(0, inverse, self.rows.reshape(-1, self.rows.shape[2]))
         return keys // self.shape[0], keys % self.shape[0], merged
 
-    def sq_norms(self) -> Tensor:
+    def sq_norms(self, keep: bool = False) -> Tensor:
         """Rows at different ids are orthogonal: only examples that repeat an id need theirs added up first."""
         ids = self.ids.sort(1)[0]
         repeats = (ids[:, 1:] == ids[:, :-1]).any(1).nonzero().squeeze(1)
@@ -492,7 +493,7 @@ class Multiples:
     def n_examples(self) -> int:
         return len(self.weights)
 
-    def sq_norms(self) -> Tensor:
+    def sq_norms(self, keep: bool = False) -> Tensor:
         return self.weights.square() * self.direction.square().sum()
 
     def weighted_sum(self, c: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ class Jacobian:
             blocks = self._live()
             for name in missing:
                 if name not in blocks.general_names:
-                    self._sq_norms[name] = blocks.by_name[name].sq_norms()
+                    self._sq_norms[name] = blocks.by_name[name].sq_norms(keep=True)
             streamed = [n for n in missing if n in blocks.general_names]
             if streamed:
                 rows = [{n: r[n].square().sum() for n in streamed} for r in self._streamed_rows(streamed)]

@@ -39,6 +39,7 @@ FOLDED_BYTES = 2 * 2**20  # rows formed by one backward of a weight; of twice as
 GRAM_WEIGHT = 3
 SHIFT_WEIGHT = 48
 ENTRY_WEIGHT = 50
+KEPT_POSITIONS = 128  # multiply-adds of an entry of the sum, from which an entry kept and read again is cheaper
 CHANNELS = 32  # formed together; convolution kernels are slow at numbers that fill no vectors
 
 
@@ -144,12 +145,12 @@ class Convolved:
 
     # -- norms --------------------------------------------------------------------------------------------------------
 
-    def sq_norms(self) -> Tensor:
+    def sq_norms(self, keep: bool = False) -> Tensor:
         if self._formed is None and self.prefers_gram:
             found, bound = self._sq_norms_by_gram()
             if not bool((found < CANCELLATION * bound).any()):
                 return found
-        if self._formed is not None or (not self._folds and self.formed_bytes <= KEEP_BYTES):
+        if self._formed is not None or (keep and self._is_worth_keeping):
             return energies(self.form())
         found = self.x.new_empty(self.n_examples)
         for s in self._pieces(self.shape.numel() * self.x.element_size(), FOLDED_BYTES if self._folds else None):
@@ -191,6 +192,11 @@ class Convolved:
     def _split(self, t: Tensor) -> Tensor:
         """(n, images, channels, ...) to (n, groups, channels of the group, images, ...)."""
         return t.unflatten(2, (self.sliding.groups, -1)).movedim(1, 3)
+
+    @property
+    def _is_worth_keeping(self) -> bool:
+        """Whether a sum of kept rows is cheaper than the backward of the weight that gives it without them."""
+        return self.formed_bytes <= KEEP_BYTES and (not self._folds or self.sizes[2] >= KEPT_POSITIONS)
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 

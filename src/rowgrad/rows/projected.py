@@ -41,8 +41,8 @@ class Projected:
     def _unit(self) -> Tensor:
         return self.directions.to(self.outer.left.dtype)
 
-    def sq_norms(self) -> Tensor:
-        whole = self.outer.sq_norms()
+    def sq_norms(self, keep: bool = False) -> Tensor:
+        whole = self.outer.sq_norms(keep)
         found = whole - self.along.square().sum(1)
         if not bool((found < CANCELLATION * whole).any()):
             return found
