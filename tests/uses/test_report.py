@@ -238,6 +238,7 @@ def test_an_audit_of_nothing_has_a_page(tmp_path: Path) -> None:
         (["long " * 200] * N, "…"),
         ([{"height & width": 1.5}] * N, "<dt>height &amp; width</dt><dd>1.5</dd>"),
         ([{"third": torch.tensor(1 / 3), "none": None}] * N, "<dd>0.333333</dd><dt>none</dt><dd>(missing)</dd>"),
+        ([{"several": np.arange(3), "as a tensor": torch.arange(2)}] * N, "<dd>[0 1 2]</dd>"),
         ([{"long": "x" * 500}] * N, f"<dd>{'x' * (VALUE_LETTERS - 1)}…</dd>"),
         (torch.rand(N, 4, 4), 'alt="image of example 0"'),
         (np.zeros((N, 4, 4, 3), np.uint8), "data:image/png"),
@@ -252,7 +253,19 @@ def test_an_audit_of_nothing_has_a_page(tmp_path: Path) -> None:
         (pl.Series([f"text {k}" for k in range(N)]), '<p class="text">text 0</p>'),
     ],
     ids=[
-        *("text", "long text", "values", "odd values", "long value", "tensor", "array", "nan", "Pillow", "palette"),
+        *(
+            "text",
+            "long text",
+            "values",
+            "odd values",
+            "vectors",
+            "long value",
+            "tensor",
+            "array",
+            "nan",
+            "Pillow",
+            "palette",
+        ),
         *("TensorDataset", "Indexed", "pandas series", "pandas rows", "polars rows", "polars series"),
     ],
 )
@@ -260,6 +273,14 @@ def test_examples_are_shown(examples: object, shown: str, tmp_path: Path) -> Non
     audited().report(tmp_path / "audit.html", examples=examples)
     read(tmp_path / "audit.html")
     assert shown in (tmp_path / "audit.html").read_text(encoding="utf-8")
+
+
+def test_a_palette_is_shown_by_its_colors(tmp_path: Path) -> None:
+    audited().report(tmp_path / "audit.html", examples=[Image.new("RGB", (6, 5), (250, 10, 20)).convert("P")] * N)
+    address = re.search(r'src="(data:image/png[^"]*)"', (tmp_path / "audit.html").read_text(encoding="utf-8"))
+    assert address is not None
+    red, green, blue = decoded(address[1])[0, 0]
+    assert red > 200 > 60 > max(green, blue)
 
 
 # fmt: off

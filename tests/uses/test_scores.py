@@ -174,9 +174,9 @@ def test_flags_of_a_network_that_learned_little_are_doubted(agreed: int, said: s
 
 def test_what_is_flipped_for_calibration_is_no_reason_to_doubt() -> None:
     """Half of the labels are flipped, and the network gave all examples the label before."""
-    audit, labels = Audit(90, 3, calibrate=0.5), torch.arange(90) % 3
+    audit, labels = Audit(90, 2, calibrate=0.5), torch.arange(90) % 2
     planted = audit.plant(torch.arange(90), labels)
-    audit.update(torch.arange(90), losses=torch.ones(90), logits=F.one_hot(labels, 3).double(), labels=planted)
+    audit.update(torch.arange(90), losses=torch.ones(90), logits=F.one_hot(labels, 2).double(), labels=planted)
     assert audit.compute().calibration.n_found == 45
     assert audit.compute().doubt == ""
 

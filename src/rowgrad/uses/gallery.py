@@ -112,7 +112,7 @@ def _value(value: Any) -> str:
 
 def readable(value: object) -> str:
     """A value of the data as text."""
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value):
         return "(missing)"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
