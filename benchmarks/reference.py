@@ -13,7 +13,9 @@ from torch import Tensor
 
 from benchmarks.task import Goal, Task
 
-TOLERANCE = 1e-3  # relative; more is no rounding of float32: the method is wrong
+# Relative; more is no rounding of float32: the method is wrong. A unit of a ReLU that float32 puts on the other side of
+# zero than float64 moves a dot product by 1e-3, in every method alike; smaller faults show on the tiny model.
+TOLERANCE = 5e-3
 TINY_TOLERANCE = 1e-4  # the same on a tiny model
 
 Gradients = Mapping[str, Tensor]
