@@ -39,6 +39,7 @@ FOLDED_BYTES = 2 * 2**20  # rows formed by one backward of a weight; of twice as
 GRAM_WEIGHT = 3
 SHIFT_WEIGHT = 48
 ENTRY_WEIGHT = 50
+FEW_POSITIONS = 64  # up to which rows are products with patches, written where they belong, unlike folded ones
 KEPT_POSITIONS = 128  # multiply-adds of an entry of the sum, from which an entry kept and read again is cheaper
 CHANNELS = 32  # formed together; convolution kernels are slow at numbers that fill no vectors
 
@@ -215,14 +216,14 @@ class Convolved:
 
     def _rows(self, x: Tensor, y: Tensor) -> Tensor:
         found = memory.empty((len(x), *self.shape), x)
-        if self._folds:
+        if self._folds and self.sizes[2] > FEW_POSITIONS:
             for s in self._pieces(self.shape.numel() * x.element_size(), FOLDED_BYTES):
                 found[s] = self._folded(x[s], y[s])
             return found
-        _, groups, t, _, b = self.sizes
+        _, groups, t, a, b = self.sizes
         for s in self._pieces(groups * t * b * x.element_size()):
             left = self._split(x[s]).flatten(3)
-            found[s] = (left @ self._patches(y[s]).mT).reshape(-1, *self.shape)
+            torch.matmul(left, self._patches(y[s]).mT, out=found[s].view(len(left), groups, a, b))
         return found
 
     def _folded(self, x: Tensor, y: Tensor) -> Tensor:
@@ -339,6 +340,9 @@ def _gram(f: Convolved, g: Convolved) -> Tensor:
     other, _, s, _, _ = g.sizes
     by_positions = b * t * other * s * (a + d)
     by_rows = (b * t + (0 if g is f else other * s) + b * other) * a * d
+    if groups == 1 and max(t, s) <= FEW_POSITIONS and f.shape == g.shape and f._formed is None and g._formed is None:
+        left = f.outer()
+        return gram(left, left if g is f else g.outer())
     if groups > 1 or f.shape != g.shape or f._formed is not None or by_positions < by_rows:
         left = f.plain()
         return gram(left, left if g is f else g.plain())
