@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.rows.distributed import run_on_two_processes
 from torch import Tensor, nn
 
 import rowgrad as rg
+from rowgrad.rows.linear import matrix_second
 
 KINDS = [
     "linear",
@@ -545,3 +547,15 @@ def test_losses_stacked_from_single_numbers() -> None:
     x, y = w.unbind()
     J = rg.jacobian(torch.stack([2 * x**2, (1 - x) * y]), {"w": w})
     assert J.dense().tolist() == [[12, 0], [2, -2]]
+
+
+def test_what_one_rule_worked_out_is_not_taken_for_another_ones() -> None:
+    """Two tables of rules on equal graphs; the second leaves out a scale at the same use."""
+    model = torch.nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    rules = rg.RULES | {("AddmmBackward0", 2): partial(matrix_second, saved="mat1", scale=None)}
+    for table in (rg.RULES, rg.RULES, rules):  # what is worked out is kept from the second call on
+        losses = torch.addmm(model.bias, x, model.weight.T, alpha=2).sum(1)
+        norms = rg.jacobian(losses, model, rules=table)["weight"].norms()
+        factor = 2 if table is rg.RULES else 1
+        torch.testing.assert_close(norms, factor * (2 * x.square().sum(1)).sqrt())

@@ -17,7 +17,7 @@ def _outer(site: Site, saved: str, scale: str | None, *, data_left: bool) -> Rec
         factor = scalar(site.node.attribute(scale)) if scale else 1.0
         return None if group is None else (group, site.target_shape, factor)
 
-    found = site.once("outer", worked_out)
+    found = site.once(("outer", scale, data_left), worked_out)
     if found is None:
         return None
     group, shape, factor = found

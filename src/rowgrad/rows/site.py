@@ -148,7 +148,7 @@ def summand(site: Site, scale: str | None = None, sign: int = 1) -> Recipe | Non
     """A parameter added to something, times a constant: its gradient is the cotangent, summed over the broadcast."""
     if site.node.dtype().is_complex:
         return elementwise(site)
-    build = site.once("summand", lambda: _summed(site, scale, sign))
+    build = site.once(("summand", scale, sign), lambda: _summed(site, scale, sign))
     return None if build is None else Recipe(build, "sum")
 
 
