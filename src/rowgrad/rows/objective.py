@@ -103,7 +103,7 @@ def share_clipped(norms: Tensor, max_norm: float | Tensor) -> float:
     """Share of examples whose norm is above `max_norm` (or not finite); nan for an empty batch."""
     bound = max_norm.to(norms) if isinstance(max_norm, Tensor) else max_norm
     under = norms.detach() <= bound
-    return 1 - int(under.sum()) / under.numel() if under.numel() else float("nan")
+    return (under.numel() - int(under.sum())) / under.numel() if under.numel() else float("nan")
 
 
 def clipped_loss(
