@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,12 +75,14 @@ def named(params: Params, *, complex_too: bool = False) -> Parameters:
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, p in _pairs(params):
-        label = _label(params, name)
-        if not isinstance(p, Tensor):
+        usual = type(p) is nn.Parameter and type(name) is str
+        label = "" if usual else _label(params, name)
+        if not usual and not isinstance(p, Tensor):
             raise ParameterError(f"{label} is a {type(p).__name__}, expected a tensor")
         if not p.requires_grad:
             continue
-        _check(label, p, complex_too)
+        if not usual or _is_odd(p):
+            _check(label or _label(params, name), p, complex_too)
         if id(p) in first:
             aliases[name] = first[id(p)]
         elif name in by_name:
@@ -96,9 +98,11 @@ def named(params: Params, *, complex_too: bool = False) -> Parameters:
 
 
 def _pairs(params: Any) -> Iterable[tuple[str, Any]]:
-    if isinstance(params, nn.Module):
-        yield from _pairs_of_module(params)
-    elif isinstance(params, Tensor):
+    return _pairs_of_module(params) if isinstance(params, nn.Module) else _pairs_of_tensors(params)
+
+
+def _pairs_of_tensors(params: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(params, Tensor):
         yield "0", params
     elif isinstance(params, str) or not isinstance(params, Iterable):
         raise ParameterError(
@@ -130,30 +134,35 @@ def _label(params: Any, name: object) -> str:
     return f"params[{name!r}]" if isinstance(params, Mapping) else f"params[{name}]"
 
 
-def _pairs_of_module(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """As `named_parameters`, without the prefixes that wrappers add; the modules are walked once."""
-    modules = list(module.named_modules(remove_duplicate=False))
-    prefixes = []
-    for path, inner in modules:
-        attribute = _wrapped_attribute(inner)
-        if attribute is not None:
-            outside = f"{path}." if path else ""
-            prefixes.append((f"{outside}{attribute}.", outside))
-    prefixes.reverse()  # from the inside out
-    if type(module).named_parameters is nn.Module.named_parameters:
-        pairs = [
-            (f"{path}.{name}" if path else name, p)
-            for path, inner in modules
-            for name, p in inner._parameters.items()
-            if p is not None
-        ]
-    else:
+def _pairs_of_module(module: nn.Module) -> Sequence[tuple[str, Any]]:
+    """As `named_parameters`, with every name of a shared one, without the prefixes that wrappers add."""
+    pairs: list[tuple[str, Any]] = []
+    prefixes: list[tuple[str, str]] = []
+    _walk(module, "", pairs, prefixes)
+    if type(module).named_parameters is not nn.Module.named_parameters:
         pairs = list(module.named_parameters(remove_duplicate=False))
-    for name, p in pairs:
-        for prefix, outside in prefixes:
-            if name.startswith(prefix):
-                name = outside + name[len(prefix) :]
-        yield name, p
+    prefixes.reverse()  # from the inside out
+    return [(_unwrapped(name, prefixes), p) for name, p in pairs] if prefixes else pairs
+
+
+def _walk(module: nn.Module, path: str, pairs: list[tuple[str, Any]], prefixes: list[tuple[str, str]]) -> None:
+    """Add the parameters of a module and those inside it, and the prefixes of wrappers with what to put for them."""
+    attribute = _wrapped_attribute(module)
+    if attribute is not None:
+        prefixes.append((f"{path}{attribute}.", path))
+    for name, p in module._parameters.items():
+        if p is not None:
+            pairs.append((path + name, p))
+    for name, inner in module._modules.items():
+        if inner is not None:
+            _walk(inner, f"{path}{name}.", pairs, prefixes)
+
+
+def _unwrapped(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    for prefix, outside in prefixes:
+        if name.startswith(prefix):
+            name = outside + name[len(prefix) :]
+    return name
 
 
 def _wrapped_attribute(module: nn.Module) -> str | None:
@@ -161,6 +170,11 @@ def _wrapped_attribute(module: nn.Module) -> str | None:
     if isinstance(module, (nn.DataParallel, DistributedDataParallel)):
         return "module"
     return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None
+
+
+def _is_odd(p: Tensor) -> bool:
+    """Whether there may be something for `_check` to find in what is of no special class."""
+    return not p.is_leaf or p.is_complex() or p.is_inference() or bool(p._backward_hooks)
 
 
 def _check(name: str, p: Tensor, complex_too: bool) -> None:

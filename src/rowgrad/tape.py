@@ -12,9 +12,12 @@ Note [a node called by itself]
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from itertools import islice
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,6 +28,8 @@ from rowgrad.errors import FreedGraphError, OpaqueGraphError
 
 _T = TypeVar("_T")
 ACCUMULATE = "torch::autograd::AccumulateGrad"
+KNOWN_STRUCTURES = 64  # kept, the ones used last
+TRIED_STRUCTURES = 4  # a graph is compared with, before it is read node by node
 _PYTHON_NODE = torch.autograd.function.BackwardCFunction
 
 
@@ -72,9 +77,6 @@ class Node:
     def device(self, output_nr: int = 0) -> torch.device:
         return self.fn._input_metadata[output_nr].device
 
-    def metadata(self) -> tuple:
-        return tuple([(tuple(m.shape), m.dtype, m.device) for m in self.fn._input_metadata])
-
     def is_traced(self, output_nr: int) -> bool:
         """False for an output that is not a differentiable tensor and has no metadata worth reading."""
         metadata = self.fn._input_metadata[output_nr]
@@ -96,12 +98,6 @@ class Node:
     def has_saved(self, name: str) -> bool:
         return hasattr(type(self.fn), f"_saved_{name}")
 
-    def attributes(self) -> tuple[tuple[str, Any], ...]:
-        """All saved values that are not tensors: dims, sizes, flags, scalars."""
-        fn = self.fn
-        names = _plain_attributes(type(fn))
-        return tuple([(name, _hashable(getattr(fn, name))) for name in names]) if names else ()
-
     def attribute(self, name: str) -> Any:
         return getattr(self.fn, f"_saved_{name}")
 
@@ -116,13 +112,16 @@ def signed(value: int) -> int:
 
 
 @cache
-def _plain_attributes(kind: type) -> tuple[str, ...]:
+def _attributes(kind: type) -> Callable[[Any], Any] | None:
+    """Reads all saved values of a node that are not tensors: dims, sizes, flags, scalars."""
     names = dir(kind)
     tensors = {name.replace("_raw_saved_", "_saved_") for name in names if name.startswith("_raw_saved_")}
-    return tuple(n for n in names if n.startswith("_saved_") and n not in tensors and n != "_saved_tensors")
+    plain = [n for n in names if n.startswith("_saved_") and n not in tensors and n != "_saved_tensors"]
+    return attrgetter(*plain) if plain else None
 
 
 _PLAIN = {int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+_metadata = attrgetter("shape", "dtype", "device")
 
 
 def _hashable(value: Any) -> Any:
@@ -131,6 +130,112 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(_hashable, value))
     return repr(value)
+
+
+def _repeatable(value: Any) -> bool:
+    """Whether a value read again can be compared as it is; others are compared as `_hashable` has them."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_repeatable, value))
+    return type(value) in _PLAIN or (type(value) is float and value == value)
+
+
+class _Facts(NamedTuple):
+    """What is known of a node without its tensors."""
+
+    cls: type
+    kind: str
+    slots: tuple[tuple[int, int] | None, ...]
+    read: Callable[[Any], Any] | None
+    attributes: Any
+    metadata: list[tuple[Any, ...]]
+
+    @classmethod
+    def of(cls, node: Node) -> _Facts:
+        read = _attributes(type(node.fn))
+        attributes = None if read is None else read(node.fn)
+        if read is not None and not _repeatable(attributes):
+            read = _read_hashable(read)
+            attributes = read(node.fn)
+        return cls(type(node.fn), node.kind, node.slots, read, attributes, list(map(_metadata, _described(node.fn))))
+
+    @property
+    def signature(self) -> tuple:
+        return self.kind, self.slots, _hashable(self.attributes), _hashable(self.metadata)
+
+
+def _read_hashable(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda fn: _hashable(read(fn))
+
+
+def _described(fn: Any) -> Sequence[Any]:
+    """What has the shape, dtype and device of each output of a node."""
+    return (fn.variable,) if fn.name() == ACCUMULATE else fn._input_metadata
+
+
+class Structure:
+    """Everything about a graph but the contents of its tensors; there is one for all graphs that are alike in it.
+
+    Each parameter has one leaf, so that the slots also tell where one is used again. Holds no part of a graph.
+    """
+
+    def __init__(self, facts: Sequence[_Facts]) -> None:
+        self.kinds = [f.kind for f in facts]
+        self.slots = [f.slots for f in facts]
+        self._steps: list[tuple[Any, ...]] = [(*f, f.kind == ACCUMULATE) for f in facts]
+
+    def found_in(self, root: Any) -> tuple[list[Any], list[Tensor | None]] | None:
+        """The nodes of a graph and the variables of its leaves, by index; None if its structure is another."""
+        n = len(self._steps)
+        fns: list[Any] = [None] * n
+        variables: list[Tensor | None] = [None] * n
+        fns[0] = root
+        for i, (cls, kind, slots, read, attributes, metadata, is_leaf) in enumerate(self._steps):
+            fn = fns[i]
+            if type(fn) is not cls:
+                return None
+            if is_leaf:
+                variable = variables[i] = fn.variable
+                if _metadata(variable) != metadata[0]:
+                    return None
+                continue
+            targets = fn.next_functions
+            if len(targets) != len(slots) or fn.name() != kind:
+                return None
+            for (target, nr), slot in zip(targets, slots, strict=True):
+                if target is None or slot is None:
+                    if target is not slot:
+                        return None
+                    continue
+                index, expected_nr = slot
+                if nr != expected_nr:
+                    return None
+                if fns[index] is None:
+                    fns[index] = target
+                elif fns[index] is not target:
+                    return None
+            if read is not None and read(fn) != attributes:
+                return None
+            if list(map(_metadata, fn._input_metadata)) != metadata:
+                return None
+        return (fns, variables) if len(set(fns)) == n else None
+
+
+_known: OrderedDict[tuple, Structure] = OrderedDict()  # by root and signature, the one used last at the end
+
+
+def forget_structures() -> None:
+    """Read every graph node by node again."""
+    _known.clear()
+
+
+def _recognized(output: Tensor) -> tuple[Structure, list[Any], list[Tensor | None]] | None:
+    """One of the structures used last, if the graph has it, with the graph's nodes and the variables of its leaves."""
+    for key, structure in islice(reversed(_known.items()), TRIED_STRUCTURES):
+        found = structure.found_in(output.grad_fn) if key[0] == output.output_nr else None
+        if found is not None:
+            _known.move_to_end(key)
+            return structure, *found
+    return None
 
 
 class Watch(NamedTuple):
@@ -147,15 +252,40 @@ class Tape:
 
     def __init__(self, output: Tensor, *others: Tensor) -> None:
         self.output = output
-        order = _topological_order(list(dict.fromkeys(o.grad_fn for o in (output, *others))))
-        self._index = {fn: i for i, fn in enumerate(order)}
-        self.nodes = [_node(fn, i, self._index) for i, fn in enumerate(order)]
-        self.root_slot = (self._index[output.grad_fn], output.output_nr)
+        found = None if others else _recognized(output)
+        self.nodes: list[Node]
+        if found is None:
+            order = _topological_order(list(dict.fromkeys(o.grad_fn for o in (output, *others))))
+            index = {fn: i for i, fn in enumerate(order)}
+            self._structure = None
+            self.nodes = [_node(fn, i, index) for i, fn in enumerate(order)]
+            self.root_slot = (index[output.grad_fn], output.output_nr)
+        else:
+            self._structure, order, variables = found
+            kinds, slots = self._structure.kinds, self._structure.slots
+            self.nodes = list(map(Node, order, range(len(order)), kinds, slots, variables))
+            self.root_slot = (0, output.output_nr)
         self._shared: dict[Any, Any] = {}
         self.leaves = {id(node.variable): node.index for node in self.nodes if node.is_leaf}
 
     def __len__(self) -> int:
         return len(self.nodes)
+
+    @cached_property
+    def _index(self) -> dict[Any, int]:
+        return {node.fn: node.index for node in self.nodes}
+
+    @property
+    def structure(self) -> Structure:
+        """Of a graph with one output. Further graphs of the structure are recognized by it, which is quicker."""
+        if self._structure is None:
+            facts = [_Facts.of(node) for node in self.nodes]
+            key = (self.root_slot[1], tuple([f.signature for f in facts]))
+            self._structure = _known.setdefault(key, Structure(facts))
+            _known.move_to_end(key)
+            while len(_known) > KNOWN_STRUCTURES:
+                _known.popitem(last=False)
+        return self._structure
 
     def refuse_hidden(self) -> None:
         """
@@ -179,16 +309,6 @@ class Tape:
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
-
-    def signature(self) -> tuple:
-        """Everything about the graph but the contents of its tensors.
-
-        Each parameter has one leaf, so that the slots also tell where one is used again.
-        """
-        return (
-            self.root_slot,
-            tuple([(node.kind, node.slots, node.attributes(), node.metadata()) for node in self.nodes]),
-        )
 
     def cotangents(
         self,

@@ -107,7 +107,7 @@ def wrong_bias(site: Site) -> Recipe | None:
     """A thousandth too large."""
     right = rg.RULES["AddmmBackward0", 0](site)
     assert right is not None
-    return Recipe(lambda cotangents: Dense(1.001 * right.build(cotangents).dense()), "wrong")
+    return Recipe(lambda *given: Dense(1.001 * right.build(*given).dense()), "wrong", right.saved)
 
 
 def wrong_weight(site: Site) -> Recipe | None:
@@ -115,12 +115,12 @@ def wrong_weight(site: Site) -> Recipe | None:
     right = rg.RULES["AddmmBackward0", 2](site)
     assert right is not None
 
-    def build(cotangents):
-        form = right.build(cotangents)
+    def build(*given):
+        form = right.build(*given)
         assert isinstance(form, Outer)
         return form.select(torch.arange(form.n_examples).flip(0))
 
-    return Recipe(build, "wrong")
+    return Recipe(build, "wrong", right.saved)
 
 
 @pytest.mark.parametrize(("slot", "rule", "name"), [(0, wrong_bias, "0.bias"), (2, wrong_weight, "0.weight")])

@@ -49,6 +49,16 @@ def test_questions_to_one_form(name: str, chunk: int, kept: bool, monkeypatch: p
     torch.testing.assert_close(form.with_cotangents(lambda z: 2 * z).dense(), 2 * rows)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("t", [0, 1, 2, 9])
+def test_dot_products_whichever_side_is_wide(t: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    form, v = outer(t), torch.randn(P, D, dtype=torch.float64)
+    expected = torch.einsum("bta,btc,ac->b", form.left[:, 0], form.right[:, 0], v)
+    torch.testing.assert_close(form.dot(v), expected)
+    torch.testing.assert_close(form.transposed().dot(v.T.contiguous()), expected)
+
+
 @pytest.mark.parametrize(("f", "g"), list(itertools.product(FORMS, FORMS)))
 def test_products_of_two_forms(f: str, g: str) -> None:
     one, other = FORMS[f](), FORMS[g]()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from types import FunctionType
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from rowgrad.rows.ownership import (
     detectable_ratio,
     mask,
 )
+from rowgrad.rows.site import Recipe
 from rowgrad.tape import Tape
 
 pytestmark = pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
@@ -567,8 +569,10 @@ def test_what_is_kept_is_proved_again_now_and_then(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_cache_holds_no_tensor() -> None:
-    model = nn.Linear(D, 1)
-    rg.jacobian(model(torch.randn(B, D)).squeeze(1), model)
+    layers = [nn.Conv1d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(2 * (D - 2), 4), nn.LayerNorm(4)]
+    model = nn.Sequential(*layers, nn.Linear(4, 1))
+    for _ in range(2):  # what was proved, then with what was kept
+        rg.jacobian(model(torch.randn(B, 1, D)).squeeze(1), model)
 
     def tensors(thing: object, seen: set[int]) -> bool:
         if id(thing) in seen:
@@ -576,14 +580,23 @@ def test_the_cache_holds_no_tensor() -> None:
         seen.add(id(thing))
         if isinstance(thing, Tensor):
             return True
+        if isinstance(thing, type):
+            return False
         if isinstance(thing, dict):
             return any(tensors(v, seen) for pair in thing.items() for v in pair)
         if isinstance(thing, (list, tuple, set)):
             return any(tensors(v, seen) for v in thing)
+        if isinstance(thing, Recipe):
+            return tensors([thing.build, thing.saved], seen)
+        if isinstance(thing, FunctionType):
+            return tensors([cell.cell_contents for cell in thing.__closure__ or ()], seen)
         return any(tensors(v, seen) for v in vars(thing).values()) if hasattr(thing, "__dict__") else False
 
-    assert plan._kept
+    (kept,) = plan._kept.values()
+    assert kept.ownership is not None
+    assert len(kept.ownership.recipes) == 10
     assert not tensors(plan._kept, set())
+    assert not tensors(rg.tape._known, set())
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------------

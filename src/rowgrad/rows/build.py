@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, overload
 
 import torch
@@ -160,7 +161,7 @@ class Prepared:
             for node, uses in reading.plan.ownership.by_node.items():
                 own = [cotangents.get((node, nr)) for nr in range(reading.tape.nodes[node].n_outputs)]
                 for use in uses:
-                    waiting.take(use, reading.plan.recipes[use].form(own))
+                    waiting.take(use, reading.plan.form(use, own))
             return Jacobian.of_norms(reading.losses, reading.parameters, waiting.finished()).norms()
 
 
@@ -207,7 +208,7 @@ def _reading(
                 f"none of the {len(parameters.by_name)} parameters is in the graph of the losses (first: "
                 f"{next(iter(parameters.by_name))}). Is this the model the losses came from, and not a copy of it?"
             )
-        seed = torch.full_like(losses.detach(), loss_scale)
+        seed = torch.full_like(losses, loss_scale)
         plan = make_plan(tape, seed, leaves, rules, verify) if losses.shape[0] else None
         yield _Reading(tape, parameters, leaves, plan, seed, loss_scale)
 
@@ -215,26 +216,33 @@ def _reading(
 @contextmanager
 def _plain_numbers(losses: Tensor) -> Iterator[None]:
     """No autocast and no gradient recording while rows are computed."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for device in {"cpu", losses.device.type}:
-            if torch.is_autocast_enabled(device):
+    devices = [device for device in {"cpu", losses.device.type} if torch.is_autocast_enabled(device)]
+    with torch.no_grad():
+        if not devices:
+            yield
+            return
+        with ExitStack() as stack:
+            for device in devices:
                 stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+            yield
 
 
 @contextmanager
 def _grad_untouched(parameters: Parameters) -> Iterator[None]:
     """Notice a node that runs a backward pass of its own, which writes `.grad`; whatever was there is put back."""
-    before = {name: p.grad for name, p in parameters.by_name.items()}
-    for p in parameters.by_name.values():
+    before = [(p, grad) for p in parameters.by_name.values() if (grad := p.grad) is not None]
+    for p, _ in before:
         p.grad = None
+    written: list[str] = []
     try:
         yield
-        written = [name for name, p in parameters.by_name.items() if p.grad is not None]
     finally:
         for name, p in parameters.by_name.items():
-            p.grad = before[name]
+            if p.grad is not None:
+                written.append(name)
+                p.grad = None
+        for p, grad in before:
+            p.grad = grad
     if written:
         raise OpaqueGraphError(
             f"reading the graph wrote {written[0]}.grad: a custom autograd Function calls backward() inside its own "
@@ -288,29 +296,29 @@ class _Reading:
         Returns the cotangents of the nodes where other uses are.
         """
         assert self.plan is not None
-        recipes, uses = self.plan.recipes, self.plan.ownership.by_node
+        plan, uses = self.plan, self.plan.ownership.by_node
         waiting: dict[int, Cotangents] = {}
 
         def arrived(node: int, cotangents: Cotangents) -> None:
             for use in uses[node]:
-                if use not in recipes or recipes[use].needs_graph:
+                if use not in plan.recipes or plan.recipes[use].needs_graph:
                     waiting[node] = cotangents  # a node called during the pass answers only what the pass asks
                 else:
-                    take(use, recipes[use].form(cotangents))
+                    take(use, plan.form(use, cotangents))
 
-        keep = retain_graph or self.plan.needs_graph
-        self.tape.stream(self.plan.ownership.watch, self.seed, arrived, retain_graph=keep)
+        self.tape.stream(plan.ownership.watch, self.seed, arrived, retain_graph=retain_graph or plan.needs_graph)
         for node, cotangents in waiting.items():
             for use in uses[node]:
-                if use in recipes and recipes[use].needs_graph:
-                    take(use, recipes[use].form(cotangents))
-        return {node: z for node, z in waiting.items() if any(use not in recipes for use in uses[node])}
+                if use in plan.recipes and plan.recipes[use].needs_graph:
+                    take(use, plan.form(use, cotangents))
+        return {node: z for node, z in waiting.items() if any(use not in plan.recipes for use in uses[node])}
 
     @staticmethod
     def _write_out(general: GeneralPath, by_leaf: dict[int, list[tuple[Form, Place]]]) -> None:
         for leaf, rows in general.written_out().items():
             by_leaf.setdefault(leaf, []).append((Dense(rows), Place.whole(leaf, rows.shape[1:])))
 
+    @cached_property
     def held(self) -> set[int]:
         """Leaves below a use that sees no strided part of them: their norms wait until all uses are in."""
         assert self.plan is not None
@@ -324,7 +332,7 @@ class _Reading:
         """Whether norms can be read while the cotangents pass: every use has a recipe, and little is to be held."""
         if self.plan is None or not self.plan.is_ruled:
             return False
-        held = [self.parameters.by_name[self.leaves[leaf]] for leaf in self.held()]
+        held = [self.parameters.by_name[self.leaves[leaf]] for leaf in self.held]
         return sum(self.n_examples * p.numel() * max(4, p.element_size()) for p in held) <= general_bytes
 
     def pushed_down(self, forms: Mapping[Use, Form]) -> dict[int, list[tuple[Form, Place]]]:
@@ -505,7 +513,7 @@ class _Arrivals:
         self._sq_norms: dict[str, Tensor] = {}
         for place in reading.plan.places.values():
             self._open[place.leaf] = self._open.get(place.leaf, 0) + 1
-        for leaf in reading.held():
+        for leaf in reading.held:
             self._open[leaf] = self._open.get(leaf, 0) + 1  # closed at the end
 
     def take(self, use: Use, form: Form | None) -> None:

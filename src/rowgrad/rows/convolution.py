@@ -6,6 +6,8 @@ input over the output's cotangent.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from rowgrad.rows.factors import Form, Outer, wide
 from rowgrad.rows.patches import Convolved, Sliding
 from rowgrad.rows.site import Cotangents, Recipe, Site, only
@@ -17,16 +19,16 @@ def convolution_weight(site: Site) -> Recipe | None:
     if group is None:
         return _over_positions(site)
     node = site.node
-    data, transposed = node.saved("input"), node.attribute("transposed")
+    transposed = node.attribute("transposed")
     sliding, shape = _sliding(site), site.target_shape
 
-    def build(cotangents: Cotangents) -> Form:
+    def build(cotangents: Cotangents, data: Tensor) -> Form:
         z = only(cotangents)
         x, y = (group(wide(t)) for t in ((data, z) if transposed else (z, data)))
         form = Convolved(x, y, sliding, shape, not transposed, group.positions)
         return form.outer() if form.has_small_patches else form
 
-    return Recipe(build, "convolution")
+    return Recipe(build, "convolution", saved=("input",))
 
 
 def _sliding(site: Site) -> Sliding:
@@ -43,13 +45,13 @@ def _over_positions(site: Site) -> Recipe | None:
     group = site.grouping(len(order) - 1, order=order)
     if group is None or node.attribute("transposed"):
         return None
-    sliding, shape, data = _sliding(site), site.target_shape, node.saved("input")
+    sliding, shape = _sliding(site), site.target_shape
 
-    def build(cotangents: Cotangents) -> Form:
+    def build(cotangents: Cotangents, data: Tensor) -> Form:
         x, y = (wide(t).unsqueeze(1) for t in (only(cotangents), data))
         whole = Convolved(x, y, sliding, shape, cotangent_left=True).outer()  # each image an example
         sides = [t.transpose(1, 2).unflatten(1, x.shape[3:]) for t in (whole.left, whole.right)]
         left, right = (group(t).transpose(1, 2) for t in sides)  # (B, groups, T, .)
         return Outer(left, right, shape, cotangent_left=True, positions=group.positions)
 
-    return Recipe(build, "convolution")
+    return Recipe(build, "convolution", saved=("input",))

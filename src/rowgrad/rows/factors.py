@@ -37,6 +37,7 @@ CHUNK_BYTES = 64 * 2**20  # largest temporary made by one step of a chunked prod
 CACHE_BYTES = 8 * 2**20  # the same where it is read at once: a CPU has it near, and need not ask for new memory
 KEEP_BYTES = 256 * 2**20  # a formed product is kept for the next question up to this size
 PIECE = 4096  # numbers that are added up plainly
+FEW_ROWS = 32  # up to so many, threads share a product better with the large matrix first
 CANCELLATION = 1e-3  # Gram route trusted while its result is above this part of its bound
 
 
@@ -310,6 +311,9 @@ class Outer:
         if self._formed is not None:
             return self._formed.reshape(n, -1) @ direction.reshape(-1)
         matrix = reshaped(direction, (g, a, b) if g > 1 else (a, b))
+        if g == 1 and n * t <= FEW_ROWS and a <= b and torch.get_num_threads() > 1:
+            moved = (matrix @ reshaped(self.right, (n * t, b)).T).mul_(reshaped(self.left, (n * t, a)).T)
+            return moved.sum(0) if t == 1 else moved.view(a, n, t).sum((0, 2))
         wide, thin, matrix = (self.right, self.left, matrix.mT) if a <= b else (self.left, self.right, matrix)
         many, few = max(a, b), min(a, b)
         if g > 1:

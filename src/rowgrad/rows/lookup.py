@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -21,8 +21,9 @@ def embedding(site: Site) -> Recipe | None:
     node = site.node
     if node.attribute("scale_grad_by_freq"):
         return None  # divides by counts over the whole batch: not the derivative of any one loss
-    padding = signed(node.attribute("padding_idx"))
-    return _rows(site, node.saved("indices"), site.target_shape[:1], padding, sparse=node.attribute("sparse"))
+    padding, sparse = signed(node.attribute("padding_idx")), node.attribute("sparse")
+    build = _rows(site, len(node.shape()) - 1, site.target_shape[:1], padding, sparse=sparse)
+    return None if build is None else Recipe(build, "lookup", saved=("indices",))
 
 
 def indexed(site: Site) -> Recipe | None:
@@ -30,7 +31,7 @@ def indexed(site: Site) -> Recipe | None:
     indices = leading_ids(site.node)
     if indices is None:
         return None
-    return _rows(site, flat_ids(indices, site.target_shape), site.target_shape[: len(indices)])
+    return _at(site, flat_ids(indices, site.target_shape), site.target_shape[: len(indices)])
 
 
 def leading_ids(node: Node) -> list[Tensor] | None:
@@ -47,7 +48,7 @@ def selected(site: Site) -> Recipe | None:
     """Selection of a table's rows."""
     if not site.target_shape or site.node.dim("dim", len(site.target_shape)) != 0:
         return None
-    return _rows(site, site.node.saved("index").reshape(-1).long(), site.target_shape[:1])
+    return _at(site, site.node.saved("index").reshape(-1).long(), site.target_shape[:1])
 
 
 def gathered(site: Site) -> Recipe | None:
@@ -62,12 +63,12 @@ def gathered(site: Site) -> Recipe | None:
         else torch.arange(size, device=index.device).reshape([-1 if e == d else 1 for e in range(len(shape))])
         for d, size in enumerate(index.shape)
     ]
-    return _rows(site, flat_ids(along, shape), shape)
+    return _at(site, flat_ids(along, shape), shape)
 
 
 def taken(site: Site) -> Recipe | None:
     """Single entries of a table, by `take`."""
-    return _rows(site, site.node.saved("index") % site.target_shape.numel(), site.target_shape)
+    return _at(site, site.node.saved("index") % site.target_shape.numel(), site.target_shape)
 
 
 def flat_ids(indices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
@@ -78,24 +79,31 @@ def flat_ids(indices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     return flat
 
 
+def _at(site: Site, ids: Tensor, table: Sequence[int]) -> Recipe | None:
+    """z = table[ids] for ids at hand."""
+    build = _rows(site, ids.ndim, table)
+    return None if build is None else Recipe(lambda cotangents: build(cotangents, ids), "lookup")
+
+
 def _rows(
-    site: Site, ids: Tensor, table: Sequence[int], padding: int = NO_PADDING, *, sparse: bool = False
-) -> Recipe | None:
-    """z = table[ids]: `table` are the dimensions that ids count through."""
-    group = site.grouping(ids.ndim)
+    site: Site, n_positions: int, table: Sequence[int], padding: int = NO_PADDING, *, sparse: bool = False
+) -> Callable[[Cotangents, Tensor], Rows] | None:
+    """For z = table[ids]: from the cotangents and the ids; `table` are the dimensions that ids count through."""
+    group = site.grouping(n_positions)
     if group is None:
         return None
     shape = torch.Size((prod(table), prod(site.target_shape[len(table) :])))
-    by_example, real = group(ids).long(), group(ids != padding)
     everywhere = group.positions is None and padding == NO_PADDING
 
-    def build(cotangents: Cotangents) -> Rows:
+    def build(cotangents: Cotangents, ids: Tensor) -> Rows:
+        by_example = group(ids).long()
         rows = wide(group(only(cotangents))).reshape(*by_example.shape, shape[1])
         if everywhere:
             return Rows(by_example, rows, shape, sparse)
+        real = group(ids != padding)
         return Rows(by_example, torch.where(real.unsqueeze(-1), rows, 0.0), shape, sparse, real)
 
-    return Recipe(build, "lookup")
+    return build
 
 
 def bag(site: Site) -> Recipe | None:

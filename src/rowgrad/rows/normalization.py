@@ -24,21 +24,27 @@ def _first(cotangents: Cotangents) -> Tensor:
     return z
 
 
-def _scale(site: Site, parameter: Sequence[int], normalized: Callable[[], Tensor]) -> Recipe | None:
+def _scale(
+    site: Site, parameter: Sequence[int], normalized: Callable[..., Tensor], saved: tuple[str, ...]
+) -> Recipe | None:
     """`parameter`: the scale's shape with ones where it is broadcast, aligned with the input."""
-    reduce = site.reduction(site.node.shape(), torch.Size(parameter))
+    reduce = reduce_broadcast(site, site.node.shape(), torch.Size(parameter))
     if reduce is None:
         return None
     shape = (-1, *site.target_shape)
-    return Recipe(lambda cotangents: Dense(reduce(wide(_first(cotangents)) * normalized()).reshape(shape)), "scale")
+
+    def build(cotangents: Cotangents, *values: Tensor) -> Dense:
+        return Dense(reduce(wide(_first(cotangents)) * normalized(*values)).reshape(shape))
+
+    return Recipe(build, "scale", saved)
 
 
 def _shift(site: Site, parameter: Sequence[int]) -> Recipe | None:
-    reduce = site.reduction(site.node.shape(), torch.Size(parameter))
+    reduce = reduce_broadcast(site, site.node.shape(), torch.Size(parameter))
     if reduce is None:
         return None
     shape = (-1, *site.target_shape)
-    return Recipe(lambda cotangents: Dense(reduce(wide(_first(cotangents))).reshape(shape)), "shift")
+    return Recipe(lambda cotangents: Dense(reduce(wide(_first(cotangents))).reshape(shape)), "shift", saved=())
 
 
 def _standardized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -47,8 +53,7 @@ def _standardized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 def layer_scale(site: Site) -> Recipe | None:
     """Scale of a layer normalization."""
-    x, mean, rstd = (site.node.saved(name) for name in ("input", "result1", "result2"))
-    return _scale(site, site.target_shape, lambda: _standardized(x, mean, rstd))
+    return _scale(site, site.target_shape, _standardized, ("input", "result1", "result2"))
 
 
 def layer_shift(site: Site) -> Recipe | None:
@@ -58,8 +63,7 @@ def layer_shift(site: Site) -> Recipe | None:
 
 def rms_scale(site: Site) -> Recipe | None:
     """Scale of a fused root-mean-square normalization."""
-    x, rstd = (site.node.saved(name) for name in ("input", "result1"))
-    return _scale(site, site.target_shape, lambda: wide(x) * wide(rstd))
+    return _scale(site, site.target_shape, lambda x, rstd: wide(x) * wide(rstd), ("input", "result1"))
 
 
 def _channels(node: Node) -> tuple[int, ...]:
@@ -70,38 +74,36 @@ def _channels(node: Node) -> tuple[int, ...]:
 
 def group_scale(site: Site) -> Recipe | None:
     """Scale of a group normalization."""
-    x, mean, rstd = (site.node.saved(name) for name in ("input", "result1", "result2"))
-    n = len(x)
-    groups = site.node.attribute("group")
-    layout = site.layout()
+    groups, layout = site.node.attribute("group"), site.layout()
     if isinstance(layout, Axis) and layout.dim <= 1:
-        return _scale_of_lines(site, layout, x, mean.reshape(n, groups, 1), rstd.reshape(n, groups, 1))
+        return _scale_of_lines(site, layout, groups)
 
-    def normalized() -> Tensor:
-        of_group = (t.reshape(n, groups, 1) for t in (mean, rstd))
-        return _standardized(x.reshape(n, groups, -1), *of_group).reshape(x.shape)
+    def normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        of_group = (t.reshape(len(x), groups, 1) for t in (mean, rstd))
+        return _standardized(x.reshape(len(x), groups, -1), *of_group).reshape(x.shape)
 
-    return _scale(site, _channels(site.node), normalized)
+    return _scale(site, _channels(site.node), normalized, ("input", "result1", "result2"))
 
 
-def _scale_of_lines(site: Site, layout: Axis, x: Tensor, mean: Tensor, rstd: Tensor) -> Recipe | None:
+def _scale_of_lines(site: Site, layout: Axis, groups: int) -> Recipe | None:
     """The scale of a group normalization where no channel of an image is shared between examples.
 
     sum z (x - mean) rstd = (sum z x - mean sum z) rstd over each channel, as PyTorch's own backward has it.
     """
-    lines = x.shape[:2]
+    shape = site.node.shape()
+    lines, split = shape[:2], torch.Size((*shape[:2], prod(shape[2:])))
     reduce = reduce_broadcast(site, lines, torch.Size((1, lines[1])), layout)
     if reduce is None:
         return None
-    x = x.reshape(*lines, prod(x.shape[2:]))
 
-    def build(cotangents: Cotangents) -> Dense:
-        z = _first(cotangents).reshape(x.shape)
-        products, sums = (t.unflatten(1, (mean.shape[1], -1)) for t in (line_products(z, x), wide(z).sum(2)))
-        found = products.addcmul_(sums, wide(mean), value=-1).mul_(wide(rstd))
+    def build(cotangents: Cotangents, x: Tensor, mean: Tensor, rstd: Tensor) -> Dense:
+        z, x = _first(cotangents).reshape(split), x.reshape(split)
+        mean, rstd = (wide(t.reshape(lines[0], groups, 1)) for t in (mean, rstd))
+        products, sums = (t.unflatten(1, (groups, -1)) for t in (line_products(z, x), wide(z).sum(2)))
+        found = products.addcmul_(sums, mean, value=-1).mul_(rstd)
         return Dense(reduce(found.reshape(lines)).reshape(-1, lines[1]))
 
-    return Recipe(build, "scale")
+    return Recipe(build, "scale", saved=("input", "result1", "result2"))
 
 
 def line_products(z: Tensor, x: Tensor) -> Tensor:
@@ -116,13 +118,19 @@ def line_products(z: Tensor, x: Tensor) -> Tensor:
 def batch_scale(site: Site) -> Recipe | None:
     """Scale of a batch normalization (its input goes the general path in training)."""
     node = site.node
-    x, shape = node.saved("input"), _channels(node)
+    shape = _channels(node)
     if node.attribute("training"):
-        mean, rstd = node.saved("result1"), node.saved("result2")
+        statistics = ("result1", "result2")
+        rstd_of = wide
     else:
+        statistics = ("running_mean", "running_var")
         eps = node.attribute("epsilon" if node.has_saved("epsilon") else "eps")
-        mean, rstd = node.saved("running_mean"), (wide(node.saved("running_var")) + eps).rsqrt()
-    return _scale(site, shape, lambda: _standardized(x, mean.reshape(shape), rstd.reshape(shape)))
+        rstd_of = lambda variance: (wide(variance) + eps).rsqrt()  # noqa: E731
+
+    def normalized(x: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+        return _standardized(x, mean.reshape(shape), rstd_of(spread).reshape(shape))
+
+    return _scale(site, shape, normalized, ("input", *statistics))
 
 
 def channel_shift(site: Site) -> Recipe | None:
@@ -146,4 +154,8 @@ def repeated(site: Site) -> Recipe | None:
     if reduce is None:
         return None
     shape = (-1, *site.target_shape)
-    return Recipe(lambda cotangents: Dense(reduce(wide(_first(cotangents)).reshape(split)).reshape(shape)), "sum")
+
+    def build(cotangents: Cotangents) -> Dense:
+        return Dense(reduce(wide(_first(cotangents)).reshape(split)).reshape(shape))
+
+    return Recipe(build, "sum", saved=())

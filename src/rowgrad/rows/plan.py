@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from rowgrad.rows.explain import Explanation
+from rowgrad.rows.factors import Form
 from rowgrad.rows.frontier import Frontier, Use, edges_to_prove, find_uses, needed_nodes, static_nodes
 from rowgrad.rows.ownership import MIXED, Axis, Edge, Layout, Prover
 from rowgrad.rows.placement import Place, place_of
-from rowgrad.rows.site import Recipe, Rule, Site
+from rowgrad.rows.site import Cotangents, Recipe, Rule, Site
 from rowgrad.rows.structure import infer
-from rowgrad.tape import Tape, Watch
+from rowgrad.tape import Tape, Watch, forget_structures
 
 KEPT_SIGNATURES = 64
 PROVE_EVERY = 50  # calls
@@ -43,7 +44,7 @@ class Ownership:
     by_node: dict[int, list[Use]]
     watch: Watch  # of the nodes with uses
     told: dict[tuple, Explanation] = field(default_factory=dict)
-    worked_out: dict[tuple, Any] = field(default_factory=dict)  # see `Site`
+    recipes: dict[Use, tuple[Rule, Recipe]] = field(default_factory=dict)  # that hold nothing of a graph
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Plan:
     ownership: Ownership
     recipes: dict[Use, Recipe]
     places: dict[Use, Place]
+    saved: dict[Use, list[Any]]  # read for the recipes
 
     @property
     def uses(self) -> list[Use]:
@@ -78,6 +80,20 @@ class Plan:
         """
         return not self.is_ruled or any(r.needs_graph for r in self.recipes.values())
 
+    def form(self, use: Use, cotangents: Cotangents) -> Form | None:
+        """The form, to be asked for once; None where no cotangent arrived. Lets go of what the node saved."""
+        recipe, saved = self.recipes[use], self.saved.pop(use)
+        if recipe.saved is None:
+            self.recipes[use] = replace(recipe, build=_spent)
+        for z in cotangents:
+            if z is not None:
+                return recipe.build(cotangents, *saved)
+        return None
+
+
+def _spent(cotangents: Cotangents) -> Form:
+    raise AssertionError("bug in rowgrad, please report: a form was asked for twice")
+
 
 _kept: OrderedDict[tuple, _Kept] = OrderedDict()
 
@@ -85,6 +101,7 @@ _kept: OrderedDict[tuple, _Kept] = OrderedDict()
 def forget() -> None:
     """Drop everything kept from earlier calls."""
     _kept.clear()
+    forget_structures()
 
 
 def make_plan(
@@ -93,25 +110,30 @@ def make_plan(
     """Find the uses, how the examples lie there, and a recipe for each where the rules have one."""
     ownership = _ownership(tape, seed, leaves, verify)
     recipes: dict[Use, Recipe] = {}
-    n_examples = seed.shape[0]
+    saved: dict[Use, list[Any]] = {}
     for use in ownership.frontier.uses:
         node = tape.nodes[use.node]
         rule = rules.get((node.kind, use.slot))
-        recipe = None
-        if rule is not None:
-            recipe = rule(Site(tape, node, use.slot, ownership.layouts, n_examples, ownership.worked_out))
+        if rule is None:
+            continue
+        of_rule, recipe = ownership.recipes.get(use, (None, None))
+        if of_rule is not rule:
+            recipe = rule(Site(tape, node, use.slot, ownership.layouts, seed.shape[0]))
+            if recipe is not None and recipe.saved is not None:
+                ownership.recipes[use] = (rule, recipe)
         if recipe is not None:
             recipes[use] = recipe
+            saved[use] = [node.saved(name) for name in recipe.saved] if recipe.saved else []
     places = ownership.places
     if len(recipes) < len(ownership.frontier.uses):
         places = {use: place for use, place in places.items() if use in recipes}
-    return Plan(ownership, recipes, places)
+    return Plan(ownership, recipes, places, saved)
 
 
 def _ownership(tape: Tape, seed: Tensor, leaves: Mapping[int, str], verify: str) -> Ownership:
     if verify == "always" or seed.shape[0] == 1:
         return _Proof(tape, seed, leaves).ownership({})
-    key = (tape.signature(), tuple(sorted(leaves)), seed.dtype, seed.shape[0])
+    key = (tape.structure, tuple(sorted(leaves)), seed.dtype)
     kept = _kept.get(key)
     if kept is not None:
         _kept.move_to_end(key)
@@ -173,4 +195,4 @@ def _lasting(ownership: Ownership, settled: Mapping[Edge, Axis]) -> Ownership | 
     above = {e: layout for e, layout in ownership.layouts.items() if not ownership.frontier.tainted[e[0]]}
     if any(e not in settled for e in above):
         return None
-    return replace(ownership, layouts=above, proof=f"{ownership.proof}, kept", told={}, worked_out={})
+    return replace(ownership, layouts=above, proof=f"{ownership.proof}, kept", told={}, recipes={})

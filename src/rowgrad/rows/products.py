@@ -18,14 +18,13 @@ def vector(site: Site, saved: str = "self", scale: str | None = None) -> Recipe 
     group = site.grouping(1)
     if group is None:
         return None
-    h, shape = site.node.saved(saved), site.target_shape
-    factor = scalar(site.node.attribute(scale)) if scale else 1
+    shape, factor = site.target_shape, scalar(site.node.attribute(scale)) if scale else 1
 
-    def build(cotangents: Cotangents) -> Form:
+    def build(cotangents: Cotangents, h: Tensor) -> Form:
         z = wide(group(only(cotangents))) * factor  # (B, T)
         return Outer(z[:, None, :, None], wide(group(h)).unsqueeze(1), shape, True, group.positions)
 
-    return Recipe(build, "outer product")
+    return Recipe(build, "outer product", saved=(saved,))
 
 
 def matrix_of_vector(site: Site, saved: str = "vec", scale: str | None = None) -> Recipe | None:
@@ -33,14 +32,13 @@ def matrix_of_vector(site: Site, saved: str = "vec", scale: str | None = None) -
     group = _of_one_example(site)
     if group is None:
         return None
-    h, shape = site.node.saved(saved), site.target_shape
-    factor = scalar(site.node.attribute(scale)) if scale else 1
+    shape, factor = site.target_shape, scalar(site.node.attribute(scale)) if scale else 1
 
-    def build(cotangents: Cotangents) -> Form:
+    def build(cotangents: Cotangents, h: Tensor) -> Form:
         left, right = (wide(group(t.unsqueeze(0))).unsqueeze(1) for t in (only(cotangents), h))
         return Outer(left * factor, right, shape, True, group.positions)
 
-    return Recipe(build, "outer product")
+    return Recipe(build, "outer product", saved=(saved,))
 
 
 def dot(site: Site, saved: str) -> Recipe | None:
@@ -48,10 +46,11 @@ def dot(site: Site, saved: str) -> Recipe | None:
     group = _of_one_example(site)
     if group is None:
         return None
-    h = site.node.saved(saved)
-    return Recipe(
-        lambda cotangents: Dense(group((wide(only(cotangents)) * wide(h)).unsqueeze(0)).squeeze(1)), "product"
-    )
+
+    def build(cotangents: Cotangents, h: Tensor) -> Form:
+        return Dense(group((wide(only(cotangents)) * wide(h)).unsqueeze(0)).squeeze(1))
+
+    return Recipe(build, "product", saved=(saved,))
 
 
 def outer(site: Site, saved: str, dim: int) -> Recipe | None:
@@ -60,13 +59,13 @@ def outer(site: Site, saved: str, dim: int) -> Recipe | None:
     group = site.grouping(1, order=order)
     if group is None:
         return None
-    h, factor = site.node.saved(saved), scalar(site.node.attribute("alpha"))
+    factor = scalar(site.node.attribute("alpha"))
 
-    def build(cotangents: Cotangents) -> Form:
+    def build(cotangents: Cotangents, h: Tensor) -> Form:
         z, left = (wide(group(t)) for t in (only(cotangents).permute(order), h))  # (B, T, p), (B, T)
         return Dense(torch.einsum("bt,btp->bp", left * factor, z))
 
-    return Recipe(build, "product")
+    return Recipe(build, "product", saved=(saved,))
 
 
 def summed_first(site: Site) -> Recipe | None:
@@ -74,14 +73,14 @@ def summed_first(site: Site) -> Recipe | None:
     group = site.grouping(1, order=(1, 0))
     if group is None:
         return None
-    h, factor, shape = site.node.saved("batch2"), scalar(site.node.attribute("alpha")), site.target_shape
+    factor, shape = scalar(site.node.attribute("alpha")), site.target_shape
 
-    def build(cotangents: Cotangents) -> Form:
+    def build(cotangents: Cotangents, h: Tensor) -> Form:
         z = wide(group(only(cotangents).mT)).unsqueeze(1)  # (B, 1, T, .)
         right = wide(group(h.permute(2, 0, 1))).transpose(1, 2)  # (B, G, T, .)
         return Outer((z * factor).expand(-1, shape[0], -1, -1), right, shape, True, group.positions)
 
-    return Recipe(build, "outer product")
+    return Recipe(build, "outer product", saved=("batch2",))
 
 
 def summed_second(site: Site) -> Recipe | None:
@@ -89,13 +88,13 @@ def summed_second(site: Site) -> Recipe | None:
     group = site.grouping(1)
     if group is None:
         return None
-    h, factor, shape = site.node.saved("batch1"), scalar(site.node.attribute("alpha")), site.target_shape
+    factor, shape = scalar(site.node.attribute("alpha")), site.target_shape
 
-    def build(cotangents: Cotangents) -> Form:
+    def build(cotangents: Cotangents, h: Tensor) -> Form:
         left, z = (wide(group(t)).unsqueeze(1) for t in (h.transpose(0, 1).flatten(1), only(cotangents)))
         return Outer(left, z * factor, shape, False, group.positions)
 
-    return Recipe(build, "outer product")
+    return Recipe(build, "outer product", saved=("batch1",))
 
 
 def _of_one_example(site: Site) -> Grouping | None:
@@ -118,14 +117,14 @@ def bilinear(site: Site) -> Recipe | None:
     group = site.grouping(1)
     if group is None or expands != [(1, 3), (0,), (1, 2), (2, 3)]:
         return None
-    x, y, shape = node.saved("i1"), node.saved("i3"), site.target_shape
+    shape = site.target_shape
 
-    def build(cotangents: Cotangents) -> Form:
+    def build(cotangents: Cotangents, x: Tensor, y: Tensor) -> Form:
         z, left, right = (wide(group(t)) for t in (only(cotangents), x, y))
         pairs = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(2)
         return Outer(z.unsqueeze(1), pairs.unsqueeze(1), shape, True, group.positions)
 
-    return Recipe(build, "outer product")
+    return Recipe(build, "outer product", saved=("i1", "i3"))
 
 
 def grouped(site: Site, *, weight_first: bool) -> Recipe | None:
@@ -151,10 +150,9 @@ def batched(site: Site, *, weight_first: bool, saved: str, scale: str | None = N
     factor = scalar(site.node.attribute(scale)) if scale else 1
     if group is None:
         return _stacked(site, weight_first=weight_first, saved=saved, factor=factor)
-    data = site.node.saved(saved)
     shape = site.target_shape
 
-    def build(cotangents: Cotangents) -> Form:
+    def build(cotangents: Cotangents, data: Tensor) -> Form:
         z = only(cotangents).permute(order)  # (positions, G, p)
         h = data.permute(order)
         sides = [wide(group(t)).transpose(1, 2) for t in (h, z)]  # (B, G, T, .)
@@ -163,7 +161,7 @@ def batched(site: Site, *, weight_first: bool, saved: str, scale: str | None = N
         left, right = sides[::-1] if weight_first else sides
         return Outer(left, right, shape, cotangent_left=weight_first, positions=group.positions)
 
-    return Recipe(build, "outer product")
+    return Recipe(build, "outer product", saved=(saved,))
 
 
 def _stacked(site: Site, *, weight_first: bool, saved: str, factor: float) -> Recipe | None:

@@ -1,15 +1,14 @@
 """What a rule sees of a use, what it answers, and the rules for parameters broadcast over the examples.
 
-A rule looks at a use before the cotangents exist: it reads what the node saved, once, and returns a `Recipe`, or None
-where the examples lie in a way it does not know. The recipe turns the node's cotangents into a form. What no rule takes
-goes the general path. A rule's form has the shape of the input it speaks of.
+A rule looks at a use before the cotangents exist and returns a `Recipe`, or None where the examples lie in a way it
+does not know. The recipe turns the node's cotangents, and what the node saved, into a form. What no rule takes goes the
+general path. A rule's form has the shape of the input it speaks of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,25 +18,21 @@ from rowgrad.rows.ownership import Axis, Edge, Entries, Grouping, Layout
 from rowgrad.tape import Node, Tape
 
 Cotangents = Sequence[Tensor | None]
-_T = TypeVar("_T")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to make a form from the cotangents of the node's outputs."""
+    """How to make a form: `build(cotangents, *saved)`, with the cotangents of the node's outputs.
 
-    build: Callable[[Cotangents], Form]
+    `saved` names what the node saved and is to be read before the pass, each value once. Such a recipe follows from
+    layouts, shapes and attributes alone, holds neither a tensor nor the tape, and is kept as long as the layouts are.
+    One without is for a single graph.
+    """
+
+    build: Callable[..., Form]
     route: str  # one word for `explain`
+    saved: tuple[str, ...] | None = None
     needs_graph: bool = False  # calls the node, so its saved tensors must outlive the pass
-
-    def form(self, cotangents: Cotangents) -> Form | None:
-        """The form, to be asked for once; None where no cotangent arrived. Lets go of what the node saved."""
-        build, self.build = self.build, _spent
-        return build(cotangents) if any(z is not None for z in cotangents) else None
-
-
-def _spent(cotangents: Cotangents) -> Form:
-    raise AssertionError("bug in rowgrad, please report: a form was asked for twice")
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,6 @@ class Site:
     slot: int
     layouts: Mapping[Edge, Layout]
     n_examples: int
-    worked_out: dict[tuple, Any] = field(default_factory=dict, compare=False)  # from layouts and shapes; no tensors
 
     @property
     def target_shape(self) -> torch.Size:
@@ -65,28 +59,10 @@ class Site:
 
         None where the owners are not told by those dimensions, and for complex cotangents, which no product rule knows.
         """
-        key = ("grouping", output_nr, n_positions, None if order is None else tuple(order))
-        return self.once(key, lambda: self._grouping(n_positions, order, output_nr))
-
-    def _grouping(self, n_positions: int, order: Sequence[int] | None, output_nr: int) -> Grouping | None:
         if self.node.dtype(output_nr).is_complex:
             return None
         shape = self.node.shape(output_nr)
         return grouping_of(self.layout(output_nr), shape, order or range(len(shape)), n_positions, self.n_examples)
-
-    def reduction(self, z_shape: torch.Size, shape: torch.Size) -> Callable[[Tensor], Tensor] | None:
-        """As `reduce_broadcast`, for the layout of the node's output."""
-        return self.once(("reduction", z_shape, shape), lambda: reduce_broadcast(self, z_shape, shape))
-
-    def once(self, key: Hashable, make: Callable[[], _T]) -> _T:
-        """What follows from layouts, shapes and attributes of the node, and holds neither a tensor nor the tape.
-
-        It is kept as long as the layouts are.
-        """
-        key = (self.node.index, self.slot, key)
-        if key not in self.worked_out:
-            self.worked_out[key] = make()
-        return self.worked_out[key]
 
 
 def grouping_of(
@@ -117,7 +93,7 @@ def scalar(value: object) -> float:
 def elementwise(site: Site) -> Recipe | None:
     """A parameter broadcast over the examples: the node's own gradient before the broadcast is summed away."""
     z_shape, shape = site.node.shape(), site.target_shape
-    reduce = site.reduction(z_shape, shape)
+    reduce = reduce_broadcast(site, z_shape, shape)
     if reduce is None:
         return None
 
@@ -137,22 +113,20 @@ def factor(site: Site) -> Recipe | None:
     """A parameter multiplied with something: scale, temperature, gate."""
     if site.node.dtype().is_complex:
         return elementwise(site)
-    reduce = site.reduction(site.node.shape(), site.target_shape)
+    reduce = reduce_broadcast(site, site.node.shape(), site.target_shape)
     if reduce is None:
         return None
-    other = site.node.saved("self" if site.slot else "other")
-    return Recipe(lambda cotangents: Dense(reduce(wide(only(cotangents)) * wide(other))), "product")
+
+    def build(cotangents: Cotangents, other: Tensor) -> Form:
+        return Dense(reduce(wide(only(cotangents)) * wide(other)))
+
+    return Recipe(build, "product", saved=("self" if site.slot else "other",))
 
 
 def summand(site: Site, scale: str | None = None, sign: int = 1) -> Recipe | None:
     """A parameter added to something, times a constant: its gradient is the cotangent, summed over the broadcast."""
     if site.node.dtype().is_complex:
         return elementwise(site)
-    build = site.once(("summand", scale, sign), lambda: _summed(site, scale, sign))
-    return None if build is None else Recipe(build, "sum")
-
-
-def _summed(site: Site, scale: str | None, sign: int) -> Callable[[Cotangents], Form] | None:
     reduce = reduce_broadcast(site, site.node.shape(), site.target_shape)
     if reduce is None:
         return None
@@ -162,7 +136,7 @@ def _summed(site: Site, scale: str | None, sign: int) -> Callable[[Cotangents], 
         found = reduce(wide(only(cotangents)))
         return Dense(found if factor == 1 else factor * found)
 
-    return build
+    return Recipe(build, "sum", saved=())
 
 
 def reduce_broadcast(
