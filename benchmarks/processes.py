@@ -18,6 +18,8 @@ PRELOADED = [
 ]  # fmt: skip
 SHARE_OF_MEMORY = 0.8  # of what is available; a method that needs more has failed
 M_MMAP_THRESHOLD = -3  # glibc's name for the size from which a block is returned to the system when freed
+M_TRIM_THRESHOLD = -1  # and for how much is free at the end of its memory before that goes back, too
+LARGEST_KEPT = 32 * 2**20  # glibc keeps no larger blocks
 PR_SET_PDEATHSIG = 1  # Linux's name for the signal that comes when the parent ends, so that nothing is left behind
 KIB = 1024
 
@@ -75,6 +77,17 @@ def describe(error: Exception) -> str:
 def return_freed_blocks() -> None:
     """From now on large blocks go back to the system at once, so that the resident memory is what is in use."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)
+
+
+def keep_freed_blocks() -> None:
+    """From now on what is freed stays with the process for the next block.
+
+    Otherwise whether a step asks the system for its memory anew, at a tenth of its time or more, hangs on which blocks
+    happen to lie at the end, and so on what other methods did before.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def resident_bytes() -> int:

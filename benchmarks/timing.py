@@ -44,6 +44,7 @@ def _time_methods(
 ) -> Seconds:
     warnings.simplefilter("ignore")
     torch.set_num_threads(setting.threads)
+    processes.keep_freed_blocks()
     built = {method: build(workload, method, output, goal, setting.tiny) for method in [PLAIN, *estimates]}
     share = budget / len(built)
     rounds = {name: rounds_for(seconds, 4 * share if name == OURS else share) for name, seconds in estimates.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -72,6 +73,50 @@ def test_a_system_without_such_pages_gives_ordinary_memory(mapped, monkeypatch, 
         monkeypatch.setattr(memory, "HAS_HUGE_PAGES", False)
     found = memory.empty((4, 4), torch.zeros(()))
     assert found.untyped_storage().nbytes() == 64
+
+
+@pytest.mark.parametrize("like", LIKES, ids=lambda t: str(t.dtype))
+def test_a_piece_that_is_used_up_is_lent_again(like):
+    with memory.scratch((2, 3), like) as first, memory.scratch((2, 3), like) as second:
+        assert first.shape == (2, 3)
+        assert (first.dtype, first.device) == (like.dtype, like.device)
+        first.fill_(1)
+        second.fill_(2)
+        assert (first == 1).all()
+        where = first.data_ptr()
+    with memory.scratch((5,), like) as third:
+        assert third.data_ptr() == where
+    with pytest.raises(ZeroDivisionError), memory.scratch((5,), like):
+        _ = 1 / 0
+    with memory.scratch((5,), like) as fourth:
+        assert fourth.data_ptr() == where
+
+
+def test_what_is_lent_is_small_and_the_threads_own():
+    like = torch.zeros(())
+    with memory.scratch((memory.SCRATCH_BYTES // 4,), like) as piece:
+        where = piece.data_ptr()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(address_of_a_piece, like).result() != where
+    with memory.scratch((memory.SCRATCH_BYTES // 4 + 1,), like) as larger:
+        assert larger.data_ptr() != where
+    with memory.scratch((2,), torch.zeros((), device="meta")) as elsewhere:
+        assert elsewhere.device.type == "meta"
+
+
+def address_of_a_piece(like):
+    with memory.scratch((2,), like) as piece:
+        return piece.data_ptr()
+
+
+def test_a_piece_made_in_inference_mode_serves_beyond_it(monkeypatch):
+    monkeypatch.setattr(memory._scratch, "piece", None)
+    with torch.inference_mode(), memory.scratch((2,), torch.zeros(())) as piece:
+        piece.fill_(1.0)
+    with memory.scratch((2,), torch.zeros(())) as piece:
+        piece.fill_(2.0)
+    with torch.device("meta"), memory.scratch((2,), torch.zeros((), device="cpu")) as piece:
+        assert piece.device.type == "cpu"
 
 
 CHOSEN = [n for n, c in CASES.items() if c.fast and c.deterministic and c.independent and c.dtype == torch.float64]

@@ -112,7 +112,7 @@ class Block:
         return self._total([r.dot(direction) for r in self.regions])
 
     def _total(self, parts: list[Tensor]) -> Tensor:
-        """(B,): what the regions contribute."""
+        """What the regions contribute, in the dtype of products; (B,) where there are none."""
         if not parts:
             return self._zeros()
         return sum_of(part if part.dtype == self.dtype else part.to(self.dtype) for part in parts)
@@ -145,11 +145,10 @@ class Block:
 
     def gram(self, other: Block) -> Tensor:
         """(B, B')."""
-        found = torch.zeros(self.n_examples, other.n_examples, dtype=self.dtype, device=self.device)
         if self.is_absent or other.is_absent:
-            return found
+            return torch.zeros(self.n_examples, other.n_examples, dtype=self.dtype, device=self.device)
         if self._matches(other):
-            return sum_of([found, *(r.gram(s) for r, s in zip(self.regions, other.regions, strict=True))])
+            return self._total([r.gram(s) for r, s in zip(self.regions, other.regions, strict=True)])
         return Dense(self.dense()).flat @ Dense(other.dense()).flat.T
 
     def inner(self, other: Block) -> Tensor:
@@ -157,7 +156,7 @@ class Block:
         if self.is_absent or other.is_absent:
             return self._zeros()
         if self._matches(other):
-            return sum_of([self._zeros(), *(r.inner(s) for r, s in zip(self.regions, other.regions, strict=True))])
+            return self._total([r.inner(s) for r, s in zip(self.regions, other.regions, strict=True)])
         return (Dense(self.dense()).flat * Dense(other.dense()).flat).sum(1)
 
     def _matches(self, other: Block) -> bool:

@@ -229,7 +229,8 @@ class Outer:
         """(B, G, a, b); kept for the next question while it is small enough."""
         if self._formed is not None:
             return self._formed
-        formed = self._written_out(slice(None))
+        everyone = slice(None)
+        formed = self._written_out(everyone, memory.empty(self._formed_shape(everyone), self.left))
         if self.formed_bytes <= KEEP_BYTES:
             self._formed = formed
         return formed
@@ -280,15 +281,19 @@ class Outer:
             return energies(self.form())
         found = self.left.new_empty(self.n_examples)
         for s in self.chunks(self.formed_bytes // max(1, self.n_examples), step_bytes(self.left.device)):
-            found[s] = energies(self._written_out(s))
+            with memory.scratch(self._formed_shape(s), self.left) as piece:
+                found[s] = energies(self._written_out(s, piece))
         return found
 
-    def _written_out(self, examples: slice) -> Tensor:
+    def _written_out(self, examples: slice, out: Tensor) -> Tensor:
         left, right = self.left[examples].transpose(-1, -2), self.right[examples]
-        found = memory.empty((*left.shape[:-1], right.shape[-1]), left)
         if left.shape[-1] == 1:  # a product over one position is slower as one
-            return torch.mul(left, right, out=found)
-        return torch.matmul(left, right, out=found)
+            return torch.mul(left, right, out=out)
+        return torch.matmul(left, right, out=out)
+
+    def _formed_shape(self, examples: slice) -> tuple[int, ...]:
+        n, g, _, a, b = self.sizes
+        return len(range(*examples.indices(n))), g, a, b
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         b, g, t, a, d = self.sizes

@@ -85,6 +85,7 @@ class Jacobian:
         self._explanation = explanation
         self._versions = {name: p._version for name, p in parameters.by_name.items()}
         self._sq_norms: dict[str, Tensor] = {}
+        self._whole: Tensor | None = None
 
     @classmethod
     def of_norms(cls, losses: Tensor, parameters: Parameters, sq_norms: Mapping[str, Tensor]) -> Jacobian:
@@ -143,10 +144,18 @@ class Jacobian:
         Args:
             by: None, "parameter", "module", or {group: names, tensors or modules}.
         """
+        if by is None:
+            return self._whole_sq_norms().clone()
         groups = self._groups(by)
         per_parameter = self._parameter_sq_norms({n for names in groups.values() for n in names})
-        found = {group: self._total(per_parameter[n] for n in names) for group, names in groups.items()}
-        return found[""] if by is None else found
+        return {group: self._total([per_parameter[n] for n in names]) for group, names in groups.items()}
+
+    def _whole_sq_norms(self) -> Tensor:
+        """Of all parameters, (B,); computed once, not to be written to."""
+        if self._whole is None:
+            per_parameter = self._parameter_sq_norms(set(self.names))
+            self._whole = self._total([per_parameter[n] for n in self.names])
+        return self._whole
 
     @overload
     def norms(self, by: None = None) -> Tensor: ...
@@ -158,14 +167,11 @@ class Jacobian:
 
         Source: Goodfellow 2015, "Efficient per-example gradient computations", section 4.
         """
-        found = self.sq_norms(by)
-        if isinstance(found, dict):
-            return {group: sq.clamp_(min=0).sqrt() for group, sq in found.items()}
-        return found.clamp(min=0).sqrt()
-
-    def _groups(self, by: str | Mapping[str, Any] | None) -> dict[str, list[str]]:
         if by is None:
-            return {"": list(self.names)}
+            return self._whole_sq_norms().clamp(min=0).sqrt_()
+        return {group: sq.clamp(min=0).sqrt_() for group, sq in self.sq_norms(by).items()}
+
+    def _groups(self, by: str | Mapping[str, Any]) -> dict[str, list[str]]:
         if by == "parameter":
             return {name: [name] for name in self.names}
         if by == "module":
@@ -190,12 +196,14 @@ class Jacobian:
                 self._sq_norms |= {n: torch.stack([r[n] for r in rows]) for n in streamed}
         return self._sq_norms
 
-    def _total(self, parts: Iterator[Tensor] | Any) -> Tensor:
-        parts = list(parts)
+    def _total(self, parts: list[Tensor]) -> Tensor:
+        """(B,): the sum of parts of any dtype and device."""
         if not parts:
             return self._losses.new_zeros(len(self), dtype=self._dtype)
         widest, device = max((p.dtype for p in parts), key=lambda d: d.itemsize), parts[0].device
-        return sum_of(p if p.dtype == widest and p.device == device else p.to(device, widest) for p in parts)
+        return torch.stack(
+            [p if p.dtype == widest and p.device == device else p.to(device, widest) for p in parts]
+        ).sum(0)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -328,7 +336,8 @@ class Jacobian:
         streamed = [n for n in shared if n in mine.general_names | theirs.general_names]
         for name in shared:
             if name not in streamed:
-                total = total + mine.by_name[name].gram(theirs.by_name[name]).to(total.device)
+                part = mine.by_name[name].gram(theirs.by_name[name]).to(total.device)
+                total = total.add_(part) if part.dtype == total.dtype else total + part
         if streamed:
             for j, left in enumerate(self._streamed_rows(streamed)):
                 for k, right in enumerate(other._streamed_rows(streamed)):
@@ -544,7 +553,7 @@ class Jacobian:
             raise ValueError(f'nonfinite={nonfinite!r}: expected "raise", "zero" or "propagate"')
         source = self
         if nonfinite != "propagate":
-            finite = self.sq_norms().isfinite()
+            finite = self._whole_sq_norms().isfinite()
             bad = [] if bool(finite.all()) else (~finite).nonzero().squeeze(1).tolist()
             if bad and nonfinite == "raise":
                 raise NonFiniteError(

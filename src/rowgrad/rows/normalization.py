@@ -27,14 +27,17 @@ def _first(cotangents: Cotangents) -> Tensor:
 def _scale(
     site: Site, parameter: Sequence[int], normalized: Callable[..., Tensor], saved: tuple[str, ...]
 ) -> Recipe | None:
-    """`parameter`: the scale's shape with ones where it is broadcast, aligned with the input."""
+    """`parameter`: the scale's shape with ones where it is broadcast, aligned with the input.
+
+    normalized: from the saved values, a tensor of its own.
+    """
     reduce = reduce_broadcast(site, site.node.shape(), torch.Size(parameter))
     if reduce is None:
         return None
     shape = (-1, *site.target_shape)
 
     def build(cotangents: Cotangents, *values: Tensor) -> Dense:
-        return Dense(reduce(wide(_first(cotangents)) * normalized(*values)).reshape(shape))
+        return Dense(reduce(normalized(*values).mul_(wide(_first(cotangents)))).reshape(shape))
 
     return Recipe(build, "scale", saved)
 
@@ -48,7 +51,7 @@ def _shift(site: Site, parameter: Sequence[int]) -> Recipe | None:
 
 
 def _standardized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return (wide(x) - wide(mean)) * wide(rstd)
+    return (wide(x) - wide(mean)).mul_(wide(rstd))
 
 
 def layer_scale(site: Site) -> Recipe | None:

@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rowgrad.rows import memory
 from rowgrad.rows.factors import CHUNK_BYTES, KEEP_BYTES, Dense, Form, Multiples, Outer, Rows, energies, step_bytes
 
+Lent = AbstractContextManager[Tensor]
 PAIR_WEIGHT = 16  # measured on a CPU: a product of two looked-up rows, against one of a matrix product
 SMALLEST_BLOCK = 128  # rows of a symmetric product; products of fewer are slow enough to lose what they leave out
 
@@ -58,6 +61,15 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     if left is not right:
         return left @ right.T
     return _symmetric(len(left), lambda rows, columns: left[rows] @ left[columns].T, left)
+
+
+def product_of_lent(left: Lent, right: Lent | None) -> Tensor:
+    """`product` of rows that are lent for it; with themselves where `right` is None."""
+    with left as rows:
+        if right is None:
+            return product(rows, rows)
+        with right as others:
+            return product(rows, others)
 
 
 def _symmetric(n: int, product: Callable[[slice, slice], Tensor], like: Tensor) -> Tensor:
@@ -132,9 +144,16 @@ def _gram_outer_outer(f: Outer, g: Outer) -> Tensor:
     found = f.left.new_zeros(b, other)
     step = max(1, step_bytes(f.left.device) // (max(b, other) * groups * d * f.left.element_size()))
     for i in range(0, a, step):
-        part = (f.left[..., i : i + step].mT @ f.right).reshape(b, -1)
-        found += product(part, part if g is f else (g.left[..., i : i + step].mT @ g.right).reshape(other, -1))
+        found += product_of_lent(_formed_part(f, i, step), None if g is f else _formed_part(g, i, step))
     return found
+
+
+@contextmanager
+def _formed_part(f: Outer, start: int, step: int) -> Iterator[Tensor]:
+    """Some rows of each row's matrix, written out: (B, G * step * d)."""
+    left = f.left[..., start : start + step].mT
+    with memory.scratch((*left.shape[:-1], f.sizes[4]), left) as formed:
+        yield torch.matmul(left, f.right, out=formed).reshape(f.n_examples, -1)
 
 
 def _gram_of_vectors(f: Outer, g: Outer) -> Tensor:

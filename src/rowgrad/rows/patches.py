@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from rowgrad.rows import memory
 from rowgrad.rows.factors import CANCELLATION, CHUNK_BYTES, KEEP_BYTES, Dense, Outer, count, energies, step_bytes
-from rowgrad.rows.pairs import GRAM, gram, product
+from rowgrad.rows.pairs import GRAM, gram, product_of_lent
 
 CACHE_BYTES = 4 * 2**20  # temporaries of one step on a CPU, so that they stay near it
 FOLDED_BYTES = 2 * 2**20  # rows formed by one backward of a weight; of twice as many it may take three times as long
@@ -155,7 +156,12 @@ class Convolved:
             return energies(self.form())
         found = self.x.new_empty(self.n_examples)
         for s in self._pieces(self.shape.numel() * self.x.element_size(), FOLDED_BYTES if self._folds else None):
-            found[s] = energies(self._folded(self.x[s], self.y[s]) if self._folds else self._rows(self.x[s], self.y[s]))
+            if self._folds:
+                found[s] = energies(self._folded(self.x[s], self.y[s]))
+            else:
+                some = replace(self, x=self.x[s], y=self.y[s])
+                with memory.scratch((some.n_examples, *self.shape), self.x) as piece:
+                    found[s] = energies(some.write_out(piece))
         return found
 
     def _sq_norms_by_gram(self) -> tuple[Tensor, Tensor]:
@@ -205,7 +211,7 @@ class Convolved:
         """(B, *shape); kept for the next question while it is small enough."""
         if self._formed is not None:
             return self._formed
-        formed = self._rows(self.x, self.y)
+        formed = self.write_out(memory.empty((self.n_examples, *self.shape), self.x))
         if self.formed_bytes <= KEEP_BYTES:
             self._formed = formed
         return formed
@@ -214,16 +220,16 @@ class Convolved:
     def _folds(self) -> bool:
         return self.x.device.type == "cpu" and self.x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
-    def _rows(self, x: Tensor, y: Tensor) -> Tensor:
-        found = memory.empty((len(x), *self.shape), x)
-        if self._folds and self.sizes[2] > FEW_POSITIONS:
-            for s in self._pieces(self.shape.numel() * x.element_size(), FOLDED_BYTES):
-                found[s] = self._folded(x[s], y[s])
-            return found
+    def write_out(self, found: Tensor) -> Tensor:
+        """The rows, written to (B, *shape)."""
         _, groups, t, a, b = self.sizes
-        for s in self._pieces(groups * t * b * x.element_size()):
-            left = self._split(x[s]).flatten(3)
-            torch.matmul(left, self._patches(y[s]).mT, out=found[s].view(len(left), groups, a, b))
+        if self._folds and t > FEW_POSITIONS:
+            for s in self._pieces(self.shape.numel() * found.element_size(), FOLDED_BYTES):
+                found[s] = self._folded(self.x[s], self.y[s])
+            return found
+        for s in self._pieces(groups * t * b * found.element_size()):
+            left = self._split(self.x[s]).flatten(3)
+            torch.matmul(left, self._patches(self.y[s]).mT, out=found[s].view(len(left), groups, a, b))
         return found
 
     def _folded(self, x: Tensor, y: Tensor) -> Tensor:
@@ -350,9 +356,16 @@ def _gram(f: Convolved, g: Convolved) -> Tensor:
     step = step_bytes(f.x.device) // (max(b, other) * d * f.x.element_size())
     step = max(1, step // CHANNELS) * CHANNELS
     for i in range(0, a, step):
-        left = f.channels(slice(i, i + step)).form().flatten(1)
-        found += product(left, left if g is f else g.channels(slice(i, i + step)).form().flatten(1))
+        left, right = (_written_out(form.channels(slice(i, i + step))) for form in (f, g))
+        found += product_of_lent(left, None if g is f else right)
     return found
+
+
+@contextmanager
+def _written_out(f: Convolved) -> Iterator[Tensor]:
+    """(B, entries), to be used up at once."""
+    with memory.scratch((f.n_examples, *f.shape), f.x) as rows:
+        yield f.write_out(rows).flatten(1)
 
 
 GRAM[Convolved, Convolved] = _gram
