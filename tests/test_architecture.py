@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "rows.factors":     {"errors", "rows.memory"},
     "rows.explain":     {"errors"},
     "rows.ownership":   {"errors", "tape"},
-    "rows.pairs":       {"errors", "rows.factors"},
+    "rows.pairs":       {"errors", "rows.factors", "rows.memory"},
     "rows.placement":   {"errors", "tape", "rows.factors"},
     "rows.structure":   {"errors", "tape", "rows.ownership"},
     "rows.frontier":    {"errors", "tape", "rows.ownership", "rows.placement"},

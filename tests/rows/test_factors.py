@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rowgrad.rows import factors
+import rowgrad as rg
+from rowgrad.rows import factors, pairs
 from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows
-from rowgrad.rows.pairs import gram, inner
+from rowgrad.rows.pairs import gram, inner, of_itself, product, remembering
 
 B, G, P, D = 4, 1, 5, 3
 
@@ -66,6 +67,37 @@ def test_products_of_two_forms(f: str, g: str) -> None:
     torch.testing.assert_close(inner(one, other), (left * right).sum(1))
     torch.testing.assert_close(gram(one, other), left @ right.T)
     torch.testing.assert_close(inner(one.select(torch.arange(B)), other), (left * right).sum(1))
+
+
+@pytest.mark.parametrize("length", [2**14, 2**14 + 1, 2**14 + 16, 3])
+def test_products_of_long_rows(length: int) -> None:
+    left, right = torch.randn(200, length, dtype=torch.float64), torch.randn(3, length, dtype=torch.float64)
+    torch.testing.assert_close(product(left, right), left @ right.T)
+    torch.testing.assert_close(product(left, left), left @ left.T)
+    torch.testing.assert_close(product(left[:0], right), left[:0] @ right.T)
+
+
+def test_what_is_remembered_is_not_taken_for_another() -> None:
+    with remembering():
+        for i in range(20):  # the memory of the one before would be used again if it were free
+            rows = torch.full((B, 100), float(i))
+            assert of_itself(rows)[0, 0] == 100 * i * i
+            assert of_itself(rows[:2]).shape == (2, 2)
+            assert of_itself(rows) is of_itself(rows.view(B, 10, 10).flatten(1))
+            del rows
+    rows = torch.ones(B, 100)
+    assert of_itself(rows) is not of_itself(rows)
+
+
+def test_the_product_of_a_layers_cotangents_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr(pairs, "product", lambda left, right: taken.append(left.shape) or left @ right.T)
+    model = torch.nn.Sequential(torch.nn.Linear(D, P), torch.nn.Tanh(), torch.nn.Linear(P, 1)).double()
+    J = rg.jacobian(model(torch.randn(B, D, dtype=torch.float64)).squeeze(1), model)
+    expected = J.dense() @ J.dense().T
+    taken.clear()
+    torch.testing.assert_close(J.gram(), expected)
+    assert sorted(taken) == [(B, 1), (B, D), (B, P), (B, P)]
 
 
 def test_norms_that_cancel_are_formed() -> None:

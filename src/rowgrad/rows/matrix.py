@@ -22,6 +22,7 @@ from rowgrad.rows.explain import Explanation
 from rowgrad.rows.general import GeneralPath
 from rowgrad.rows.index import positions, shown
 from rowgrad.rows.loss import weighted_rows
+from rowgrad.rows.pairs import remembering
 
 
 @dataclass
@@ -334,10 +335,11 @@ class Jacobian:
         shared = self._shared_names(other)
         total = torch.zeros(len(self), len(other), dtype=self._dtype, device=self._losses.device)
         streamed = [n for n in shared if n in mine.general_names | theirs.general_names]
-        for name in shared:
-            if name not in streamed:
-                part = mine.by_name[name].gram(theirs.by_name[name]).to(total.device)
-                total = total.add_(part) if part.dtype == total.dtype else total + part
+        with remembering():
+            for name in shared:
+                if name not in streamed:
+                    part = mine.by_name[name].gram(theirs.by_name[name]).to(total.device)
+                    total = total.add_(part) if part.dtype == total.dtype else total + part
         if streamed:
             for j, left in enumerate(self._streamed_rows(streamed)):
                 for k, right in enumerate(other._streamed_rows(streamed)):

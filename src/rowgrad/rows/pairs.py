@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -18,6 +20,9 @@ from rowgrad.rows.factors import CHUNK_BYTES, KEEP_BYTES, Dense, Form, Multiples
 
 Lent = AbstractContextManager[Tensor]
 PAIR_WEIGHT = 16  # measured on a CPU: a product of two looked-up rows, against one of a matrix product
+LONG_ROW = 2**14  # numbers, from which a product with few rows is a matter of reading them
+PARTS = 16
+REMEMBERED = 3  # products: of a layer's weight, and of the bias that follows it
 SMALLEST_BLOCK = 128  # rows of a symmetric product; products of fewer are slow enough to lose what they leave out
 
 
@@ -45,6 +50,8 @@ def gram(f: Form, g: Form) -> Tensor:
         return torch.outer(f.dot(g.direction.reshape(f.shape)), g.weights)
     if (type(f), type(g)) in GRAM and _same_split(f, g):
         return GRAM[type(f), type(g)](f, g)
+    if f is g and isinstance(f, Dense):
+        return of_itself(f.flat)
     same, f = g is f, f.plain()
     g = f if same else g.plain()
     if _same_split(f, g):
@@ -59,8 +66,17 @@ def gram(f: Form, g: Form) -> Tensor:
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left right^T, for left (n, p) and right (m, p)."""
     if left is not right:
+        return _in_parts(left, right)
+    return _symmetric(len(left), lambda rows, columns: _in_parts(left[rows], left[columns]), left)
+
+
+def _in_parts(left: Tensor, right: Tensor) -> Tensor:
+    """left right^T. Of long rows, which are read once, threads take a part each."""
+    length = left.shape[1]
+    if length < LONG_ROW or length % PARTS or left.device.type != "cpu":
         return left @ right.T
-    return _symmetric(len(left), lambda rows, columns: left[rows] @ left[columns].T, left)
+    left, right = (side.unflatten(1, (PARTS, -1)).transpose(0, 1) for side in (left, right))
+    return (left @ right.mT).sum(0)
 
 
 def product_of_lent(left: Lent, right: Lent | None) -> Tensor:
@@ -70,6 +86,38 @@ def product_of_lent(left: Lent, right: Lent | None) -> Tensor:
             return product(rows, rows)
         with right as others:
             return product(rows, others)
+
+
+class _Remembered(threading.local):
+    """The last products of a matrix with itself, with the matrix, whose memory is not used again meanwhile."""
+
+    products: OrderedDict[tuple, tuple[Tensor, Tensor]] | None = None
+
+
+_remembered = _Remembered()
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Within one question: a layer's bias has the cotangents that are one side of its weight."""
+    _remembered.products = OrderedDict()
+    try:
+        yield
+    finally:
+        _remembered.products = None
+
+
+def of_itself(rows: Tensor) -> Tensor:
+    """rows rows^T for (n, p), not to be written to. The rows are not written to either while it is remembered."""
+    products = _remembered.products
+    if products is None:
+        return product(rows, rows)
+    key = (rows.data_ptr(), rows.dtype, rows.shape, rows.stride())
+    if key not in products:
+        products[key] = rows, product(rows, rows)
+        if len(products) > REMEMBERED:
+            products.popitem(last=False)
+    return products[key][1]
 
 
 def _symmetric(n: int, product: Callable[[slice, slice], Tensor], like: Tensor) -> Tensor:
@@ -163,7 +211,7 @@ def _gram_of_vectors(f: Outer, g: Outer) -> Tensor:
     ]
     (a, c), (b, d) = sides
     if g is f:
-        return _symmetric(len(a), lambda i, k: (a[i] @ a[k].T).mul_(b[i] @ b[k].T), a)
+        return of_itself(a) * of_itself(b)
     return (a @ c.T).mul_(b @ d.T)
 
 
