@@ -100,6 +100,14 @@ def test_the_product_of_a_layers_cotangents_is_taken_once(monkeypatch: pytest.Mo
     assert sorted(taken) == [(B, 1), (B, D), (B, P), (B, P)]
 
 
+@pytest.mark.parametrize("t", [1, 127, 128, 129, 200])
+def test_gram_matrices_by_halves(t: int) -> None:
+    left, right = (torch.randn(B, 2, t, n, dtype=torch.float64) for n in (P, D))
+    found, bound = factors._products_of_grams(left, right)
+    torch.testing.assert_close(found, (left.mT @ right).square().sum((1, 2, 3)))
+    torch.testing.assert_close(bound, (left.norm(dim=3) * right.norm(dim=3)).sum(2).square().sum(1))
+
+
 def test_norms_that_cancel_are_formed() -> None:
     """Two positions that all but cancel: by Gram matrices in float32 nothing but rounding would be left."""
     h, z = torch.randn(1, 1, 1, 300), torch.randn(1, 1, 1, 300)

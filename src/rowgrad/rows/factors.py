@@ -38,6 +38,7 @@ CACHE_BYTES = 8 * 2**20  # the same where it is read at once: a CPU has it near,
 KEEP_BYTES = 256 * 2**20  # a formed product is kept for the next question up to this size
 PIECE = 4096  # numbers that are added up plainly
 FEW_ROWS = 32  # up to so many, threads share a product better with the large matrix first
+SMALLEST_HALF = 64  # positions, from which it pays to take a Gram matrix without one of its corners
 CANCELLATION = 1e-3  # Gram route trusted while its result is above this part of its bound
 
 
@@ -263,16 +264,11 @@ class Outer:
         per_example = 2 * g * t * t * self.left.element_size()
         if self.cotangent_gram is not None and b * per_example <= CHUNK_BYTES:
             side = self.right if self.cotangent_left else self.left
-            pieces = [(side @ side.mT).mul_(self.cotangent_gram())]
+            found, bound = _summed((side @ side.mT).mul_(self.cotangent_gram()))
         else:
-            sides = ((self.left[s], self.right[s]) for s in self.chunks(per_example))
-            pieces = ((left @ left.mT).mul_(right @ right.mT) for left, right in sides)
-        found, bound = self.left.new_empty(b), self.left.new_empty(b)
-        start = 0
-        for piece in pieces:
-            s = slice(start, start := start + len(piece))
-            found[s] = piece.sum((1, 2, 3))
-            bound[s] = piece.diagonal(dim1=-2, dim2=-1).sqrt().sum(2).square_().sum(1)
+            found, bound = self.left.new_empty(b), self.left.new_empty(b)
+            for s in self.chunks(per_example):
+                found[s], bound[s] = _products_of_grams(self.left[s], self.right[s])
         self._cancels = bool((found < CANCELLATION * bound).any())
         return found
 
@@ -386,6 +382,33 @@ class Outer:
         new = found.reshape(b, t, g, p).transpose(1, 2)
         left, right = (new, self.right) if self.cotangent_left else (self.left, new)
         return replace(self, left=left, right=right, cotangent_gram=None, _formed=None, _cancels=None)
+
+
+def _products_of_grams(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """For (n, G, T, a) and (n, G, T, b) the sum of the entries of both Gram matrices' product, and its bound, (n,)."""
+    half = left.shape[2] // 2
+    if half < SMALLEST_HALF:
+        return _summed((left @ left.mT).mul_(right @ right.mT))
+    early, late = slice(None, half), slice(half, None)  # early with late is late with early
+    blocks = [
+        (left[:, :, rows] @ left[:, :, columns].mT).mul_(right[:, :, rows] @ right[:, :, columns].mT)
+        for rows, columns in ((early, early), (late, slice(None)))
+    ]
+    found = blocks[0].sum((1, 2, 3)) + blocks[1].sum((1, 2, 3)) + blocks[1][..., early].sum((1, 2, 3))
+    return found, _bound(torch.cat([_diagonal(blocks[0]), _diagonal(blocks[1], half)], 2))
+
+
+def _summed(product: Tensor) -> tuple[Tensor, Tensor]:
+    return product.sum((1, 2, 3)), _bound(_diagonal(product))
+
+
+def _diagonal(product: Tensor, offset: int = 0) -> Tensor:
+    return product.diagonal(offset, dim1=-2, dim2=-1)
+
+
+def _bound(sq_lengths: Tensor) -> Tensor:
+    """What the sum would be if no two positions canceled, from the squared lengths of the positions' products."""
+    return sq_lengths.sqrt().sum(2).square_().sum(1)
 
 
 @dataclass
