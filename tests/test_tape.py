@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -175,3 +177,19 @@ def test_among_many_a_structure_is_found_by_its_signature() -> None:
     assert oldest._structure is None
     assert oldest.structure is structures[0]
     assert Tape(data(1, D) @ weight(D))._structure is structures[0]
+
+
+def test_threads_may_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "KNOWN_STRUCTURES", 3)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def read(first: int) -> int:
+        return sum(len(Tape(data(1 + (first + i) % 7, D) @ weight(D)).structure.kinds) for i in range(150))
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(read, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [300] * 4

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import islice
@@ -228,12 +229,17 @@ def forget_structures() -> None:
     _known.clear()
 
 
+def _used(key: tuple) -> None:
+    with suppress(KeyError):  # another thread dropped it
+        _known.move_to_end(key)
+
+
 def _recognized(output: Tensor) -> tuple[Structure, list[Any], list[Tensor | None]] | None:
     """One of the structures used last, if the graph has it, with the graph's nodes and the variables of its leaves."""
-    for key, structure in islice(reversed(_known.items()), TRIED_STRUCTURES):
+    for key, structure in list(islice(reversed(_known.items()), TRIED_STRUCTURES)):  # other threads may add some
         found = structure.found_in(output.grad_fn) if key[0] == output.output_nr else None
         if found is not None:
-            _known.move_to_end(key)
+            _used(key)
             return structure, *found
     return None
 
@@ -282,7 +288,7 @@ class Tape:
             facts = [_Facts.of(node) for node in self.nodes]
             key = (self.root_slot[1], tuple([f.signature for f in facts]))
             self._structure = _known.setdefault(key, Structure(facts))
-            _known.move_to_end(key)
+            _used(key)
             while len(_known) > KNOWN_STRUCTURES:
                 _known.popitem(last=False)
         return self._structure

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -136,7 +137,8 @@ def _ownership(tape: Tape, seed: Tensor, leaves: Mapping[int, str], verify: str)
     key = (tape.structure, tuple(sorted(leaves)), seed.dtype)
     kept = _kept.get(key)
     if kept is not None:
-        _kept.move_to_end(key)
+        with suppress(KeyError):  # another thread dropped it
+            _kept.move_to_end(key)
         kept.calls += 1
         if kept.calls % PROVE_EVERY:
             return kept.ownership or _Proof(tape, seed, leaves).ownership(kept.settled)
