@@ -75,14 +75,14 @@ def named(params: Params, *, complex_too: bool = False) -> Parameters:
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, p in _pairs(params):
-        usual = type(p) is nn.Parameter and type(name) is str
-        label = "" if usual else _label(params, name)
-        if not usual and not isinstance(p, Tensor):
-            raise ParameterError(f"{label} is a {type(p).__name__}, expected a tensor")
+        if not (isinstance(name, str) and isinstance(p, Tensor)):
+            raise ParameterError(f"{_label(params, name)} is a {type(p).__name__}, expected a tensor")
         if not p.requires_grad:
             continue
-        if not usual or _is_odd(p):
-            _check(label or _label(params, name), p, complex_too)
+        fault = _fault(p, complex_too)
+        if fault is not None:
+            kind, text = fault
+            raise kind(f"{_label(params, name)} {text}")
         if id(p) in first:
             aliases[name] = first[id(p)]
         elif name in by_name:
@@ -172,28 +172,23 @@ def _wrapped_attribute(module: nn.Module) -> str | None:
     return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None
 
 
-def _is_odd(p: Tensor) -> bool:
-    """Whether there may be something for `_check` to find in what is of no special class."""
-    return not p.is_leaf or p.is_complex() or p.is_inference() or bool(p._backward_hooks)
-
-
-def _check(name: str, p: Tensor, complex_too: bool) -> None:
+def _fault(p: Tensor, complex_too: bool) -> tuple[type[ParameterError], str] | None:
+    """Why a tensor has no rows here, as an error and its text behind the tensor's name."""
     if not p.is_leaf:
-        raise ParameterError(
-            f"{name} is not a leaf: it was computed by {p.grad_fn.name() if p.grad_fn else '?'}. Pass the trained "
-            "tensor from which it was computed"
+        return ParameterError, (
+            f"is not a leaf: it was computed by {p.grad_fn.name() if p.grad_fn else '?'}. Pass the trained tensor from "
+            "which it was computed"
         )
     if p.is_complex() and not complex_too:
-        raise ParameterError(
-            f"{name} is complex ({p.dtype}); rows and checks are for real parameters. Use view_as_real"
-        )
+        return ParameterError, f"is complex ({p.dtype}); rows and checks are for real parameters. Use view_as_real"
     if p.is_inference():
-        raise ParameterError(f"{name} was made in inference mode and has no gradient; make it outside")
+        return ParameterError, "was made in inference mode and has no gradient; make it outside"
     hooks: Mapping[int, object] | None = p._backward_hooks
     if hooks:
-        raise HookedParameterError(
-            f"{name} has {len(hooks)} tensor hook(s), which may change its gradient after the rows are read. Remove "
-            "them for this call, or use register_post_accumulate_grad_hook, which sees the gradient without changing it"
+        return HookedParameterError, (
+            f"has {len(hooks)} tensor hook(s), which may change its gradient after the rows are read. Remove them for "
+            "this call, or use register_post_accumulate_grad_hook, which sees the gradient without changing it"
         )
-    if type(p).__name__ == "DTensor" or isinstance(p, UninitializedParameter):
-        raise ParameterError(f"{name} is a {type(p).__name__}: sharded or uninitialized parameters have no rows here")
+    if type(p) is not nn.Parameter and (type(p).__name__ == "DTensor" or isinstance(p, UninitializedParameter)):
+        return ParameterError, f"is a {type(p).__name__}: sharded or uninitialized parameters have no rows here"
+    return None

@@ -236,10 +236,12 @@ def _used(key: tuple) -> None:
 
 def _recognized(output: Tensor) -> tuple[Structure, list[Any], list[Tensor | None]] | None:
     """One of the structures used last, if the graph has it, with the graph's nodes and the variables of its leaves."""
-    for key, structure in list(islice(reversed(_known.items()), TRIED_STRUCTURES)):  # other threads may add some
+    last = list(islice(reversed(_known.items()), TRIED_STRUCTURES))  # a list: other threads may add some
+    for i, (key, structure) in enumerate(last):
         found = structure.found_in(output.grad_fn) if key[0] == output.output_nr else None
         if found is not None:
-            _used(key)
+            if i:  # to hash a signature takes long
+                _used(key)
             return structure, *found
     return None
 

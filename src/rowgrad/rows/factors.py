@@ -230,8 +230,8 @@ class Outer:
         """(B, G, a, b); kept for the next question while it is small enough."""
         if self._formed is not None:
             return self._formed
-        everyone = slice(None)
-        formed = self._written_out(everyone, memory.empty(self._formed_shape(everyone), self.left))
+        b, g, _, a, d = self.sizes
+        formed = self._written_out(slice(None), memory.empty((b, g, a, d), self.left))
         if self.formed_bytes <= KEEP_BYTES:
             self._formed = formed
         return formed
@@ -275,9 +275,10 @@ class Outer:
     def _sq_norms_by_forming(self, keep: bool) -> Tensor:
         if self._formed is not None or (keep and self.formed_bytes <= KEEP_BYTES):
             return energies(self.form())
-        found = self.left.new_empty(self.n_examples)
-        for s in self.chunks(self.formed_bytes // max(1, self.n_examples), step_bytes(self.left.device)):
-            with memory.scratch(self._formed_shape(s), self.left) as piece:
+        b, g, _, a, d = self.sizes
+        found = self.left.new_empty(b)
+        for s in self.chunks(self.formed_bytes // max(1, b), step_bytes(self.left.device)):
+            with memory.scratch((len(self.left[s]), g, a, d), self.left) as piece:
                 found[s] = energies(self._written_out(s, piece))
         return found
 
@@ -286,10 +287,6 @@ class Outer:
         if left.shape[-1] == 1:  # a product over one position is slower as one
             return torch.mul(left, right, out=out)
         return torch.matmul(left, right, out=out)
-
-    def _formed_shape(self, examples: slice) -> tuple[int, ...]:
-        n, g, _, a, b = self.sizes
-        return len(range(*examples.indices(n))), g, a, b
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         b, g, t, a, d = self.sizes

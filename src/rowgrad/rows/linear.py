@@ -10,7 +10,6 @@ from rowgrad.rows.site import Cotangents, Recipe, Site, only, scalar
 
 def _outer(site: Site, saved: str, scale: str | None, *, data_left: bool) -> Recipe | None:
     """For z = h W (positions in rows), or z = W h, whose positions are columns."""
-
     group = site.grouping(1, order=None if data_left else (1, 0))
     if group is None:
         return None

@@ -159,9 +159,8 @@ class Convolved:
             if self._folds:
                 found[s] = energies(self._folded(self.x[s], self.y[s]))
             else:
-                some = replace(self, x=self.x[s], y=self.y[s])
-                with memory.scratch((some.n_examples, *self.shape), self.x) as piece:
-                    found[s] = energies(some.write_out(piece))
+                with _written_out(replace(self, x=self.x[s], y=self.y[s])) as rows:
+                    found[s] = energies(rows)
         return found
 
     def _sq_norms_by_gram(self) -> tuple[Tensor, Tensor]:
@@ -356,8 +355,8 @@ def _gram(f: Convolved, g: Convolved) -> Tensor:
     step = step_bytes(f.x.device) // (max(b, other) * d * f.x.element_size())
     step = max(1, step // CHANNELS) * CHANNELS
     for i in range(0, a, step):
-        left, right = (_written_out(form.channels(slice(i, i + step))) for form in (f, g))
-        found += product_of_lent(left, None if g is f else right)
+        part = slice(i, i + step)
+        found += product_of_lent(_written_out(f.channels(part)), None if g is f else _written_out(g.channels(part)))
     return found
 
 
