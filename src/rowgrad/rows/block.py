@@ -92,7 +92,7 @@ class Block:
         return block
 
     @property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether one region is the whole parameter, in its own order."""
         return len(self.regions) == 1 and self.regions[0].place.covers(self.shape.numel())
 
@@ -119,7 +119,7 @@ class Block:
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         """Shape of the parameter; sparse where all its uses are sparse embeddings."""
-        if self._is_plain:
+        if self.is_plain:
             found = self.regions[0].weighted_sum(c)
             return found if found.is_sparse else reshaped(found, self.shape)
         total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
@@ -133,7 +133,7 @@ class Block:
 
     def dense(self) -> Tensor:
         """(B, *shape)."""
-        if self._is_plain:
+        if self.is_plain:
             return self.regions[0].dense().reshape(self.n_examples, *self.shape)
         total = torch.zeros(self.n_examples, *self.shape, dtype=self.dtype, device=self.device)
         numel = self.shape.numel()

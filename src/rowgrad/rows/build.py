@@ -19,8 +19,9 @@ from rowgrad.rows.explain import Entry, Explanation
 from rowgrad.rows.factors import Dense, Form, Multiples
 from rowgrad.rows.frontier import Use
 from rowgrad.rows.general import GeneralPath
-from rowgrad.rows.matrix import Blocks, Jacobian
+from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.ownership import Axis, Edge
+from rowgrad.rows.pack import Blocks, small_form
 from rowgrad.rows.placement import Place, settle
 from rowgrad.rows.plan import Plan, make_plan
 from rowgrad.rows.push import push
@@ -162,7 +163,7 @@ class Prepared:
                 own = [cotangents.get((node, nr)) for nr in range(reading.tape.nodes[node].n_outputs)]
                 for use in uses:
                     waiting.take(use, reading.plan.form(use, own))
-            return Jacobian.of_norms(reading.losses, reading.parameters, waiting.finished()).norms()
+            return Jacobian.of_norms(reading.losses, reading.parameters, *waiting.finished()).norms()
 
 
 def check_losses(losses: Tensor) -> None:
@@ -348,7 +349,7 @@ class _Reading:
         """Norms alone, each use read as its cotangent arrives; only where every use has a recipe."""
         waiting = _Arrivals(self)
         self.read(retain_graph, waiting.take)
-        return Jacobian.of_norms(self.losses, self.parameters, waiting.finished())
+        return Jacobian.of_norms(self.losses, self.parameters, *waiting.finished())
 
     def _finished(
         self, by_leaf: Mapping[int, list[tuple[Form, Place]]], general: GeneralPath | None, explanation: Explanation
@@ -502,7 +503,7 @@ class _Reading:
 
 
 class _Arrivals:
-    """Squared norms by parameter, each computed once the last of its uses has arrived."""
+    """Squared norms by parameter, each computed once the last of its uses has arrived; small rows are kept instead."""
 
     def __init__(self, reading: _Reading) -> None:
         assert reading.plan is not None
@@ -511,6 +512,7 @@ class _Arrivals:
         self._parts: dict[int, list[tuple[Form, Place]]] = {}
         self._seeds: dict[Use, Form] = {}
         self._sq_norms: dict[str, Tensor] = {}
+        self._small: dict[str, Block] = {}
         for place in reading.plan.places.values():
             self._open[place.leaf] = self._open.get(place.leaf, 0) + 1
         for leaf in reading.held:
@@ -532,12 +534,15 @@ class _Arrivals:
     def _close(self, leaf: int) -> None:
         name = self._reading.leaves[leaf]
         block = Block.of(self._reading.parameters.by_name[name], self._parts.pop(leaf, []), self._reading.n_examples)
-        self._sq_norms[name] = block.sq_norms()
+        if small_form(block) is None:
+            self._sq_norms[name] = block.sq_norms()
+        else:
+            self._small[name] = block
 
-    def finished(self) -> dict[str, Tensor]:
+    def finished(self) -> tuple[dict[str, Tensor], dict[str, Block]]:
         for leaf, parts in self._reading.pushed_down(self._seeds).items():
             self._parts.setdefault(leaf, []).extend(parts)
         for leaf, n_open in self._open.items():
             if n_open:  # held, or a use that no cotangent reached
                 self._close(leaf)
-        return self._sq_norms
+        return self._sq_norms, self._small

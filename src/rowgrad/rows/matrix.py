@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import reduce, wraps
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
@@ -19,20 +18,10 @@ from rowgrad.parameters import Parameters
 from rowgrad.rows import memory
 from rowgrad.rows.block import Block, sum_of
 from rowgrad.rows.explain import Explanation
-from rowgrad.rows.general import GeneralPath
 from rowgrad.rows.index import positions, shown
 from rowgrad.rows.loss import weighted_rows
-from rowgrad.rows.pairs import remembering
-
-
-@dataclass
-class Blocks:
-    """Rows of all parameters: in forms, and below the general path."""
-
-    by_name: dict[str, Block]
-    general: GeneralPath | None
-    general_names: set[str] = field(default_factory=set)
-
+from rowgrad.rows.pack import Blocks
+from rowgrad.rows.pairs import gram, remembering
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -89,11 +78,15 @@ class Jacobian:
         self._whole: Tensor | None = None
 
     @classmethod
-    def of_norms(cls, losses: Tensor, parameters: Parameters, sq_norms: Mapping[str, Tensor]) -> Jacobian:
-        """From squared norms that were read while the cotangents streamed by; no other product is left."""
-        J = cls(losses, parameters, None, Explanation([]))
+    def of_norms(
+        cls, losses: Tensor, parameters: Parameters, sq_norms: Mapping[str, Tensor], kept: Mapping[str, Block]
+    ) -> Jacobian:
+        """From squared norms that were read while the cotangents streamed by, but for those of a few blocks, which
+        were kept. No other product is left."""
+        in_order = {name: kept[name] for name in parameters.by_name if name in kept}  # sums round as in other calls
+        J = cls(losses, parameters, Blocks(in_order, None), Explanation([]))
         absent = torch.zeros(len(J), dtype=J._dtype, device=losses.device)
-        J._sq_norms = {name: sq_norms.get(name, absent) for name in J.names}
+        J._sq_norms = {name: sq_norms.get(name, absent) for name in J.names if name not in kept}
         return J
 
     # -- what it is ---------------------------------------------------------------------------------------------------
@@ -154,8 +147,11 @@ class Jacobian:
     def _whole_sq_norms(self) -> Tensor:
         """Of all parameters, (B,); computed once, not to be written to."""
         if self._whole is None:
-            per_parameter = self._parameter_sq_norms(set(self.names))
-            self._whole = self._total([per_parameter[n] for n in self.names])
+            is_known = self._sq_norms.keys() >= set(self.names)
+            pack, rest = (None, self.names) if is_known else self._live().packed(self.names)
+            per_parameter = self._parameter_sq_norms(set(rest))
+            parts = [per_parameter[n] for n in rest]
+            self._whole = self._total(parts if pack is None else [*parts, pack.rows.sq_norms()])
         return self._whole
 
     @overload
@@ -230,6 +226,11 @@ class Jacobian:
             for j, rows in enumerate(self._streamed_rows(streamed)):
                 for n in streamed:
                     found[n] += weights[n][j] * rows[n]
+        pack, _ = blocks.packed(self.names)
+        if pack is not None:
+            of_pack = [weights[n] for n in pack.shapes]
+            if all(w is of_pack[0] for w in of_pack):
+                found |= pack.weighted_sum(of_pack[0])
         if spend:
             self._blocks = None
         for name in self.names:
@@ -279,7 +280,10 @@ class Jacobian:
         """
         blocks = self._live()
         parts = self._direction(direction)
-        dots = [blocks.by_name[n].dot(v.detach()) for n, v in parts.items() if n not in blocks.general_names]
+        pack, rest = blocks.packed(parts)
+        dots = [blocks.by_name[n].dot(parts[n].detach()) for n in rest if n not in blocks.general_names]
+        if pack is not None:
+            dots.append(pack.dot(parts))
         streamed = [n for n in parts if n in blocks.general_names]
         if streamed:
             rows = [sum_of((r[n] * parts[n]).sum() for n in streamed) for r in self._streamed_rows(streamed)]
@@ -335,11 +339,14 @@ class Jacobian:
         shared = self._shared_names(other)
         total = torch.zeros(len(self), len(other), dtype=self._dtype, device=self._losses.device)
         streamed = [n for n in shared if n in mine.general_names | theirs.general_names]
+        pack, rest = mine.packed(shared) if other is self else (None, shared)
         with remembering():
-            for name in shared:
+            for name in rest:
                 if name not in streamed:
                     part = mine.by_name[name].gram(theirs.by_name[name]).to(total.device)
                     total = total.add_(part) if part.dtype == total.dtype else total + part
+        if pack is not None:
+            total = total + gram(pack.rows, pack.rows).to(total.device)
         if streamed:
             for j, left in enumerate(self._streamed_rows(streamed)):
                 for k, right in enumerate(other._streamed_rows(streamed)):

@@ -1,0 +1,78 @@
+"""Rows of all parameters, and those of the small ones side by side.
+
+Biases, scales and shifts have few numbers each and are many: what a product with them costs is what it costs to start
+it. Whole norms, sums with one weight for all parameters, directions and Gram matrices take them in one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rowgrad.rows.block import Block
+from rowgrad.rows.factors import Dense
+from rowgrad.rows.general import GeneralPath
+
+SMALL = 2**14  # numbers in all rows of a parameter, above which to bring them together costs more than it saves
+FEWEST = 4  # parameters
+
+
+@dataclass
+class Pack:
+    """Rows of several parameters, each of `shapes`, side by side."""
+
+    shapes: dict[str, torch.Size]
+    rows: Dense  # (B, all their numbers)
+
+    @classmethod
+    def of(cls, blocks: Mapping[str, Block]) -> Pack | None:
+        """Of the small ones of a kind; None where they are too few to matter."""
+        kinds: dict[tuple[torch.dtype, torch.device], dict[str, Dense]] = {}
+        for name, block in blocks.items():
+            form = small_form(block)
+            if form is not None:
+                kinds.setdefault((form.values.dtype, form.values.device), {})[name] = form
+        forms = max(kinds.values(), key=len, default={})
+        if len(forms) < FEWEST:
+            return None
+        return cls({n: blocks[n].shape for n in forms}, Dense(torch.cat([f.flat for f in forms.values()], 1)))
+
+    def weighted_sum(self, c: Tensor) -> dict[str, Tensor]:
+        """By name. They are handed out, and so share no memory."""
+        parts = self.rows.weighted_sum(c).split([shape.numel() for shape in self.shapes.values()])
+        return {n: part.clone().view(shape) for (n, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def dot(self, direction: Mapping[str, Tensor]) -> Tensor:
+        return self.rows.dot(torch.cat([direction[name].detach().reshape(-1) for name in self.shapes]))
+
+
+def small_form(block: Block) -> Dense | None:
+    """The one form of a parameter that is small and whose rows are written out anyway."""
+    if not block.is_plain or len(block.regions[0].forms) != 1:
+        return None
+    form = block.regions[0].forms[0]
+    return form if isinstance(form, Dense) and form.values.numel() <= SMALL else None
+
+
+@dataclass
+class Blocks:
+    """Rows of all parameters: in forms, and below the general path."""
+
+    by_name: dict[str, Block]
+    general: GeneralPath | None
+    general_names: set[str] = field(default_factory=set)
+
+    @cached_property
+    def _pack(self) -> Pack | None:
+        return Pack.of({n: b for n, b in self.by_name.items() if n not in self.general_names})
+
+    def packed(self, names: Iterable[str]) -> tuple[Pack | None, list[str]]:
+        """The pack, where all of it is among these names, and the names that are left."""
+        names, pack = list(names), self._pack
+        if pack is None or not pack.shapes.keys() <= set(names):
+            return None, names
+        return pack, [n for n in names if n not in pack.shapes]
