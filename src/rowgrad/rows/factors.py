@@ -266,9 +266,8 @@ class Outer:
             side = self.right if self.cotangent_left else self.left
             found, bound = _summed((side @ side.mT).mul_(self.cotangent_gram()))
         else:
-            found, bound = self.left.new_empty(b), self.left.new_empty(b)
-            for s in self.chunks(per_example):
-                found[s], bound[s] = _products_of_grams(self.left[s], self.right[s])
+            pieces = [_products_of_grams(self.left[s], self.right[s]) for s in self.chunks(per_example)]
+            found, bound = pieces[0] if len(pieces) == 1 else map(torch.cat, zip(*pieces, strict=True))
         self._cancels = bool((found < CANCELLATION * bound).any())
         return found
 
