@@ -145,7 +145,7 @@ class Block:
 
     def gram(self, other: Block) -> Tensor:
         """(B, B')."""
-        if self.is_absent or other.is_absent:
+        if self.is_absent or other.is_absent or not self.n_examples or not other.n_examples:
             return torch.zeros(self.n_examples, other.n_examples, dtype=self.dtype, device=self.device)
         if self._matches(other):
             return self._total([r.gram(s) for r, s in zip(self.regions, other.regions, strict=True)])
@@ -153,7 +153,7 @@ class Block:
 
     def inner(self, other: Block) -> Tensor:
         """(B,): row j with row j of the other."""
-        if self.is_absent or other.is_absent:
+        if self.is_absent or other.is_absent or not self.n_examples:
             return self._zeros()
         if self._matches(other):
             return self._total([r.inner(s) for r, s in zip(self.regions, other.regions, strict=True)])

@@ -84,8 +84,9 @@ def energies(t: Tensor, n_kept: int = 1) -> Tensor:
     return lengths(t, n_kept).square_()
 
 
-def same_shape(given: Tensor, found: Tensor) -> Tensor:
-    """What a user's transform returned, checked."""
+def transformed(given: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a user's transform makes of cotangents, checked. It may write to what it gets, which others still need."""
+    found = transform(given.clone())
     if not isinstance(found, Tensor) or found.shape != given.shape:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"transform was given cotangents of shape {tuple(given.shape)} and returned {shape}")
@@ -102,7 +103,10 @@ class Form(Protocol):
     def sq_norms(self, keep: bool = False) -> Tensor: ...
     def weighted_sum(self, c: Tensor) -> Tensor: ...
     def dot(self, direction: Tensor) -> Tensor: ...
-    def dense(self) -> Tensor: ...
+    def dense(self) -> Tensor:
+        """(B, *shape); the caller's own, which nothing else reads."""
+        ...
+
     def select(self, index: Tensor) -> Form: ...
     def scaled(self, weights: Tensor) -> Form: ...
     def factors(self) -> tuple[Tensor | None, Tensor, Tensor]: ...
@@ -151,7 +155,7 @@ class Dense:
         return self.flat @ direction.to(self.values.dtype).reshape(-1)
 
     def dense(self) -> Tensor:
-        return self.values
+        return self.values.clone()
 
     def select(self, index: Tensor) -> Dense:
         return Dense(self.values[index])
@@ -173,7 +177,7 @@ class Dense:
         return f"{count(self.values.numel())} entries"
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Dense:
-        return Dense(same_shape(self.values, transform(self.values)))
+        return Dense(transformed(self.values, transform))
 
 
 @dataclass
@@ -254,7 +258,7 @@ class Outer:
         """Whether positions of some example cancel so far that Gram matrices would lose the digits that are left."""
         if self._cancels is None:
             self._cancels = False
-            if self.sizes[2] > 1:
+            if self.sizes[2] > 1 and self.n_examples:
                 self._sq_norms_by_gram()
         return self._cancels
 
@@ -322,7 +326,8 @@ class Outer:
         return moved.mul_(thin).sum((1, 2, 3))
 
     def dense(self) -> Tensor:
-        return self.form().reshape(self.n_examples, *self.shape)
+        formed, self._formed = self.form(), None
+        return formed.reshape(self.n_examples, *self.shape)
 
     def select(self, index: Tensor) -> Outer:
         return replace(
@@ -370,7 +375,7 @@ class Outer:
         old = self.left if self.cotangent_left else self.right
         b, g, t, p = old.shape
         _, given, _ = self.factors()
-        found = same_shape(given, transform(given)).to(old.dtype).reshape(len(given), g, p)
+        found = transformed(given, transform).to(old.dtype).reshape(len(given), g, p)
         if self.positions is not None:
             whole = old.new_zeros(b * t, g, p)
             whole[self.positions.reshape(-1)] = found
@@ -498,7 +503,7 @@ class Rows:
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Rows:
         _, given, _ = self.factors()
-        found = same_shape(given, transform(given)).to(self.rows.dtype)
+        found = transformed(given, transform).to(self.rows.dtype)
         if self.positions is not None:
             whole = self.rows.new_zeros(self.ids.numel(), self.rows.shape[2])
             whole[self.positions.reshape(-1)] = found
@@ -544,7 +549,7 @@ class Multiples:
         return self.direction, self.weights, torch.arange(self.n_examples, device=self.weights.device)
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Multiples:
-        return Multiples(same_shape(self.weights, transform(self.weights)), self.direction)
+        return Multiples(transformed(self.weights, transform), self.direction)
 
     def plain(self) -> Multiples:
         return self

@@ -452,7 +452,8 @@ class Jacobian:
 
         For a weight matrix H is (N, d), Zbar (N, p) and owner (N,): row j of the Jacobian is the sum over the positions
         n that example j owns of the outer product of H_n and Zbar_n, in the parameter's orientation. For an embedding H
-        holds the looked-up ids, (N,). For biases, scales and the general path H is None and Zbar holds the rows.
+        holds the looked-up ids, (N,). For biases, scales and the general path H is None and Zbar holds the rows. They
+        may be what the Jacobian holds itself: not to be written to.
 
         Source: Goodfellow 2015, section 4.
         """

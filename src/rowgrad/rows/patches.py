@@ -283,7 +283,8 @@ class Convolved:
         return (found * self.x).flatten(1).sum(1)
 
     def dense(self) -> Tensor:
-        return self.form()
+        formed, self._formed = self.form(), None
+        return formed
 
     def channels(self, part: slice) -> Convolved:
         """The rows of some output channels; only without groups."""
