@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.rows.sizes import Largest
 
 import rowgrad as rg
 from rowgrad.rows import factors, pairs
@@ -120,3 +121,21 @@ def test_norms_that_cancel_are_formed() -> None:
 def test_a_transform_that_changes_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"given cotangents of shape \(8, 5\) and returned \(8,\)"):
         outer(2).with_cotangents(lambda z: z.sum(1))
+
+
+def test_products_of_many_long_rows_are_not_taken_in_parts() -> None:
+    """Each part would give a whole product: more than the rows themselves."""
+    rows = torch.randn(1200, pairs.LONG_ROW)
+    assert pairs.PARTS * len(rows) ** 2 > rows.numel()
+    with Largest() as largest:
+        found = product(rows, rows[:1100])
+    torch.testing.assert_close(found, rows @ rows[:1100].T, rtol=1e-4, atol=1e-2)
+    assert largest.bytes == rows.nbytes
+
+
+def test_products_that_are_large_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(8, 3)
+    with remembering():
+        assert of_itself(rows) is of_itself(rows)
+        monkeypatch.setattr(pairs, "CHUNK_BYTES", 1)
+        assert of_itself(rows) is not of_itself(rows)

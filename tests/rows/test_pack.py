@@ -74,6 +74,8 @@ def test_what_cuts_through_the_pack_is_asked_one_by_one(model: nn.Sequential, ro
     first, *others = packed_names(J)
     c = {n: torch.randn(B, dtype=torch.float64) for n in J.names}
     torch.testing.assert_close(J.weighted_sum(c), {n: torch.tensordot(c[n], r, 1) for n, r in rows.items()})
+    c = torch.randn(B, dtype=torch.float64)
+    torch.testing.assert_close(J.weighted_sum({"": c}), J.weighted_sum(c))
     v = {n: torch.randn_like(model.get_parameter(n)) for n in others}
     torch.testing.assert_close(J @ v, sum(rows[n].flatten(1) @ v[n].flatten() for n in others))
     norms = rg.grad_norms(losses_of(model), model, by="parameter")
@@ -123,8 +125,21 @@ def test_one_parameter_changed_is_noticed_where_all_are_packed() -> None:
         J.norms()
 
 
-def test_norms_by_parameter_outlive_the_factors(model: nn.Sequential) -> None:
-    J = rg.jacobian(losses_of(model), model)
-    apart = J.sq_norms(by="parameter")
-    J.backward(1.0)
-    torch.testing.assert_close(J.sq_norms(), sum(apart.values()))
+def test_norms_outlive_the_factors_whichever_were_asked_before(model: nn.Sequential, rows: dict[str, Tensor]) -> None:
+    apart = {n: r.flatten(1).square().sum(1) for n, r in rows.items()}
+    for by in (None, "parameter"):
+        J = rg.jacobian(losses_of(model), model)
+        J.sq_norms(by=by)
+        J.backward(1.0)
+        torch.testing.assert_close(J.sq_norms(), sum(apart.values()))
+        torch.testing.assert_close(J.sq_norms(by="parameter"), apart)
+
+
+def test_small_parts_of_something_large_are_not_held() -> None:
+    """The cotangents of tokens set before a sequence are a part of those of the whole sequence."""
+    d, tokens = 4, nn.ParameterList(nn.Parameter(torch.randn(1, 1, 4)) for _ in range(FEWEST))
+    x = torch.randn(B, SMALL // d, d)
+    losses = torch.cat([*(t.expand(B, 1, d) for t in tokens), x], 1).pow(2).sum((1, 2))
+    J = rg.jacobian(losses, tokens)
+    assert packed_names(J) == []
+    torch.testing.assert_close(J.norms(), J.dense().norm(dim=1))

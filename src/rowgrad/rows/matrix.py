@@ -20,7 +20,7 @@ from rowgrad.rows.block import Block, sum_of
 from rowgrad.rows.explain import Explanation
 from rowgrad.rows.index import positions, shown
 from rowgrad.rows.loss import weighted_rows
-from rowgrad.rows.pack import Blocks
+from rowgrad.rows.pack import Blocks, Pack
 from rowgrad.rows.pairs import gram, remembering
 
 _P = ParamSpec("_P")
@@ -76,6 +76,7 @@ class Jacobian:
         self._versions = {name: p._version for name, p in parameters.by_name.items()}
         self._sq_norms: dict[str, Tensor] = {}
         self._whole: Tensor | None = None
+        self._packed: Pack | None = None  # whose norms by parameter may be asked when the factors are gone
 
     @classmethod
     def of_norms(
@@ -152,6 +153,7 @@ class Jacobian:
             per_parameter = self._parameter_sq_norms(set(rest))
             parts = [per_parameter[n] for n in rest]
             self._whole = self._total(parts if pack is None else [*parts, pack.rows.sq_norms()])
+            self._packed = pack
         return self._whole
 
     @overload
@@ -182,6 +184,9 @@ class Jacobian:
 
     def _parameter_sq_norms(self, names: set[str]) -> dict[str, Tensor]:
         missing = [n for n in self.names if n in names and n not in self._sq_norms]
+        if missing and self._packed is not None:
+            self._sq_norms |= self._packed.sq_norms()
+            missing = [n for n in missing if n not in self._sq_norms]
         if missing:
             blocks = self._live()
             for name in missing:
@@ -226,11 +231,10 @@ class Jacobian:
             for j, rows in enumerate(self._streamed_rows(streamed)):
                 for n in streamed:
                     found[n] += weights[n][j] * rows[n]
-        pack, _ = blocks.packed(self.names)
-        if pack is not None:
-            of_pack = [weights[n] for n in pack.shapes]
-            if all(w is of_pack[0] for w in of_pack):
-                found |= pack.weighted_sum(of_pack[0])
+        if len({id(w) for w in weights.values()}) == 1:
+            pack, _ = blocks.packed(self.names)
+            if pack is not None:
+                found |= pack.weighted_sum(weights[self.names[0]])
         if spend:
             self._blocks = None
         for name in self.names:
@@ -245,8 +249,7 @@ class Jacobian:
         if isinstance(c, Mapping):
             weights: dict[str, Tensor] = {}
             for key, value in c.items():
-                for name in self._parameters.resolve(key):
-                    weights[name] = self._weight(value)
+                weights |= dict.fromkeys(self._parameters.resolve(key), self._weight(value))
             missing = [n for n in self.names if n not in weights]
             if missing:
                 raise ValueError(
@@ -572,8 +575,9 @@ class Jacobian:
                 )
             if bad:
                 good = finite.nonzero().squeeze(1)
-                weights = {n: w[good] for n, w in self._weights(c).items()}
-                source, c = self[good], weights
+                weights = self._weights(c)
+                chosen = {id(w): w[good] for w in weights.values()}
+                source, c = self[good], {n: chosen[id(w)] for n, w in weights.items()}
         if transform is not None:
             source = source._transformed(transform)
         blocks = source._live()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rowgrad.rows.block import Block
-from rowgrad.rows.factors import Dense
+from rowgrad.rows.factors import Dense, energies
 from rowgrad.rows.general import GeneralPath
 
 SMALL = 2**14  # numbers in all rows of a parameter, above which to bring them together costs more than it saves
@@ -41,6 +41,11 @@ class Pack:
             return None
         return cls({n: blocks[n].shape for n in forms}, Dense(torch.cat([f.flat for f in forms.values()], 1)))
 
+    def sq_norms(self) -> dict[str, Tensor]:
+        """(B,) by name."""
+        parts = self.rows.flat.split([shape.numel() for shape in self.shapes.values()], 1)
+        return {name: energies(part) for name, part in zip(self.shapes, parts, strict=True)}
+
     def weighted_sum(self, c: Tensor) -> dict[str, Tensor]:
         """By name. They are handed out, and so share no memory."""
         parts = self.rows.weighted_sum(c).split([shape.numel() for shape in self.shapes.values()])
@@ -51,11 +56,14 @@ class Pack:
 
 
 def small_form(block: Block) -> Dense | None:
-    """The one form of a parameter that is small and whose rows are written out anyway."""
+    """The one form of a parameter that is small, whose rows are written out anyway and no part of something large."""
     if not block.is_plain or len(block.regions[0].forms) != 1:
         return None
     form = block.regions[0].forms[0]
-    return form if isinstance(form, Dense) and form.values.numel() <= SMALL else None
+    if not isinstance(form, Dense):
+        return None
+    held = form.values.untyped_storage().nbytes()
+    return form if held <= SMALL * form.values.element_size() else None
 
 
 @dataclass

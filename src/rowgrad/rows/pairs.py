@@ -73,7 +73,8 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def _in_parts(left: Tensor, right: Tensor) -> Tensor:
     """left right^T. Of long rows, which are read once, threads take a part each."""
     length = left.shape[1]
-    if length < LONG_ROW or length % PARTS or left.device.type != "cpu":
+    n_bytes = PARTS * len(left) * len(right) * left.element_size()  # of what the parts give
+    if length < LONG_ROW or length % PARTS or n_bytes > CHUNK_BYTES or left.device.type != "cpu":
         return left @ right.T
     left, right = (side.unflatten(1, (PARTS, -1)).transpose(0, 1) for side in (left, right))
     return (left @ right.mT).sum(0)
@@ -110,7 +111,7 @@ def remembering() -> Iterator[None]:
 def of_itself(rows: Tensor) -> Tensor:
     """rows rows^T for (n, p), not to be written to. The rows are not written to either while it is remembered."""
     products = _remembered.products
-    if products is None:
+    if products is None or len(rows) ** 2 * rows.element_size() > CHUNK_BYTES:
         return product(rows, rows)
     key = (rows.data_ptr(), rows.dtype, rows.shape, rows.stride())
     if key not in products:
