@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -165,9 +168,30 @@ def test_the_structures_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tape, "KNOWN_STRUCTURES", 3)
     structures = [Tape(data(n, D) @ weight(D)).structure for n in (1, 2, 3)]
     Tape(data(1, D) @ weight(D))
-    Tape(data(9, D) @ weight(D)).structure  # noqa: B018
-    assert list(tape._known.values())[:2] == [structures[2], structures[0]]
-    assert len(tape._known) == 3
+    assert [s for _, s in tape._recent] == [structures[i] for i in (0, 2, 1)]
+    newest = Tape(data(9, D) @ weight(D)).structure
+    assert [s for _, s in tape._recent] == [newest, *(structures[i] for i in (0, 2, 1))][: tape.TRIED_STRUCTURES]
+    assert list(tape._known.values()) == [structures[1], structures[2], newest]
+
+
+def test_a_function_defined_in_a_step_is_let_go() -> None:
+    def step() -> weakref.ref[type]:
+        class Double(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return 2 * x
+
+            @staticmethod
+            def backward(ctx: Any, z: Tensor) -> Tensor:
+                return 2 * z
+
+        Tape(Double.apply(weight(D))).structure  # noqa: B018
+        return weakref.ref(Double)
+
+    function = step()
+    tape.forget_structures()
+    gc.collect()
+    assert function() is None
 
 
 def test_among_many_a_structure_is_found_by_its_signature() -> None:

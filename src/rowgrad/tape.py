@@ -16,10 +16,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
-from itertools import islice
+from functools import cached_property
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -112,9 +112,17 @@ def signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-@cache
+_readers: WeakKeyDictionary[type, Callable[[Any], Any] | None] = WeakKeyDictionary()  # functions may be local classes
+
+
 def _attributes(kind: type) -> Callable[[Any], Any] | None:
     """Reads all saved values of a node that are not tensors: dims, sizes, flags, scalars."""
+    if kind not in _readers:
+        _readers[kind] = _reader(kind)
+    return _readers[kind]
+
+
+def _reader(kind: type) -> Callable[[Any], Any] | None:
     names = dir(kind)
     tensors = {name.replace("_raw_saved_", "_saved_") for name in names if name.startswith("_raw_saved_")}
     plain = [n for n in names if n.startswith("_saved_") and n not in tensors and n != "_saved_tensors"]
@@ -221,27 +229,29 @@ class Structure:
         return (fns, variables) if len(set(fns)) == n else None
 
 
-_known: OrderedDict[tuple, Structure] = OrderedDict()  # by root and signature, the one used last at the end
+_known: OrderedDict[tuple, Structure] = OrderedDict()  # by root and signature
+_recent: tuple[tuple[int, Structure], ...] = ()  # with the root's output, the one used last first; replaced as a whole
 
 
 def forget_structures() -> None:
     """Read every graph node by node again."""
     _known.clear()
+    _recall(())
 
 
-def _used(key: tuple) -> None:
-    with suppress(KeyError):  # another thread dropped it
-        _known.move_to_end(key)
+def _recall(recent: Iterable[tuple[int, Structure]]) -> None:
+    global _recent
+    _recent = tuple(recent)[:TRIED_STRUCTURES]
 
 
 def _recognized(output: Tensor) -> tuple[Structure, list[Any], list[Tensor | None]] | None:
     """One of the structures used last, if the graph has it, with the graph's nodes and the variables of its leaves."""
-    last = list(islice(reversed(_known.items()), TRIED_STRUCTURES))  # a list: other threads may add some
-    for i, (key, structure) in enumerate(last):
-        found = structure.found_in(output.grad_fn) if key[0] == output.output_nr else None
+    recent = _recent
+    for i, (nr, structure) in enumerate(recent):
+        found = structure.found_in(output.grad_fn) if nr == output.output_nr else None
         if found is not None:
-            if i:  # to hash a signature takes long
-                _used(key)
+            if i:
+                _recall((recent[i], *recent[:i], *recent[i + 1 :]))
             return structure, *found
     return None
 
@@ -290,7 +300,9 @@ class Tape:
             facts = [_Facts.of(node) for node in self.nodes]
             key = (self.root_slot[1], tuple([f.signature for f in facts]))
             self._structure = _known.setdefault(key, Structure(facts))
-            _used(key)
+            with suppress(KeyError):  # another thread dropped it
+                _known.move_to_end(key)
+            _recall([(key[0], self._structure), *(r for r in _recent if r[1] is not self._structure)])
             while len(_known) > KNOWN_STRUCTURES:
                 _known.popitem(last=False)
         return self._structure

@@ -596,7 +596,7 @@ def test_the_cache_holds_no_tensor() -> None:
     assert kept.ownership is not None
     assert len(kept.ownership.recipes) == 10
     assert not tensors(plan._kept, set())
-    assert not tensors(rg.tape._known, set())
+    assert not tensors([rg.tape._known, rg.tape._recent], set())
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------------
