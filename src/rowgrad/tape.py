@@ -29,8 +29,8 @@ from rowgrad.errors import FreedGraphError, OpaqueGraphError
 
 _T = TypeVar("_T")
 ACCUMULATE = "torch::autograd::AccumulateGrad"
-KNOWN_STRUCTURES = 64  # kept, the ones used last
-TRIED_STRUCTURES = 4  # a graph is compared with, before it is read node by node
+KNOWN_STRUCTURES = 64  # kept, the ones last read node by node
+TRIED_STRUCTURES = 4  # used last: a graph is compared with them before it is read node by node
 _PYTHON_NODE = torch.autograd.function.BackwardCFunction
 
 

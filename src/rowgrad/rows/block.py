@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows, reshaped
+from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows, handed_out, reshaped
 from rowgrad.rows.pairs import gram, inner
 from rowgrad.rows.placement import Place
 
@@ -58,7 +58,7 @@ class Region:
         return sum_of(form.dot(reshaped(direction, form.shape)) for form in self.forms)
 
     def dense(self) -> Tensor:
-        return sum_of(form.dense().reshape(-1, *self.place.shape) for form in self.forms)
+        return sum_of(handed_out(form).reshape(-1, *self.place.shape) for form in self.forms)
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:
@@ -132,7 +132,7 @@ class Block:
         return total
 
     def dense(self) -> Tensor:
-        """(B, *shape)."""
+        """(B, *shape), the caller's own."""
         if self.is_plain:
             return self.regions[0].dense().reshape(self.n_examples, *self.shape)
         total = torch.zeros(self.n_examples, *self.shape, dtype=self.dtype, device=self.device)
@@ -145,7 +145,7 @@ class Block:
 
     def gram(self, other: Block) -> Tensor:
         """(B, B')."""
-        if self.is_absent or other.is_absent or not self.n_examples or not other.n_examples:
+        if self.is_absent or other.is_absent:
             return torch.zeros(self.n_examples, other.n_examples, dtype=self.dtype, device=self.device)
         if self._matches(other):
             return self._total([r.gram(s) for r, s in zip(self.regions, other.regions, strict=True)])
@@ -153,7 +153,7 @@ class Block:
 
     def inner(self, other: Block) -> Tensor:
         """(B,): row j with row j of the other."""
-        if self.is_absent or other.is_absent or not self.n_examples:
+        if self.is_absent or other.is_absent:
             return self._zeros()
         if self._matches(other):
             return self._total([r.inner(s) for r, s in zip(self.regions, other.regions, strict=True)])

@@ -104,7 +104,7 @@ class Form(Protocol):
     def weighted_sum(self, c: Tensor) -> Tensor: ...
     def dot(self, direction: Tensor) -> Tensor: ...
     def dense(self) -> Tensor:
-        """(B, *shape); the caller's own, which nothing else reads."""
+        """(B, *shape), to be read: it may be what the form holds. See `handed_out`."""
         ...
 
     def select(self, index: Tensor) -> Form: ...
@@ -155,7 +155,7 @@ class Dense:
         return self.flat @ direction.to(self.values.dtype).reshape(-1)
 
     def dense(self) -> Tensor:
-        return self.values.clone()
+        return self.values
 
     def select(self, index: Tensor) -> Dense:
         return Dense(self.values[index])
@@ -258,7 +258,7 @@ class Outer:
         """Whether positions of some example cancel so far that Gram matrices would lose the digits that are left."""
         if self._cancels is None:
             self._cancels = False
-            if self.sizes[2] > 1 and self.n_examples:
+            if self.sizes[2] > 1:
                 self._sq_norms_by_gram()
         return self._cancels
 
@@ -326,8 +326,7 @@ class Outer:
         return moved.mul_(thin).sum((1, 2, 3))
 
     def dense(self) -> Tensor:
-        formed, self._formed = self.form(), None
-        return formed.reshape(self.n_examples, *self.shape)
+        return self.form().reshape(self.n_examples, *self.shape)
 
     def select(self, index: Tensor) -> Outer:
         return replace(
@@ -383,6 +382,16 @@ class Outer:
         new = found.reshape(b, t, g, p).transpose(1, 2)
         left, right = (new, self.right) if self.cotangent_left else (self.left, new)
         return replace(self, left=left, right=right, cotangent_gram=None, _formed=None, _cancels=None)
+
+
+def handed_out(form: Form) -> Tensor:
+    """(B, *shape): rows written out for somebody who may write to them. Formed rows that were kept are so no longer."""
+    rows = form.dense()
+    if isinstance(form, Dense):
+        return rows.clone()
+    if getattr(form, "_formed", None) is not None:
+        form._formed = None  # pyright: ignore[reportAttributeAccessIssue]
+    return rows
 
 
 def _products_of_grams(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ SMALLEST_BLOCK = 128  # rows of a symmetric product; products of fewer are slow 
 
 def inner(f: Form, g: Form) -> Tensor:
     """<row j of f, row j of g> for every j, shape (B,)."""
-    if f is g:
+    if f is g or not f.n_examples:
         return f.sq_norms()
     for one, other in ((f, g), (g, f)):
         if isinstance(one, Multiples):
@@ -44,6 +44,9 @@ def inner(f: Form, g: Form) -> Tensor:
 
 def gram(f: Form, g: Form) -> Tensor:
     """<row j of f, row k of g> for every j and k, shape (B, B')."""
+    for form in (f, g):
+        if not form.n_examples:
+            return form.sq_norms().new_zeros(f.n_examples, g.n_examples)
     if isinstance(f, Multiples):
         return torch.outer(f.weights, g.dot(f.direction.reshape(g.shape)))
     if isinstance(g, Multiples):

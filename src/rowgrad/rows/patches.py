@@ -283,8 +283,7 @@ class Convolved:
         return (found * self.x).flatten(1).sum(1)
 
     def dense(self) -> Tensor:
-        formed, self._formed = self.form(), None
-        return formed
+        return self.form()
 
     def channels(self, part: slice) -> Convolved:
         """The rows of some output channels; only without groups."""
