@@ -11,6 +11,7 @@ from tests.reference import assert_rows_close, assert_scaled_close, flat, rows_b
 from torch import Tensor, nn
 
 import rowgrad as rg
+from rowgrad.rows.build import condensed_jacobian
 
 Params = Mapping[str, Tensor]
 
@@ -38,6 +39,8 @@ def assert_laws(
     if ruled and len(losses) > 1:
         assert J.explain().slow_uses() == []
     assert_products(J, rows, rtol)
+    if ruled:
+        assert_products(condensed_jacobian(losses, params, retain_graph=True), rows, rtol)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rg.RowgradWarning)
         assert_products(rg.jacobian(losses, params, rules={}, retain_graph=True), rows, rtol)

@@ -49,6 +49,28 @@ def test_questions_to_one_form(name: str, chunk: int, kept: bool, monkeypatch: p
     torch.testing.assert_close(form.scaled(c).dense(), c[:, None, None] * rows)
     torch.testing.assert_close(form.select(torch.tensor([2, 0, 2])).dense(), rows[[2, 0, 2]])
     torch.testing.assert_close(form.with_cotangents(lambda z: 2 * z).dense(), 2 * rows)
+    torch.testing.assert_close(form.condensed().dense(), rows)
+
+
+@pytest.mark.parametrize(("t", "cotangent_left", "is_formed"), [
+    (1, True, False),  # less by its factors, which norms do not form
+    (2, False, False),  # norms by Gram matrices
+    (2, True, False),
+    (3, True, True),  # 15 entries, and 15 cotangents
+    (3, False, False),  # 9 cotangents
+    (4, False, False),
+    (5, False, True),
+])  # fmt: skip
+def test_rows_are_written_out_early_where_they_take_no_more_than_cotangents(
+    t: int, cotangent_left: bool, is_formed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = outer(t)
+    form.cotangent_left = cotangent_left
+    found = form.condensed()
+    assert isinstance(found, Dense) == is_formed
+    assert is_formed or found is form
+    monkeypatch.setattr(factors, "KEEP_BYTES", 0)
+    assert outer(9).condensed().sizes[2] == 9
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import rowgrad as rg
 from rowgrad.rows import patches
+from rowgrad.rows.build import condensed_jacobian
+from rowgrad.rows.factors import Dense
 from rowgrad.rows.patches import Convolved
 
 SINGLE = 2e-5  # of the row's norm, float32 against the same network in float64
@@ -257,6 +259,24 @@ def test_neither_rows_nor_patches_are_held(ask: str, dtype: torch.dtype) -> None
         getattr(J, ask)(*arguments)
     assert 64 * net[2].weight.nbytes > 2 * x.nbytes
     assert largest.bytes < 1.2 * x.nbytes
+
+
+@pytest.mark.parametrize(("side", "channels", "kind"), [
+    (16, 8, Dense),
+    (16, 32, Convolved),  # 9,216 entries a row, 8,192 cotangents
+    (4, 1, Convolved),  # positions so few that the sum forms no rows
+])  # fmt: skip
+def test_rows_are_written_out_early_where_they_take_no_more_than_cotangents(
+    side: int, channels: int, kind: type, monkeypatch: Patch
+) -> None:
+    _formed(monkeypatch)
+    layer, x = nn.Conv2d(channels, channels, 3, padding=1), torch.randn(4, channels, side, side)
+    losses = energy(layer(x))
+    (form,) = condensed_jacobian(losses, layer, retain_graph=True)._blocks.by_name["weight"].regions[0].forms
+    assert type(form) is kind
+    monkeypatch.setattr(Convolved, "prefers_gram", True)
+    (form,) = condensed_jacobian(losses, layer)._blocks.by_name["weight"].regions[0].forms
+    assert isinstance(form, Convolved)
 
 
 def test_folded_rows_are_formed_in_pieces(monkeypatch: Patch) -> None:

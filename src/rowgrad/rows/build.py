@@ -132,6 +132,25 @@ def grad_norms(
     return J.norms(by)
 
 
+def condensed_jacobian(
+    losses: Tensor,
+    params: Params,
+    *,
+    verify: str = "cached",
+    rules: Mapping[tuple[str, int], Rule] = RULES,
+    loss_scale: float = 1.0,
+    retain_graph: bool = False,
+    max_bytes: int | None = None,
+) -> Jacobian:
+    """As `jacobian`, to be asked for norms and then for sums, and not for factors, nor where the rows came from.
+
+    Rows that both would form are written out as the cotangents arrive, where that leaves less to be held.
+    """
+    general_bytes = GENERAL_BYTES if max_bytes is None else max_bytes
+    with _reading(losses, params, verify, rules, loss_scale) as reading:
+        return reading.jacobian(retain_graph, general_bytes, condense=True)
+
+
 class Prepared:
     """Rows of losses whose cotangents somebody else finds: where they meet, what to keep, and the norms from that.
 
@@ -271,25 +290,37 @@ class _Reading:
     def losses(self) -> Tensor:
         return self.tape.output.detach()
 
-    def jacobian(self, retain_graph: bool, general_bytes: int) -> Jacobian:
+    def jacobian(self, retain_graph: bool, general_bytes: int, condense: bool = False) -> Jacobian:
         if self.plan is None:
             return self._finished({}, None, Explanation([]))
-        forms: dict[Use, Form] = {}
+        places = self.plan.places
+        direct: dict[Use, tuple[Form, Place]] = {}
+        computed: dict[Use, Form] = {}  # at computed parameters
 
         def take(use: Use, form: Form | None) -> None:
-            if form is not None:
-                forms[use] = form
+            if form is None:
+                return
+            if use not in places:
+                computed[use] = form
+                return
+            form, place = self.placed(form, places[use])
+            direct[use] = (form.condensed() if condense else form, place)
 
         left = self.read(retain_graph, take)
-        by_leaf = self._direct(forms)
-        general = self._general(self._pushed(forms, by_leaf, general_bytes), left)
+        by_leaf: dict[int, list[tuple[Form, Place]]] = {}
+        for use, place in places.items():
+            if use in direct:
+                by_leaf.setdefault(place.leaf, []).append(direct[use])
+        general = self._general(self._pushed(computed, by_leaf, general_bytes), left)
         general = general and self._without_scalars(general, by_leaf)
         if general is not None and general.bytes(self.parameters.by_name) <= general_bytes:
             self._write_out(general, by_leaf)
             general = None
-        explanation = self._explanation(forms)
-        self._warn_if_slow(explanation)
-        return self._finished(by_leaf, general, explanation)
+        self._warn_if_slow()
+        if condense:
+            return self._finished(by_leaf, general, Explanation([]))
+        forms = computed | {use: form for use, (form, _) in direct.items()}
+        return self._finished(by_leaf, general, self._explanation(forms))
 
     def read(self, retain_graph: bool, take: Callable[[Use, Form | None], None]) -> dict[int, Cotangents]:
         """The pass. Hands over the form at each use with a recipe as soon as its cotangents arrive.
@@ -369,15 +400,6 @@ class _Reading:
             form = form.scaled(unit)
         return settle(form, place)
 
-    def _direct(self, forms: Mapping[Use, Form]) -> dict[int, list[tuple[Form, Place]]]:
-        """Forms of uses that see a strided part of a parameter, by leaf."""
-        assert self.plan is not None
-        by_leaf: dict[int, list[tuple[Form, Place]]] = {}
-        for use, place in self.plan.places.items():
-            if use in forms:
-                by_leaf.setdefault(place.leaf, []).append(self.placed(forms[use], place))
-        return by_leaf
-
     def _pushed(
         self, forms: Mapping[Use, Form], by_leaf: dict[int, list[tuple[Form, Place]]], max_bytes: int
     ) -> list[tuple[Edge, Form]]:
@@ -413,10 +435,15 @@ class _Reading:
             self.loss_scale,
         )
 
-    def _warn_if_slow(self, explanation: Explanation) -> None:
-        slow = explanation.slow_uses()
+    def _warn_if_slow(self) -> None:
+        assert self.plan is not None
+        if self.plan.is_ruled or self.n_examples == 1:
+            return
+        reach, recipes = self._reach(), self.plan.recipes
+        unruled = [use for use in self.plan.uses if use not in recipes]
+        slow = [(n, repr(self.tape.nodes[u.node])) for n in self.parameters.by_name for u in unruled if n in reach[u]]
         key = (self.n_examples, tuple(slow))
-        if not slow or self.n_examples == 1 or key in _warned:
+        if not slow or key in _warned:
             return
         _warned.add(key)
         name, kind = slow[0]

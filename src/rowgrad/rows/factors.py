@@ -115,6 +115,11 @@ class Form(Protocol):
         """The same rows as one of the forms of this module."""
         ...
 
+    def condensed(self) -> Form:
+        """The same rows written out, where the norms would write them out and keep them, and where they take no more
+        than the cotangents; for those who need no factors."""
+        ...
+
     def route(self) -> str: ...
 
 
@@ -171,6 +176,9 @@ class Dense:
         )
 
     def plain(self) -> Dense:
+        return self
+
+    def condensed(self) -> Dense:
         return self
 
     def route(self) -> str:
@@ -361,6 +369,13 @@ class Outer:
     def plain(self) -> Outer:
         return self
 
+    def condensed(self) -> Outer | Dense:
+        _, g, t, a, d = self.sizes
+        n_cotangents = g * t * (a if self.cotangent_left else d)
+        if t == 1 or self.prefers_gram or g * a * d > n_cotangents or self.formed_bytes > KEEP_BYTES:
+            return self
+        return Dense(self.dense())
+
     def route(self) -> str:
         """How norms are taken and their multiply-adds."""
         b, g, t, a, d = self.sizes
@@ -507,6 +522,9 @@ class Rows:
     def plain(self) -> Rows:
         return self
 
+    def condensed(self) -> Rows:
+        return self
+
     def route(self) -> str:
         return f"{count(self.rows.numel())} entries by id"
 
@@ -561,6 +579,9 @@ class Multiples:
         return Multiples(transformed(self.weights, transform), self.direction)
 
     def plain(self) -> Multiples:
+        return self
+
+    def condensed(self) -> Multiples:
         return self
 
     def route(self) -> str:

@@ -237,7 +237,7 @@ class Jacobian:
                 found |= pack.weighted_sum(weights[self.names[0]])
         if spend:
             self._blocks = None
-        for name in self.names:
+        for name in reversed(self.names):  # of the last layers more is freed: the first one's input is not ours
             if name not in found:
                 block = blocks.by_name.pop(name) if spend else blocks.by_name[name]
                 found[name] = block.weighted_sum(weights[name])

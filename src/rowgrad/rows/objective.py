@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rowgrad.parameters import Params
-from rowgrad.rows.build import jacobian
+from rowgrad.rows.build import condensed_jacobian
 from rowgrad.rows.matrix import Jacobian
 
 logger = logging.getLogger("rowgrad")
@@ -141,7 +141,7 @@ def clipped_loss(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction={reduction!r}: expected "mean" or "sum"')
-    J = jacobian(losses, params, **options)
+    J = condensed_jacobian(losses, params, **options)
     # what overflows because of a scale has to reach the scaler, which lowers it
     nonfinite = "zero" if options.get("loss_scale", 1.0) == 1.0 else "propagate"
     size = max(1, len(J)) if reduction == "mean" else 1

@@ -325,6 +325,13 @@ class Convolved:
         _, _, t, a, b = self.sizes
         return self.outer() if t * (a + b) < a * b else Dense(self.form())
 
+    def condensed(self) -> Convolved | Dense:
+        cotangents = self.x if self.cotangent_left else self.y
+        takes_more = self.n_examples * self.shape.numel() > cotangents.numel()
+        if takes_more or self.prefers_gram or not self._is_worth_keeping:
+            return self
+        return Dense(self.form())
+
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.outer().factors()
 

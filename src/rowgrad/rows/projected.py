@@ -82,5 +82,8 @@ class Projected:
     def plain(self) -> Dense:
         return Dense(self.dense())
 
+    def condensed(self) -> Projected:
+        return self
+
     def route(self) -> str:
         return f"{self.outer.route()}, less the part along the weight"
