@@ -69,6 +69,8 @@ def test_rows_are_written_out_early_where_they_take_no_more_than_cotangents(
     found = form.condensed()
     assert isinstance(found, Dense) == is_formed
     assert is_formed or found is form
+    column = Outer(form.left[:, :, :1], form.right[:, :, :1, :1], torch.Size((P, 1)), cotangent_left=True)
+    assert column.condensed() is column  # one position: norms form nothing
     monkeypatch.setattr(factors, "KEEP_BYTES", 0)
     assert outer(9).condensed().sizes[2] == 9
 
