@@ -5,7 +5,7 @@ Note [what may be kept]
     tensors) only if every layout above the uses follows from the structure alone (rows/structure.py), and those at the
     uses were confirmed by numbers, which a cotangent that is zero throughout cannot be. Any other graph is proved at
     every call, for the edges that the structure does not settle. If numbers contradict the structure, nothing of it is
-    believed. What is kept is confirmed again at every 50th call. The kept part holds no tensor.
+    believed. What is kept is confirmed again at every 200th call. The kept part holds no tensor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rowgrad.rows.structure import infer
 from rowgrad.tape import Tape, Watch, forget_structures
 
 KEPT_SIGNATURES = 64
-PROVE_EVERY = 50  # calls
+PROVE_EVERY = 200  # calls; a proof costs about one and a half plain steps, so under 1% of the time
 
 
 @dataclass
