@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows, handed_out, reshaped
+from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows, formed, handed_out, let_go, reshaped
 from rowgrad.rows.pairs import gram, inner
 from rowgrad.rows.placement import Place
 
@@ -95,6 +95,23 @@ class Block:
     def is_plain(self) -> bool:
         """Whether one region is the whole parameter, in its own order."""
         return len(self.regions) == 1 and self.regions[0].place.covers(self.shape.numel())
+
+    @property
+    def bytes(self) -> int:
+        """Of all rows, written out."""
+        return self.n_examples * self.shape.numel() * self.dtype.itemsize
+
+    @property
+    def formed_bytes(self) -> int:
+        """Of the rows that questions formed and left."""
+        kept = (formed(form) for region in self.regions for form in region.forms)
+        return sum(rows.nbytes for rows in kept if rows is not None)
+
+    def let_go(self) -> None:
+        """Keep no formed rows any longer."""
+        for region in self.regions:
+            for form in region.forms:
+                let_go(form)
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.n_examples, dtype=self.dtype, device=self.device)

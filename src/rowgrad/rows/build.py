@@ -21,7 +21,7 @@ from rowgrad.rows.frontier import Use
 from rowgrad.rows.general import GeneralPath
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.ownership import Axis, Edge
-from rowgrad.rows.pack import Blocks, small_form
+from rowgrad.rows.pack import KEPT_BYTES, Blocks, small_form
 from rowgrad.rows.placement import Place, settle
 from rowgrad.rows.plan import Plan, make_plan
 from rowgrad.rows.push import push
@@ -30,8 +30,6 @@ from rowgrad.rows.site import Cotangents, Rule
 from rowgrad.tape import Tape
 
 _warned: set[tuple] = set()  # one warning per graph, not per step
-
-GENERAL_BYTES = 2**30  # rows of the general path are kept up to this size, then computed anew for each question
 
 
 def jacobian(
@@ -57,13 +55,14 @@ def jacobian(
         rules: the table of rules, `RULES | {...}` to add some, `{}` to send everything the general path.
         loss_scale: the losses are scaled by this for the pass (float16); rows are in units of `losses` all the same.
         retain_graph: keep the graph for further backward passes.
-        max_bytes: bound on the rows that the general path keeps; default 1 GiB. Above it they are computed anew for
-            each product.
+        max_bytes: bound on the rows that are kept written out, those of the general path and those that one question
+            forms and the next can use; default 1 GiB. Above it they are computed anew for each product.
     Raises:
         NotAVectorError: `losses` is a scalar or has more than one dimension.
         NoGraphError: `losses` has no graph.
         FreedGraphError: its graph was freed.
         ParameterError: a parameter is not a real leaf tensor, or none of them is in the graph.
+        ValueError: an option is not what it may be.
         OpaqueGraphError: part of the graph hides its parameters.
     Source: Goodfellow 2015, "Efficient per-example gradient computations", section 4, for linear layers.
 
@@ -73,9 +72,9 @@ def jacobian(
     >>> rowgrad.jacobian(losses, model).sq_norms()
     tensor([3., 3.])
     """
-    general_bytes = GENERAL_BYTES if max_bytes is None else max_bytes
+    max_bytes = _bound(max_bytes)
     with _reading(losses, params, verify, rules, loss_scale) as reading:
-        return reading.jacobian(retain_graph, general_bytes)
+        return reading.jacobian(retain_graph, max_bytes)
 
 
 @overload
@@ -125,10 +124,10 @@ def grad_norms(
     >>> rowgrad.grad_norms(model(2 * torch.eye(3)).squeeze(1), model)
     tensor([2., 2., 2.])
     """
-    general_bytes = GENERAL_BYTES if max_bytes is None else max_bytes
+    max_bytes = _bound(max_bytes)
     with _reading(losses, params, verify, rules, loss_scale) as reading:
-        streams = reading.streams(general_bytes)
-        J = reading.streamed_norms(retain_graph) if streams else reading.jacobian(retain_graph, general_bytes)
+        streams = reading.streams(max_bytes)
+        J = reading.streamed_norms(retain_graph) if streams else reading.jacobian(retain_graph, max_bytes)
     return J.norms(by)
 
 
@@ -146,9 +145,9 @@ def condensed_jacobian(
 
     Rows that both would form are written out as the cotangents arrive, where that leaves less to be held.
     """
-    general_bytes = GENERAL_BYTES if max_bytes is None else max_bytes
+    max_bytes = _bound(max_bytes)
     with _reading(losses, params, verify, rules, loss_scale) as reading:
-        return reading.jacobian(retain_graph, general_bytes, condense=True)
+        return reading.jacobian(retain_graph, max_bytes, condense=True)
 
 
 class Prepared:
@@ -170,7 +169,7 @@ class Prepared:
         with _reading(losses, params, "cached", RULES, scale) as self._reading:
             plan = self._reading.plan
         self.meeting: tuple[int, ...] = () if plan is None else plan.ownership.frontier.couplings
-        is_cheap = plan is not None and self._reading.streams(GENERAL_BYTES)
+        is_cheap = plan is not None and self._reading.streams(KEPT_BYTES)
         self.edges: list[Edge] | None = list(plan.ownership.watch.edges) if plan is not None and is_cheap else None
 
     def norms(self, cotangents: Mapping[Edge, Tensor | None]) -> Tensor:
@@ -183,6 +182,14 @@ class Prepared:
                 for use in uses:
                     waiting.take(use, reading.plan.form(use, own))
             return Jacobian.of_norms(reading.losses, reading.parameters, *waiting.finished()).norms()
+
+
+def _bound(max_bytes: int | None) -> int:
+    if max_bytes is None:
+        return KEPT_BYTES
+    if not isinstance(max_bytes, int) or max_bytes < 0:
+        raise ValueError(f"max_bytes={max_bytes!r}: expected a whole number of bytes, 0 to keep nothing written out")
+    return max_bytes
 
 
 def check_losses(losses: Tensor) -> None:
@@ -290,9 +297,9 @@ class _Reading:
     def losses(self) -> Tensor:
         return self.tape.output.detach()
 
-    def jacobian(self, retain_graph: bool, general_bytes: int, condense: bool = False) -> Jacobian:
+    def jacobian(self, retain_graph: bool, max_bytes: int, condense: bool = False) -> Jacobian:
         if self.plan is None:
-            return self._finished({}, None, Explanation([]))
+            return self._finished({}, None, Explanation([]), max_bytes)
         places = self.plan.places
         direct: dict[Use, tuple[Form, Place]] = {}
         computed: dict[Use, Form] = {}  # at computed parameters
@@ -311,16 +318,14 @@ class _Reading:
         for use, place in places.items():
             if use in direct:
                 by_leaf.setdefault(place.leaf, []).append(direct[use])
-        general = self._general(self._pushed(computed, by_leaf, general_bytes), left)
+        general = self._general(self._pushed(computed, by_leaf, max_bytes), left)
         general = general and self._without_scalars(general, by_leaf)
-        if general is not None and general.bytes(self.parameters.by_name) <= general_bytes:
+        if general is not None and (n_bytes := general.bytes(self.parameters.by_name)) <= max_bytes:
             self._write_out(general, by_leaf)
-            general = None
+            general, max_bytes = None, max_bytes - n_bytes
         self._warn_if_slow()
-        if condense:
-            return self._finished(by_leaf, general, Explanation([]))
         forms = computed | {use: form for use, (form, _) in direct.items()}
-        return self._finished(by_leaf, general, self._explanation(forms))
+        return self._finished(by_leaf, general, Explanation([]) if condense else self._explanation(forms), max_bytes)
 
     def read(self, retain_graph: bool, take: Callable[[Use, Form | None], None]) -> dict[int, Cotangents]:
         """The pass. Hands over the form at each use with a recipe as soon as its cotangents arrive.
@@ -360,17 +365,17 @@ class _Reading:
         reach, leaf_of = self._reach(), {name: leaf for leaf, name in self.leaves.items()}
         return {leaf_of[n] for use in loose for n in reach[use]}
 
-    def streams(self, general_bytes: int) -> bool:
+    def streams(self, max_bytes: int) -> bool:
         """Whether norms can be read while the cotangents pass: every use has a recipe, and little is to be held."""
         if self.plan is None or not self.plan.is_ruled:
             return False
         held = [self.parameters.by_name[self.leaves[leaf]] for leaf in self.held]
-        return sum(self.n_examples * p.numel() * max(4, p.element_size()) for p in held) <= general_bytes
+        return sum(self.n_examples * p.numel() * max(4, p.element_size()) for p in held) <= max_bytes
 
     def pushed_down(self, forms: Mapping[Use, Form]) -> dict[int, list[tuple[Form, Place]]]:
         """Forms at uses of computed parameters, to the parameters they are computed from."""
         by_leaf: dict[int, list[tuple[Form, Place]]] = {}
-        general = self._general(self._pushed(forms, by_leaf, GENERAL_BYTES), {})
+        general = self._general(self._pushed(forms, by_leaf, KEPT_BYTES), {})
         general = general and self._without_scalars(general, by_leaf)
         if general is not None:
             self._write_out(general, by_leaf)
@@ -383,7 +388,11 @@ class _Reading:
         return Jacobian.of_norms(self.losses, self.parameters, *waiting.finished())
 
     def _finished(
-        self, by_leaf: Mapping[int, list[tuple[Form, Place]]], general: GeneralPath | None, explanation: Explanation
+        self,
+        by_leaf: Mapping[int, list[tuple[Form, Place]]],
+        general: GeneralPath | None,
+        explanation: Explanation,
+        max_bytes: int,
     ) -> Jacobian:
         leaf_of = {name: leaf for leaf, name in self.leaves.items()}
         blocks = {
@@ -391,7 +400,7 @@ class _Reading:
             for name, p in self.parameters.by_name.items()
         }
         streamed = {self.leaves[leaf] for leaf in general.reached()} if general is not None else set()
-        return Jacobian(self.losses, self.parameters, Blocks(blocks, general, streamed), explanation)
+        return Jacobian(self.losses, self.parameters, Blocks(blocks, general, streamed, max_bytes), explanation)
 
     def placed(self, form: Form, place: Place) -> tuple[Form, Place]:
         """Back in units of the losses, turned to the parameter's own order."""

@@ -248,6 +248,14 @@ class Outer:
             self._formed = formed
         return formed
 
+    def rows_of(self, examples: slice) -> Tensor:
+        """(n, G, a, b) of some examples, to be read."""
+        if self._formed is not None:
+            return self._formed[examples]
+        b, g, _, a, d = self.sizes
+        n = len(range(*examples.indices(b)))
+        return self._written_out(examples, memory.empty((n, g, a, d), self.left))
+
     def sq_norms(self, keep: bool = False) -> Tensor:
         b, g, t, _, _ = self.sizes
         if t == 0 or b == 0:
@@ -399,13 +407,23 @@ class Outer:
         return replace(self, left=left, right=right, cotangent_gram=None, _formed=None, _cancels=None)
 
 
+def formed(form: Form) -> Tensor | None:
+    """Rows that a question formed and left for the next."""
+    return getattr(form, "_formed", None)
+
+
+def let_go(form: Form) -> None:
+    """Keep no formed rows any longer."""
+    if formed(form) is not None:
+        form._formed = None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def handed_out(form: Form) -> Tensor:
     """(B, *shape): rows written out for somebody who may write to them. Formed rows that were kept are so no longer."""
     rows = form.dense()
     if isinstance(form, Dense):
         return rows.clone()
-    if getattr(form, "_formed", None) is not None:
-        form._formed = None  # pyright: ignore[reportAttributeAccessIssue]
+    let_go(form)
     return rows
 
 

@@ -191,7 +191,7 @@ class Jacobian:
             blocks = self._live()
             for name in missing:
                 if name not in blocks.general_names:
-                    self._sq_norms[name] = blocks.by_name[name].sq_norms(keep=True)
+                    self._sq_norms[name] = blocks.sq_norms(name)
             streamed = [n for n in missing if n in blocks.general_names]
             if streamed:
                 rows = [{n: r[n].square().sum() for n in streamed} for r in self._streamed_rows(streamed)]
@@ -346,7 +346,7 @@ class Jacobian:
         with remembering():
             for name in rest:
                 if name not in streamed:
-                    part = mine.by_name[name].gram(theirs.by_name[name]).to(total.device)
+                    part = mine.gram(name, theirs).to(total.device)
                     total = total.add_(part) if part.dtype == total.dtype else total + part
         if pack is not None:
             total = total + gram(pack.rows, pack.rows).to(total.device)
@@ -371,7 +371,7 @@ class Jacobian:
         mine, theirs = self._live(), other._live()
         shared = self._shared_names(other)
         streamed = [n for n in shared if n in mine.general_names | theirs.general_names]
-        parts = [mine.by_name[n].inner(theirs.by_name[n]) for n in shared if n not in streamed]
+        parts = [mine.inner(n, theirs) for n in shared if n not in streamed]
         if streamed:
             pairs = zip(
                 self._streamed_rows(streamed),
@@ -426,6 +426,7 @@ class Jacobian:
                 {n: blocks.by_name[n] for n in kept},
                 blocks.general,
                 blocks.general_names & set(kept),
+                blocks.max_bytes,
             ),
             self._losses,
         )
@@ -439,7 +440,7 @@ class Jacobian:
         chosen = {n: b.select(index) for n, b in blocks.by_name.items()}
         part = self._copy(
             self._parameters,
-            Blocks(chosen, general, blocks.general_names),
+            Blocks(chosen, general, blocks.general_names, blocks.max_bytes),
             self._losses[index],
         )
         part._sq_norms = {n: s[index] for n, s in self._sq_norms.items()}

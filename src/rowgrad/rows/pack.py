@@ -19,6 +19,7 @@ from rowgrad.rows.general import GeneralPath
 
 SMALL = 2**14  # numbers in all rows of a parameter, above which to bring them together costs more than it saves
 FEWEST = 4  # parameters
+KEPT_BYTES = 2**30  # rows of all parameters that are formed on the way and stay
 
 
 @dataclass
@@ -68,11 +69,49 @@ def small_form(block: Block) -> Dense | None:
 
 @dataclass
 class Blocks:
-    """Rows of all parameters: in forms, and below the general path."""
+    """Rows of all parameters: in forms, and below the general path.
+
+    Rows that one question forms may stay for the next, up to `max_bytes` in all.
+    """
 
     by_name: dict[str, Block]
     general: GeneralPath | None
     general_names: set[str] = field(default_factory=set)
+    max_bytes: int = KEPT_BYTES
+    _kept: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # bytes
+
+    def sq_norms(self, name: str) -> Tensor:
+        """(B,) of one parameter."""
+        block = self.by_name[name]
+        found = block.sq_norms(keep=self._others(name) + block.bytes <= self.max_bytes)
+        self._settle(name)
+        return found
+
+    def gram(self, name: str, other: Blocks) -> Tensor:
+        """(B, B') of one parameter, with the rows of `other`."""
+        found = self.by_name[name].gram(other.by_name[name])
+        self._settle(name)
+        other._settle(name)
+        return found
+
+    def inner(self, name: str, other: Blocks) -> Tensor:
+        """(B,) of one parameter: row j with row j of `other`."""
+        found = self.by_name[name].inner(other.by_name[name])
+        self._settle(name)
+        other._settle(name)
+        return found
+
+    def _settle(self, name: str) -> None:
+        """Let go of the rows that a question left formed where they are too many."""
+        n_bytes = self.by_name[name].formed_bytes
+        if n_bytes and self._others(name) + n_bytes > self.max_bytes:
+            self.by_name[name].let_go()
+            n_bytes = 0
+        self._kept[name] = n_bytes
+
+    def _others(self, name: str) -> int:
+        """Bytes kept of all other parameters."""
+        return sum(self._kept.values()) - self._kept.get(name, 0)
 
     @cached_property
     def _pack(self) -> Pack | None:

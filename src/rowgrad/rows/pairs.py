@@ -152,7 +152,8 @@ def _inner_outer_outer(f: Outer, g: Outer) -> Tensor:
     s = g.sizes[2]
     formed = f._formed is not None or g._formed is not None
     if formed or t * s * (a + b) > (t + s) * a * b or f.cancels() or g.cancels():
-        return (f.form() * g.form()).sum((1, 2, 3))
+        pieces = f.chunks(2 * f.formed_bytes // max(1, f.n_examples))
+        return torch.cat([(f.rows_of(piece) * g.rows_of(piece)).sum((1, 2, 3)) for piece in pieces])
     return ((f.left @ g.left.transpose(-1, -2)) * (f.right @ g.right.transpose(-1, -2))).sum((1, 2, 3))
 
 

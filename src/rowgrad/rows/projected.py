@@ -41,6 +41,14 @@ class Projected:
     def _unit(self) -> Tensor:
         return self.directions.to(self.outer.left.dtype)
 
+    @property
+    def _formed(self) -> Tensor | None:
+        return self.outer._formed
+
+    @_formed.setter
+    def _formed(self, rows: Tensor | None) -> None:
+        self.outer._formed = rows
+
     def sq_norms(self, keep: bool = False) -> Tensor:
         whole = self.outer.sq_norms(keep)
         found = whole - self.along.square().sum(1)

@@ -1,0 +1,104 @@
+"""Rows that one question forms stay for the next within a bound, and every answer is the same whatever it is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests.rows.laws import assert_products, energy, trained
+from torch import Tensor, nn
+
+import rowgrad as rg
+from rowgrad.rows import factors, patches
+from rowgrad.rows.factors import Outer
+from rowgrad.rows.pairs import inner
+
+B = 3
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    """Three layers whose norms form rows: 1,728 and 2,304 entries of float64 an example, and 720."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(12, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 16, 3, padding=1), nn.Flatten(2)]
+    return nn.Sequential(*layers, nn.Linear(144, 5), nn.Tanh()).double()
+
+
+@pytest.fixture(autouse=True)
+def formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patches.Convolved, "prefers_gram", False)
+    monkeypatch.setattr(Outer, "prefers_gram", False)
+
+
+def jacobian(model: nn.Module, max_bytes: int | None) -> tuple[rg.Jacobian, dict[str, Tensor]]:
+    x = torch.randn(B, 12, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    losses = energy(model(x))
+    rows = rg.jacobian(losses, model, rules={}, retain_graph=True).dense(as_dict=True)
+    return rg.jacobian(losses, model, max_bytes=max_bytes), rows
+
+
+def kept_bytes(J: rg.Jacobian) -> dict[str, int]:
+    blocks = J._live().by_name
+    return {name: n for name, block in blocks.items() if (n := block.formed_bytes)}
+
+
+BYTES = {"0.weight": B * 1728 * 8, "2.weight": B * 2304 * 8, "4.weight": B * 720 * 8}
+BOUNDS = {
+    0: [],
+    BYTES["4.weight"]: ["4.weight"],
+    BYTES["0.weight"]: ["0.weight"],
+    BYTES["2.weight"] - 1: ["0.weight"],
+    BYTES["0.weight"] + BYTES["4.weight"]: ["0.weight", "4.weight"],
+    sum(BYTES.values()) - 1: ["0.weight", "2.weight"],
+    sum(BYTES.values()): list(BYTES),
+}
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
+@pytest.mark.parametrize(("max_bytes", "kept"), BOUNDS.items())
+def test_norms_keep_rows_up_to_the_bound(model: nn.Module, max_bytes: int, kept: list[str]) -> None:
+    J, rows = jacobian(model, max_bytes)
+    for _ in range(2):
+        assert_products(J, rows, 1e-10)
+    J, rows = jacobian(model, max_bytes)
+    J.norms()
+    assert kept_bytes(J) == {name: BYTES[name] for name in kept}
+    other, _ = jacobian(model, max_bytes)
+    torch.testing.assert_close(J.diag_gram(other), J.sq_norms())
+    for ask in (J.gram, lambda: J.gram(other), lambda: J["2.weight"].norms(), lambda: J[[0, 2]].norms()):
+        ask()
+        assert sum(kept_bytes(J).values()) <= max_bytes
+        assert sum(kept_bytes(other).values()) <= max_bytes
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
+def test_rows_of_the_general_path_count(model: nn.Module) -> None:
+    """Written out they take 8 bytes for each of the first layer's 1,744 entries, and what is left is not enough."""
+    x = torch.randn(B, 12, 12, 12, dtype=torch.float64)
+    rules = {key: rule for key, rule in rg.RULES.items() if "Convolution" not in key[0]}
+    convolutions = sum(p.numel() for name, p in trained(model).items() if name[0] in "02")
+    written = B * convolutions * 8
+    for max_bytes, kept in ((written + BYTES["4.weight"], 1), (written + BYTES["4.weight"] - 1, 0), (written - 1, 1)):
+        J = rg.jacobian(energy(model(x)), model, rules=rules, max_bytes=max_bytes)
+        J.norms()
+        assert len(kept_bytes(J)) == kept
+
+
+def test_cross_terms_are_formed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    f, g = (Outer(torch.randn(B, 2, 9, 4), torch.randn(B, 2, 9, 3), torch.Size((2, 4, 3)), True) for _ in range(2))
+    expected = (f.dense() * g.dense()).sum((1, 2, 3))
+    torch.testing.assert_close(inner(f, g), expected)
+    f, g = f.select(torch.arange(B)), g.select(torch.arange(B))
+    assert f._formed is not None
+    factors.let_go(f)
+    monkeypatch.setattr(factors, "CHUNK_BYTES", 1)
+    torch.testing.assert_close(inner(f, g), expected)
+
+
+@pytest.mark.parametrize("max_bytes", [-1, 1.5, math.inf, "1 GiB"])
+@pytest.mark.parametrize("entry", [rg.jacobian, rg.grad_norms, lambda *a, **k: rg.clipped_loss(*a, 1.0, **k)])
+def test_a_bound_that_is_none_is_refused(entry, max_bytes) -> None:
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=r"max_bytes=.*expected a whole number of bytes"):
+        entry(model(torch.ones(2, 2)).squeeze(1), model, max_bytes=max_bytes)
