@@ -64,12 +64,54 @@ def test_norms_keep_rows_up_to_the_bound(model: nn.Module, max_bytes: int, kept:
     J, rows = jacobian(model, max_bytes)
     J.norms()
     assert kept_bytes(J) == {name: BYTES[name] for name in kept}
-    other, _ = jacobian(model, max_bytes)
-    torch.testing.assert_close(J.diag_gram(other), J.sq_norms())
-    for ask in (J.gram, lambda: J.gram(other), lambda: J["2.weight"].norms(), lambda: J[[0, 2]].norms()):
-        ask()
-        assert sum(kept_bytes(J).values()) <= max_bytes
-        assert sum(kept_bytes(other).values()) <= max_bytes
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
+@pytest.mark.parametrize("max_bytes", BOUNDS)
+def test_no_question_leaves_more(model: nn.Module, max_bytes: int) -> None:
+    asked = {
+        "diag_gram": lambda J, other: J.diag_gram(other),
+        "gram": lambda J, _: J.gram(),
+        "gram of two": lambda J, other: J.gram(other),
+        "norms": lambda J, _: J.norms(),
+        "norms of three examples": lambda J, _: J[[0, 2, 1]].norms(),
+    }
+    together = [jacobian(model, max_bytes)[0] for _ in range(2)]
+    for ask in asked.values():
+        for J, other in (together, [jacobian(model, max_bytes)[0] for _ in range(2)]):
+            ask(J, other)
+            assert sum(kept_bytes(J).values()) <= max_bytes
+            assert sum(kept_bytes(other).values()) <= max_bytes
+    for key in ("2.weight", [0, 2, 1]):
+        part = jacobian(model, max_bytes)[0][key]
+        part.norms()
+        assert sum(kept_bytes(part).values()) <= max_bytes
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
+@pytest.mark.parametrize(("max_bytes", "kept"), BOUNDS.items())
+def test_rows_without_room_are_never_there_at_once(
+    model: nn.Module, max_bytes: int, kept: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    J, _ = jacobian(model, max_bytes)
+    sizes = []
+    for kind in (Outer, patches.Convolved):
+        form = kind.form
+        monkeypatch.setattr(kind, "form", lambda self, form=form: sizes.append(self.formed_bytes) or form(self))
+    J.norms()
+    assert sizes == [BYTES[name] for name in kept]
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
+def test_what_was_let_go_takes_no_room(model: nn.Module) -> None:
+    J, _ = jacobian(model, BYTES["2.weight"])
+    J["2.weight"].norms()  # shares its rows with J, but not the room
+    J.norms()
+    assert kept_bytes(J) == {"0.weight": BYTES["0.weight"]}
+    J, other = (jacobian(model, BYTES["4.weight"])[0] for _ in range(2))
+    J.diag_gram(other)
+    J.norms()
+    assert kept_bytes(J) == {"4.weight": BYTES["4.weight"]}
 
 
 @pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
