@@ -307,6 +307,11 @@ class Tape:
                 _known.popitem(last=False)
         return self._structure
 
+    @property
+    def runs_python(self) -> bool:
+        """Whether a node's backward is Python code, which may do anything."""
+        return any(isinstance(node.fn, _PYTHON_NODE) for node in self.nodes)
+
     def refuse_hidden(self) -> None:
         """
         Raises:

@@ -7,14 +7,27 @@ terms. Uses that see disjoint entries do not interact. Uses that overlap in any 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows, formed, handed_out, let_go, reshaped
-from rowgrad.rows.pairs import gram, inner
+from rowgrad.rows.factors import (
+    CANCELLATION,
+    CHUNK_BYTES,
+    Dense,
+    Form,
+    Multiples,
+    Outer,
+    Rows,
+    energies,
+    formed,
+    handed_out,
+    let_go,
+    reshaped,
+)
+from rowgrad.rows.pairs import gram, inner, product
 from rowgrad.rows.placement import Place
 
 
@@ -24,24 +37,60 @@ class Region:
 
     forms: list[Form]
     place: Place
+    _canceling: Tensor | None = field(default=None, repr=False)  # examples
 
     def sq_norms(self, keep: bool) -> Tensor:
         if len(self.forms) == 1:
             return self.forms[0].sq_norms(keep)
-        found = sum_of(form.sq_norms(keep=True) for form in self.forms)  # the cross terms ask next
+        own = [form.sq_norms(keep=True) for form in self.forms]  # the cross terms ask next
+        found = sum_of(own)
         for i, f in enumerate(self.forms):
             for g in self.forms[i + 1 :]:
                 found = found + 2 * inner(f, g)
+        self._canceling = _canceling(found, own)
+        for part in self._canceling_parts():
+            found[part] = energies(self.select(part).dense())
         return found
 
     def gram(self, other: Region) -> Tensor:
-        if other is not self:
-            return sum_of(gram(f, g) for f in self.forms for g in other.forms)
-        crosses = [gram(f, g) for i, f in enumerate(self.forms) for g in self.forms[i + 1 :]]  # first: they may form f
-        return sum_of([gram(f, f) for f in self.forms] + [part for cross in crosses for part in (cross, cross.T)])
+        if other is self:
+            crosses = [gram(f, g) for i, f in enumerate(self.forms) for g in self.forms[i + 1 :]]  # they may form f
+            own = [gram(f, f) for f in self.forms]
+            found = sum_of(own + [part for cross in crosses for part in (cross, cross.T)])
+            if crosses:
+                self._canceling = _canceling(found.diagonal(), [part.diagonal() for part in own])
+        else:
+            found = sum_of(gram(f, g) for f in self.forms for g in other.forms)
+        for columns in other._canceling_parts():
+            right = Dense(other.select(columns).dense())
+            found[:, columns] = sum_of(gram(f, right) for f in self.forms)
+        for rows in self._canceling_parts():
+            left = Dense(self.select(rows).dense())
+            found[rows] = sum_of(gram(left, g) for g in other.forms)
+            for columns in other._canceling_parts():
+                found[rows.unsqueeze(1), columns] = product(left.flat, Dense(other.select(columns).dense()).flat)
+        return found
 
     def inner(self, other: Region) -> Tensor:
-        return sum_of(inner(f, g) for f in self.forms for g in other.forms)
+        found = sum_of(inner(f, g) for f in self.forms for g in other.forms)
+        for rows in (*self._canceling_parts(), *other._canceling_parts()):
+            found[rows] = (self.select(rows).dense() * other.select(rows).dense()).flatten(1).sum(1)
+        return found
+
+    def _canceling_parts(self) -> Sequence[Tensor]:
+        """Examples whose uses cancel so far that products of the uses would lose the digits that are left, so few at a
+        time that their rows may be written out."""
+        if len(self.forms) == 1:
+            return ()
+        if self._canceling is None:
+            self.sq_norms(keep=True)
+            assert self._canceling is not None
+        if not len(self._canceling):
+            return ()
+        return self._canceling.split(max(1, CHUNK_BYTES // max(1, 8 * self.forms[0].shape.numel())))
+
+    def select(self, index: Tensor) -> Region:
+        return Region([f.select(index) for f in self.forms], self.place)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         """Shape of the place; sparse where all forms are sparse embeddings."""
@@ -58,7 +107,13 @@ class Region:
         return sum_of(form.dot(reshaped(direction, form.shape)) for form in self.forms)
 
     def dense(self) -> Tensor:
-        return sum_of(handed_out(form).reshape(-1, *self.place.shape) for form in self.forms)
+        return sum_of(handed_out(form).reshape(form.n_examples, *self.place.shape) for form in self.forms)
+
+
+def _canceling(found: Tensor, own: Sequence[Tensor]) -> Tensor:
+    """Where squared norms are a small part of what they would be if no use took from another, (n,)."""
+    bound = sum_of(part.clamp(min=0).sqrt() for part in own).square()
+    return (found < CANCELLATION * bound).nonzero().squeeze(1)
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:
@@ -181,12 +236,11 @@ class Block:
         return mine == theirs
 
     def select(self, index: Tensor) -> Block:
-        regions = [replace(r, forms=[f.select(index) for f in r.forms]) for r in self.regions]
-        return replace(self, regions=regions, n_examples=len(index))
+        return replace(self, regions=[r.select(index) for r in self.regions], n_examples=len(index))
 
     def with_cotangents(self, transform: Callable[[Tensor], Tensor]) -> Block:
         """The block with `transform` applied to the cotangents of every use."""
-        changed = [replace(r, forms=[f.with_cotangents(transform) for f in r.forms]) for r in self.regions]
+        changed = [Region([f.with_cotangents(transform) for f in r.forms], r.place) for r in self.regions]
         return replace(self, regions=changed)
 
 
@@ -217,7 +271,7 @@ def _joined(forms: list[Form]) -> list[Form]:
     found: list[Form] = [_cat_outer(group) for group in by_split.values()]
     found += [_cat_rows(group) for group in by_table.values()]
     if dense:
-        found.append(Dense(sum_of(f.values.reshape(-1, *dense[0].shape) for f in dense)))
+        found.append(Dense(sum_of(f.values.reshape(f.n_examples, *dense[0].shape) for f in dense)))
     return found + multiples
 
 

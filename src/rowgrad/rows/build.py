@@ -176,7 +176,7 @@ class Prepared:
         """L2 norm of each row, shape (B,), as `grad_norms`. To be asked once, and only if there are `edges`."""
         reading, waiting = self._reading, _Arrivals(self._reading)
         assert reading.plan is not None
-        with _plain_numbers(reading.losses), _grad_untouched(reading.parameters):
+        with _plain_numbers(reading.losses), _grad_untouched(reading.parameters, reading.tape):
             for node, uses in reading.plan.ownership.by_node.items():
                 own = [cotangents.get((node, nr)) for nr in range(reading.tape.nodes[node].n_outputs)]
                 for use in uses:
@@ -225,10 +225,15 @@ def _reading(
     if not 0 < loss_scale < float("inf"):
         raise ValueError(f"loss_scale={loss_scale!r}: expected a positive finite number")
     check_losses(losses)
+    if loss_scale > torch.finfo(losses.dtype).max:
+        raise ValueError(
+            f"loss_scale={loss_scale!r}: losses are {losses.dtype}, which ends at {torch.finfo(losses.dtype).max:g}; "
+            "lower it, or compute the losses in float32"
+        )
     parameters = named(params)
-    with _plain_numbers(losses), _grad_untouched(parameters):
-        tape = Tape(losses)
-        tape.refuse_hidden()
+    tape = Tape(losses)
+    tape.refuse_hidden()
+    with _plain_numbers(losses), _grad_untouched(parameters, tape):
         leaves = {tape.leaves[id(p)]: name for name, p in parameters.by_name.items() if id(p) in tape.leaves}
         if not leaves:
             raise ParameterError(
@@ -255,8 +260,14 @@ def _plain_numbers(losses: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _grad_untouched(parameters: Parameters) -> Iterator[None]:
-    """Notice a node that runs a backward pass of its own, which writes `.grad`; whatever was there is put back."""
+def _grad_untouched(parameters: Parameters, tape: Tape) -> Iterator[None]:
+    """Notice a node that runs a backward pass of its own, which writes `.grad`; whatever was there is put back.
+
+    Only Python code does, and only where there is some is `.grad` touched: other threads may be at work with it.
+    """
+    if not tape.runs_python:
+        yield
+        return
     before = [(p, grad) for p in parameters.by_name.values() if (grad := p.grad) is not None]
     for p, _ in before:
         p.grad = None
@@ -295,7 +306,8 @@ class _Reading:
 
     @property
     def losses(self) -> Tensor:
-        return self.tape.output.detach()
+        """The Jacobian's own: the tensor that was given may be written to."""
+        return self.tape.output.detach().clone()
 
     def jacobian(self, retain_graph: bool, max_bytes: int, condense: bool = False) -> Jacobian:
         if self.plan is None:

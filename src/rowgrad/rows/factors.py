@@ -100,6 +100,11 @@ class Form(Protocol):
     def shape(self) -> torch.Size: ...
     @property
     def n_examples(self) -> int: ...
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """What the rows are made of."""
+        ...
+
     def sq_norms(self, keep: bool = False) -> Tensor: ...
     def weighted_sum(self, c: Tensor) -> Tensor: ...
     def dot(self, direction: Tensor) -> Tensor: ...
@@ -141,6 +146,10 @@ class Dense:
     @property
     def shape(self) -> torch.Size:
         return self.values.shape[1:]
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return (self.values,)
 
     @property
     def n_examples(self) -> int:
@@ -203,6 +212,10 @@ class Outer:
     cotangent_gram: Callable[[], Tensor] | None = None  # (B, G, T, T) of zbar, where several forms share it
     _formed: Tensor | None = field(default=None, repr=False)
     _cancels: bool | None = field(default=None, repr=False)
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return self.left, self.right
 
     @property
     def n_examples(self) -> int:
@@ -465,6 +478,10 @@ class Rows:
     positions: Tensor | None = None  # (B, T) True where a position is real, None: all are
 
     @property
+    def held(self) -> tuple[Tensor, ...]:
+        return self.ids, self.rows
+
+    @property
     def n_examples(self) -> int:
         return self.ids.shape[0]
 
@@ -566,6 +583,10 @@ class Multiples:
     @property
     def shape(self) -> torch.Size:
         return self.direction.shape
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return self.weights, self.direction
 
     @property
     def n_examples(self) -> int:

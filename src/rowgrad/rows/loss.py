@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Gradients = Callable[[Tensor], Sequence[Tensor | None]]
 
@@ -18,6 +19,7 @@ class _WeightedRows(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
+    @once_differentiable  # rows have no graph
     def backward(ctx: Any, upstream: Tensor) -> Any:
         return None, None, *ctx.gradients(upstream)
 

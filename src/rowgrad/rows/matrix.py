@@ -74,6 +74,7 @@ class Jacobian:
         self._blocks = blocks
         self._explanation = explanation
         self._versions = {name: p._version for name, p in parameters.by_name.items()}
+        self._watched = [] if blocks is None else blocks.held()
         self._sq_norms: dict[str, Tensor] = {}
         self._whole: Tensor | None = None
         self._packed: Pack | None = None  # whose norms by parameter may be asked when the factors are gone
@@ -195,7 +196,7 @@ class Jacobian:
             streamed = [n for n in missing if n in blocks.general_names]
             if streamed:
                 rows = [{n: r[n].square().sum() for n in streamed} for r in self._streamed_rows(streamed)]
-                self._sq_norms |= {n: torch.stack([r[n] for r in rows]) for n in streamed}
+                self._sq_norms |= {n: self._stacked([r[n] for r in rows]) for n in streamed}
         return self._sq_norms
 
     def _total(self, parts: list[Tensor]) -> Tensor:
@@ -206,6 +207,10 @@ class Jacobian:
         return torch.stack(
             [p if p.dtype == widest and p.device == device else p.to(device, widest) for p in parts]
         ).sum(0)
+
+    def _stacked(self, parts: list[Tensor], shape: Sequence[int] = ()) -> Tensor:
+        """(B, *shape) from what each row gave, also where there are no rows."""
+        return torch.stack(parts) if parts else self._losses.new_zeros(0, *shape, dtype=self._dtype)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -236,7 +241,7 @@ class Jacobian:
             if pack is not None:
                 found |= pack.weighted_sum(weights[self.names[0]])
         if spend:
-            self._blocks = None
+            self._spend()
         for name in reversed(self.names):  # of the last layers more is freed: the first one's input is not ours
             if name not in found:
                 block = blocks.by_name.pop(name) if spend else blocks.by_name[name]
@@ -290,7 +295,7 @@ class Jacobian:
         streamed = [n for n in parts if n in blocks.general_names]
         if streamed:
             rows = [sum_of((r[n] * parts[n]).sum() for n in streamed) for r in self._streamed_rows(streamed)]
-            dots.append(torch.stack(rows))
+            dots.append(self._stacked(rows))
         return self._total(dots)
 
     __matmul__ = dot
@@ -378,7 +383,7 @@ class Jacobian:
                 other._streamed_rows(streamed),
                 strict=True,
             )
-            parts.append(torch.stack([sum_of((a[n] * b[n]).sum() for n in streamed) for a, b in pairs]))
+            parts.append(self._stacked([sum_of((a[n] * b[n]).sum() for n in streamed) for a, b in pairs]))
         return self._total(parts)
 
     def _shared_names(self, other: Jacobian) -> list[str]:
@@ -476,7 +481,7 @@ class Jacobian:
         streamed = list(blocks.general_names)
         if streamed:
             rows = list(self._streamed_rows(streamed))
-            found |= {n: torch.stack([r[n] for r in rows]) for n in streamed}
+            found |= {n: self._stacked([r[n] for r in rows], self._parameters.by_name[n].shape) for n in streamed}
         ordered = {n: found[n] for n in self.names}
         if as_dict:
             return ordered
@@ -584,7 +589,7 @@ class Jacobian:
         blocks = source._live()
         reached = {n for n, b in blocks.by_name.items() if not b.is_absent} | blocks.general_names
         if spend and source is not self:
-            self._blocks = None
+            self._spend()
         return {n: g for n, g in source._weighted_sum(c, spend=spend).items() if n in reached}
 
     def _transformed(self, transform: Any) -> Jacobian:
@@ -599,6 +604,10 @@ class Jacobian:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
+    def _spend(self) -> None:
+        """Hold no factors any longer."""
+        self._blocks, self._watched = None, []
+
     def _live(self) -> Blocks:
         if self._blocks is None:
             raise ConsumedJacobianError(
@@ -609,5 +618,11 @@ class Jacobian:
                 raise StaleJacobianError(
                     f"{name} was changed after this Jacobian was made (an optimizer step?). Compute the losses and the "
                     "Jacobian anew, or ask for products before the step"
+                )
+        for name, held, version in self._watched:
+            if held._version != version:
+                raise StaleJacobianError(
+                    f"a tensor that the gradient of {name} is made of was written to after this Jacobian was made (a batch "
+                    "that is filled again in place?). Compute the losses and the Jacobian anew, or ask for products before"
                 )
         return self._blocks

@@ -118,7 +118,7 @@ def clipped_loss(
     """A scalar whose gradient is the mean (or sum) of the examples' gradients, each clipped to `max_norm`.
 
     Use it in place of `losses.mean()`. With a mapping {group: bound}, each group of parameters is clipped by its own
-    norm; groups must cover all parameters. Examples with a non-finite gradient get weight 0; with
+    norm; groups must cover all parameters, each once. Examples with a non-finite gradient get weight 0; with
     a `loss_scale` they make the gradient nan, so that a GradScaler skips the step and lowers its scale.
 
     Args:
@@ -151,6 +151,10 @@ def clipped_loss(
         weights, shares = clip_weights(norms, bound, mode=mode) / size, share_clipped(norms, bound)
     else:
         weights, shares = _by_group(J, max_norm, mode, size)
+        if nonfinite == "zero":  # an example is left out of all groups or of none
+            finite = J.norms().isfinite()
+            weights = {group: torch.where(finite, w, 0.0) for group, w in weights.items()}
+        weights = {name: weights[group] for group in weights for name in J.group_names(group)}
     # of no examples the gradients are zeros, as of the plain loss: other processes may wait for them
     loss = J.loss(weights, nonfinite=nonfinite) if len(J) else losses.sum()
     loss.share_clipped = shares  # type: ignore[attr-defined]
@@ -159,8 +163,8 @@ def clipped_loss(
 
 def _by_group(
     J: Jacobian, max_norm: Mapping[Any, Bound], mode: str, size: int
-) -> tuple[dict[str, Tensor], dict[Any, float]]:
-    """Weights for each parameter, and for each group the share clipped."""
+) -> tuple[dict[Any, Tensor], dict[Any, float]]:
+    """For each group the weights and the share clipped."""
     names = {group: J.group_names(group) for group in max_norm}
     left_out = [n for n in J.names if all(n not in members for members in names.values())]
     if left_out:
@@ -169,11 +173,21 @@ def _by_group(
             + (f" and {len(left_out) - 1} more" if len(left_out) > 1 else "")
             + "; the groups must cover every parameter"
         )
+    groups_of: dict[str, list[Any]] = {}
+    for group, members in names.items():
+        for name in members:
+            groups_of.setdefault(name, []).append(group)
+    for name, groups in groups_of.items():
+        if len(groups) > 1:
+            raise ValueError(
+                f"max_norm: {name} is in {len(groups)} groups, {groups[0]!r} and {groups[1]!r} among them; one norm "
+                "clips it, so groups must not overlap"
+            )
     by_group = J.norms(by=names)
     bounds = {group: _bound(bound, by_group[group]) for group, bound in max_norm.items()}
     weights = {group: clip_weights(by_group[group], bound, mode=mode) / size for group, bound in bounds.items()}
     shares = {group: share_clipped(by_group[group], bound) for group, bound in bounds.items()}
-    return {name: weights[group] for group in names for name in names[group]}, shares
+    return weights, shares
 
 
 def _bound(max_norm: Bound, norms: Tensor) -> float | Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor
 from rowgrad.tape import Tape
 
 Edge = tuple[int, int]
+CPU = torch.device("cpu")
 PROBE_BYTES = 512 * 2**20  # cotangents of one block of edges held at a time while proving
 
 # dtype -> (number of digits, exponent of the separation). float16 has no room for more than zero and one.
@@ -138,8 +139,10 @@ class Codebook:
     @property
     def owner_of_word(self) -> Tensor:
         """Owner by the number that a word spells; -1 for words that were not issued."""
-        table = torch.full((self.n_digits ** self.words.shape[1],), -1, dtype=torch.long)
-        table[(self.words * self.n_digits ** torch.arange(self.words.shape[1])).sum(1)] = torch.arange(len(self.words))
+        n, length = self.words.shape
+        table = torch.full((self.n_digits**length,), -1, dtype=torch.long, device="cpu")
+        place = (self.words * self.n_digits ** torch.arange(length, device="cpu")).sum(1)
+        table[place] = torch.arange(n, device="cpu")
         return table
 
 
@@ -153,14 +156,14 @@ def codebook(
     known = [_CODES.get(d, _CODES[torch.float16]) for d in dtypes]
     n_digits, separation = min(known)
     words = _words(n_examples, n_digits)
-    words = words[torch.randperm(n_examples, generator=generator)]
+    words = words[torch.randperm(n_examples, generator=generator, device="cpu")]
     passes = []
     for column in words.T:
-        jitter = torch.randint(-2, 3, (n_digits,), generator=generator).tolist()
+        jitter = torch.randint(-2, 3, (n_digits,), generator=generator, device="cpu").tolist()
         exponents = [jitter[1]] if n_digits == 2 else [-separation + jitter[1], separation + jitter[2]]
         values = (0.0, *(2.0**e for e in exponents))
         passes.append(Code(_seed([values[d] for d in column.tolist()], losses), values))
-    silent = torch.randperm(n_examples, generator=generator) < n_examples // 2
+    silent = torch.randperm(n_examples, generator=generator, device="cpu") < n_examples // 2
     halves = [_powers(n_examples, n_digits, generator).masked_fill(mask, 0) for mask in (silent, ~silent)]
     first, second, fresh = (
         Code(_seed(values.tolist(), losses), ()) for values in (*halves, _powers(n_examples, n_digits, generator))
@@ -171,11 +174,11 @@ def codebook(
 def _powers(n: int, n_digits: int, generator: torch.Generator) -> Tensor:
     """A random power of two for each example."""
     spread = 2 if n_digits == 2 else _LARGEST_POWER
-    return torch.randint(-spread, spread + 1, (n,), generator=generator).double().exp2()
+    return torch.randint(-spread, spread + 1, (n,), generator=generator, device="cpu").double().exp2()
 
 
 def _seed(values: list[float], losses: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).to(losses.dtype).to(losses.device)
+    return torch.tensor(values, dtype=torch.float64, device="cpu").to(losses.dtype).to(losses.device)
 
 
 def _words(n: int, n_digits: int) -> Tensor:
@@ -184,7 +187,7 @@ def _words(n: int, n_digits: int) -> Tensor:
         middle = length * (n_digits - 1) // 2
         found = list(islice(_compositions(length, middle, n_digits - 1), n))
         if len(found) == n:
-            return torch.tensor(found, dtype=torch.long).reshape(n, length)
+            return torch.tensor(found, dtype=torch.long, device="cpu").reshape(n, length)
     raise AssertionError(f"bug in rowgrad, please report: no code for {n} examples")
 
 
@@ -448,14 +451,22 @@ class Grouping:
         self._index = index  # (B, T) into the flattened positions, -1 where absent
 
     @classmethod
-    def of(cls, layout: Layout, shape: Sequence[int], n_positions: int, n_examples: int) -> Grouping | None:
+    def of(
+        cls,
+        layout: Layout,
+        shape: Sequence[int],
+        n_positions: int,
+        n_examples: int,
+        device: torch.device = CPU,
+    ) -> Grouping | None:
+        """`device`: of the cotangent, for a layout that has no tensor to tell it."""
         if n_examples == 1 or layout is ZERO:
             layout = Axis(0, max(1, shape[0] // n_examples)) if n_positions and n_examples == 1 else layout
             if n_positions == 0:
                 return cls(n_examples, None, None) if n_examples == 1 else None
         if layout is ZERO:
             fitting = [a for a in axis_candidates(shape, n_examples) if a.dim < n_positions]
-            layout = fitting[0] if fitting else Entries(torch.full(tuple(shape), -1))
+            layout = fitting[0] if fitting else Entries(torch.full(tuple(shape), -1, device=device))
         if isinstance(layout, Axis):
             if layout.dim >= n_positions:
                 return None

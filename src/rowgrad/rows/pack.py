@@ -80,6 +80,17 @@ class Blocks:
     max_bytes: int = KEPT_BYTES
     _kept: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # bytes
 
+    def held(self) -> list[tuple[str, Tensor, int]]:
+        """(parameter, tensor, its version) of what the forms hold; some of it the model's caller may write to."""
+        return [
+            (name, t, t._version)
+            for name, block in self.by_name.items()
+            for region in block.regions
+            for form in region.forms
+            for t in form.held
+            if not t.is_inference()
+        ]
+
     def sq_norms(self, name: str) -> Tensor:
         """(B,) of one parameter."""
         block = self.by_name[name]

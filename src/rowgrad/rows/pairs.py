@@ -170,6 +170,8 @@ def _inner_outer_rows(f: Outer, g: Rows) -> Tensor:
 
 
 def _inner_rows_rows(f: Rows, g: Rows) -> Tensor:
+    if not f.rows.numel() or not g.rows.numel():
+        return f.rows.new_zeros(f.n_examples)
     joined = Rows(torch.cat([f.ids, g.ids], 1), torch.cat([f.rows, g.rows], 1), f.shape)
     keys, inverse = torch.unique(joined._keys(), return_inverse=True)
     split = f.ids.numel()

@@ -108,6 +108,10 @@ class Convolved:
     _formed: Tensor | None = field(default=None, repr=False)
 
     @property
+    def held(self) -> tuple[Tensor, ...]:
+        return self.x, self.y
+
+    @property
     def n_examples(self) -> int:
         return self.x.shape[0]
 

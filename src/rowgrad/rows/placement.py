@@ -139,7 +139,12 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def place_of(tape: Tape, target: tuple[int, int]) -> Place | None:
-    """The region of a parameter that `target` is a view of, or None if it is computed from parameters otherwise."""
+    """The region of a parameter that `target` is a view of, or None if it is computed from parameters otherwise.
+
+    A complex number made of a real parameter is computed from it: of its gradient the real part counts.
+    """
+    if tape.nodes[target[0]].dtype(target[1]).is_complex:
+        return None
     chain = []
     while not tape.nodes[target[0]].is_leaf:
         node = tape.nodes[target[0]]

@@ -29,6 +29,10 @@ class Projected:
         return self.outer.shape
 
     @property
+    def held(self) -> tuple[Tensor, ...]:
+        return (*self.outer.held, self.directions)
+
+    @property
     def n_examples(self) -> int:
         return self.outer.n_examples
 

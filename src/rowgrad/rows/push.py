@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import Dense, Form, Outer, Rows, wide
+from rowgrad.rows.factors import Dense, Form, Outer, Rows, handed_out, wide
 from rowgrad.rows.lookup import NO_PADDING, flat_ids, leading_ids
 from rowgrad.rows.ownership import Edge
 from rowgrad.rows.placement import Place, place_of
@@ -74,8 +74,12 @@ def push(
 
 def _through(arrival: Arrival, needed: Sequence[bool]) -> dict[Edge, Form] | None:
     """Form by edge below the node; None where it cannot answer for every one of them."""
-    node = arrival.node
+    node, tape = arrival.node, arrival.tape
     slots = [(slot, t) for slot, t in enumerate(node.slots) if t is not None and needed[t[0]]]
+    outputs = [nr for nr in range(node.n_outputs) if node.is_traced(nr)]
+    edges = [*((node.index, nr) for nr in outputs), *(target for _, target in slots)]
+    if any(tape.nodes[i].dtype(nr).is_complex for i, nr in edges):
+        return None  # the rules below are those of real numbers
     found: dict[Edge, Form] = {}
     for slot, target in slots:
         rule = PUSHES.get((node.kind, slot))
@@ -170,7 +174,12 @@ def _numerator(arrival: Arrival, slot: int) -> Form | None:
     other = wide(arrival.node.saved("other"))
     if other.numel() != 1 or arrival.target_shape(slot) != arrival.form.shape:
         return None
-    return _times(arrival.form, other.reshape(()).reciprocal())
+    return _times(arrival.form, _as_wide(other.reshape(()), arrival.form).reciprocal())
+
+
+def _as_wide(number: Tensor, form: Form) -> Tensor:
+    """In the dtype of the rows at least: a number may be narrower than the tensor that it divides."""
+    return number.to(torch.promote_types(number.dtype, form.factors()[1].dtype))
 
 
 def _denominator(arrival: Arrival, slot: int) -> Form | None:
@@ -179,7 +188,7 @@ def _denominator(arrival: Arrival, slot: int) -> Form | None:
     if shape.numel() != 1:
         return None
     top, bottom = (wide(arrival.node.saved(name)) for name in ("self", "other"))
-    direction = -top / bottom.reshape(()).square()
+    direction = -top / _as_wide(bottom.reshape(()), arrival.form).square()
     return Dense(arrival.form.dot(direction.expand(arrival.form.shape)).reshape(-1, *shape))
 
 
@@ -265,9 +274,10 @@ def _indexed(arrival: Arrival, slot: int) -> Form | None:
 def _looked_up(
     arrival: Arrival, slot: int, ids: Tensor, n_leading: int, padding: int = NO_PADDING, sparse: bool = False
 ) -> Form | None:
-    rows, shape = _written_out(arrival), arrival.target_shape(slot)
-    if rows is None:
+    shape = arrival.target_shape(slot)
+    if not _fits(arrival):
         return None
+    rows = handed_out(arrival.form)  # which may go to another parameter as well
     table = torch.Size((prod(shape[:n_leading]), prod(shape[n_leading:])))
     ids = ids.reshape(1, -1).long().expand(len(rows), -1)
     rows = rows.reshape(*ids.shape, table[1])
@@ -280,10 +290,11 @@ def _looked_up(
 
 
 def _written_out(arrival: Arrival) -> Tensor | None:
-    form = arrival.form
-    if form.n_examples * form.shape.numel() * 8 > arrival.max_bytes:
-        return None
-    return form.dense()
+    return arrival.form.dense() if _fits(arrival) else None
+
+
+def _fits(arrival: Arrival) -> bool:
+    return arrival.form.n_examples * arrival.form.shape.numel() * 8 <= arrival.max_bytes
 
 
 # fmt: off

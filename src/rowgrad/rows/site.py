@@ -62,18 +62,24 @@ class Site:
         if self.node.dtype(output_nr).is_complex:
             return None
         shape = self.node.shape(output_nr)
-        return grouping_of(self.layout(output_nr), shape, order or range(len(shape)), n_positions, self.n_examples)
+        order, device = order or range(len(shape)), self.node.device(output_nr)
+        return grouping_of(self.layout(output_nr), shape, order, n_positions, self.n_examples, device)
 
 
 def grouping_of(
-    layout: Layout, shape: Sequence[int], order: Sequence[int], n_positions: int, n_examples: int
+    layout: Layout,
+    shape: Sequence[int],
+    order: Sequence[int],
+    n_positions: int,
+    n_examples: int,
+    device: torch.device,
 ) -> Grouping | None:
     """The grouping of a tensor of this layout and shape once its dimensions are permuted to `order`."""
     if isinstance(layout, Axis) and n_examples > 1:
         layout = Axis(list(order).index(layout.dim), layout.inner)
     elif isinstance(layout, Entries):
         layout = Entries(layout.owner.permute(tuple(order)))
-    return Grouping.of(layout, [shape[d] for d in order], n_positions, n_examples)
+    return Grouping.of(layout, [shape[d] for d in order], n_positions, n_examples, device)
 
 
 Rule = Callable[[Site], Recipe | None]
@@ -162,7 +168,7 @@ def reduce_broadcast(
         return reduce
     positions = [d for d, size in enumerate(padded) if size == 1]
     order = positions + [d for d, size in enumerate(padded) if size != 1]
-    group = grouping_of(layout, z_shape, order, len(positions), n)
+    group = grouping_of(layout, z_shape, order, len(positions), n, site.node.device())
     if group is None:
         return None
     return lambda t: group(t.permute(order)).sum(1).reshape(n, *shape)
