@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -51,6 +52,60 @@ def jacobian(losses: Tensor, params: Any, **options: Any) -> rg.Jacobian:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rg.RowgradWarning)
         return rg.jacobian(losses, params, **options)
+
+
+# -- several at once ---------------------------------------------------------------------------------------------------
+
+
+def test_threads_that_ask_at_once_leave_gradients_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 2))
+    x = torch.randn(64, 6, 3)
+    model(x).sum().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    expected = rg.grad_norms(model(x).square().sum((1, 2)), model)
+
+    def ask(_: int) -> bool:
+        found = [rg.grad_norms(model(x).square().sum((1, 2)), model) for _ in range(50)]
+        return all(torch.allclose(norms, expected) for norms in found)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(4)))
+    for p, grad in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p.grad, grad)
+
+
+# -- nothing at all ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_parameters_without_entries() -> None:
+    model = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2)).double()
+    losses = model(torch.randn(4, 3, dtype=torch.float64)).square().sum(1)
+    J = rg.jacobian(losses, model, retain_graph=True)
+    A = flat(rows_by_grad(losses, dict(model.named_parameters())))
+    torch.testing.assert_close(J.dense(), A)
+    torch.testing.assert_close(J.gram(), A @ A.T)
+    torch.testing.assert_close(J.norms(), A.norm(dim=1))
+    assert J.dense(as_dict=True)["0.weight"].shape == (4, 0, 3)
+    assert J.weighted_sum(1.0)["1.weight"].shape == (2, 0)
+
+
+def test_no_row_of_those_too_large_to_keep() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    J = jacobian(model(torch.randn(5, 3, dtype=torch.float64)).squeeze(1), model, max_bytes=0)
+    direction = {name: p.detach() for name, p in model.named_parameters()}
+    n_parameters = J.shape[1]
+    for key in ([], slice(0, 0)):
+        assert J[key].norms().shape == J[key].dot(direction).shape == J[key].diag_gram(J[key]).shape == (0,)
+        assert J[key].dense().shape == (0, n_parameters)
+        assert J[key].gram(J).shape == (0, 5)
+        assert J[key].weighted_sum(1.0)["0.weight"].tolist() == torch.zeros(4, 3).tolist()
+
+
+def test_two_batches_without_tokens() -> None:
+    table = nn.Embedding(9, 3)
+    one, other = (rg.jacobian(table(torch.zeros(4, 0, dtype=torch.long)).sum((1, 2)), table) for _ in range(2))
+    assert one.diag_gram(other).tolist() == [0.0] * 4
 
 
 # -- how many examples -------------------------------------------------------------------------------------------------
@@ -292,6 +347,30 @@ def test_a_loss_scale_changes_no_row(name: str) -> None:
     rows = rows_by_grad(setup.losses(), setup.params)
     for scale in (1024.0, 2.0**-7, 3.0):
         assert_rows_close(jacobian(setup.losses(), setup.model, loss_scale=scale).dense(as_dict=True), rows)
+
+
+def test_a_loss_scale_beyond_the_dtype_of_the_losses_is_refused() -> None:
+    model = nn.Linear(3, 1).half()
+    losses = model(torch.randn(4, 3, dtype=torch.float16)).squeeze(1)
+    with pytest.raises(ValueError, match=r"loss_scale=65536\.0: losses are torch\.float16, which ends at 65504; lower"):
+        rg.jacobian(losses, model, loss_scale=65536.0)
+
+
+def test_another_default_device_changes_nothing() -> None:
+    setup = CASES["linear rank 3"].build()
+    expected = flat(rows_by_grad(setup.losses(), setup.params))
+    for verify in ("cached", "always"):
+        losses = setup.losses()
+        with torch.device("meta"):
+            J = rg.jacobian(losses, setup.model, verify=verify, retain_graph=True)
+            norms = J.norms()
+        torch.testing.assert_close(norms, expected.norm(dim=1))
+    silent = nn.Linear(3, 1)
+    with torch.device("meta"):
+        norms = rg.grad_norms(
+            (silent(torch.ones(4, 3, device="cpu")) * torch.zeros((), device="cpu")).squeeze(1), silent
+        )
+    assert norms.tolist() == [0.0] * 4
 
 
 def test_calls_inside_autocast_and_under_no_grad() -> None:

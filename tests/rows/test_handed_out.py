@@ -13,6 +13,17 @@ import rowgrad as rg
 B = 4
 
 
+class Biased(nn.Module):
+    """A matrix plus rows of a table: the rows of both are those of their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.table = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.matrix + self.table[torch.tensor([0, 3, 3, 8, 1])]).T
+
+
 class Tied(nn.Module):
     """A table that is looked up and multiplied with: two forms that are not joined."""
 
@@ -32,6 +43,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "convolution": lambda: (nn.Conv2d(3, 8, 3), torch.randn(B, 3, 16, 16)),
     "scales and shifts": lambda: (nn.Sequential(nn.LayerNorm(6), nn.GroupNorm(3, 3)), torch.randn(B, 3, 6)),
     "tied": lambda: (Tied(), torch.randint(7, (B, 5))),
+    "a matrix and looked-up rows": lambda: (Biased(), torch.randn(B, 7, 4)),
     "lookup": lambda: (nn.Embedding(7, 3), torch.randint(7, (B, 5))),
 }
 
@@ -66,6 +78,21 @@ def test_rows_may_be_written_to(model_and_losses: tuple[nn.Module, Tensor], aske
     torch.testing.assert_close(J.norms(), rows.norm(dim=1))
     total = torch.cat([g.flatten() for g in J.weighted_sum(1.0).values()])
     torch.testing.assert_close(total, rows.sum(0))
+
+
+def test_rows_of_one_parameter_written_to_leave_those_of_another(
+    model_and_losses: tuple[nn.Module, Tensor],
+) -> None:
+    model, losses = model_and_losses
+    names = [name for name, _ in model.named_parameters()]
+    for name in names:
+        J = rg.jacobian(losses, model, retain_graph=True)
+        rows, norms = J.dense(as_dict=True), J.norms("parameter")
+        J = rg.jacobian(losses, model, retain_graph=True)
+        J[name].dense().zero_()
+        for other in names:
+            torch.testing.assert_close(J[other].dense(), rows[other].flatten(1))
+            torch.testing.assert_close(J[other].norms(), norms[other])
 
 
 def test_a_transform_may_write_to_the_cotangents(model_and_losses: tuple[nn.Module, Tensor]) -> None:

@@ -12,6 +12,7 @@ from tests.reference import rows_by_grad, trainable
 from torch import Tensor, nn
 
 import rowgrad as rg
+from rowgrad.errors import NoGraphError
 from rowgrad.rows.objective import share_clipped
 
 INF, NAN = math.inf, math.nan
@@ -180,6 +181,41 @@ def test_groups_must_cover_every_parameter() -> None:
     model, x, y = net()
     with pytest.raises(ValueError, match=r"no weights for 2\.weight and 1 more"):
         rg.clipped_loss(losses_of(model, x, y), model, {"0": 0.1})
+
+
+@pytest.mark.parametrize("groups", [{"": 1.0, "0": 0.1}, {"0": 0.1, "": 1.0}, {"0": 1.0, "2": 1.0, "0.weight": 1.0}])
+def test_groups_must_not_overlap(groups: dict[str, float]) -> None:
+    model, x, y = net()
+    with pytest.raises(ValueError, match=r"max_norm: 0\.weight is in 2 groups, '.*' and '.*' among them"):
+        rg.clipped_loss(losses_of(model, x, y), model, groups)
+
+
+def test_an_example_is_left_out_of_all_groups_or_of_none() -> None:
+    parts = nn.ModuleDict({"a": nn.Linear(3, 1), "b": nn.Linear(3, 1)}).double()
+    x, z = torch.randn(2, 4, 3, dtype=torch.float64)
+    z[1] = torch.nan
+
+    def losses(chosen: list[int]) -> Tensor:
+        return (parts["a"](x[chosen]) + parts["b"](z[chosen])).squeeze(1)
+
+    groups = {"a": 1e6, "b": 1e6}
+    loss = rg.clipped_loss(losses([0, 1, 2, 3]), parts, groups, reduction="sum")
+    loss.backward()
+    found = [p.grad.clone() for p in parts.parameters()]
+    parts.zero_grad()
+    expected = rg.clipped_loss(losses([0, 2, 3]), parts, groups, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach())
+    torch.testing.assert_close(found, [p.grad for p in parts.parameters()])
+
+
+def test_a_second_derivative_is_refused() -> None:
+    model, x, y = net()
+    loss = rg.clipped_loss(losses_of(model, x, y), model, 1e6)
+    gradients = torch.autograd.grad(loss + sum(p.square().sum() for p in model.parameters()), list(model.parameters()),
+                                    create_graph=True)  # fmt: skip
+    with pytest.raises(NoGraphError, match="cannot be differentiated again"):
+        gradients[0].sum().backward()
 
 
 def test_an_unknown_group_is_named() -> None:

@@ -34,6 +34,8 @@ WEIGHTS: dict[str, Callable[[P], Tensor]] = {
     "scale of the rows":            lambda p: p["g"] * p["W"],
     "scale of the columns":         lambda p: p["W"] * p["k"],
     "divided by a number":          lambda p: p["W"] / (2 + p["s"]),
+    "divided by a narrower number": lambda p: p["W"] / torch.tensor(3.0),
+    "divided by a whole number":    lambda p: p["W"] / torch.tensor(3),
     "shared factor":                lambda p: p["W"] + p["W"] @ (p["A"] @ p["B"]).T @ p["W"],
     "weight norm":                  lambda p: _weight_norm(p["W"], p["g"], 0),
     "weight norm of an update":     lambda p: _weight_norm(p["W"] + p["A"] @ p["B"], p["g"], 0),
@@ -92,6 +94,34 @@ def test_low_rank_factors_are_as_thin_as_the_update() -> None:
     assert (h.shape, zbar.shape) == ((5, 2), (5, 4))
     ((h, zbar, _),) = J.factors("B")
     assert (h.shape, zbar.shape) == ((5, 3), (5, 2))
+
+
+COMPLEX = torch.randn(4, 3, dtype=torch.cdouble, generator=torch.Generator().manual_seed(0))
+# name -> complex weight (4, 3), of real parameters
+COMPLEX_WEIGHTS: dict[str, Callable[[P], Tensor]] = {
+    "cast": lambda p: p["W"].to(torch.cdouble),
+    "cast of a view": lambda p: p["W"].T[:, :].to(torch.cdouble).T,
+    "made of two": lambda p: torch.complex(p["W"], p["A"] @ p["B"]),
+    "times a constant": lambda p: torch.complex(p["W"], p["W"]) * (1 + 2j),
+    "times a matrix": lambda p: torch.complex(p["W"], -p["W"]) @ COMPLEX[:3],
+    "a matrix times": lambda p: (COMPLEX @ COMPLEX.mH) @ torch.complex(p["W"], 2 * p["W"]),
+    "divided": lambda p: torch.complex(p["W"], p["W"]) / torch.tensor(2 - 1j),
+    "by an angle": lambda p: torch.polar(p["W"].exp(), p["A"] @ p["B"]) * (2 + 1j),
+}
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
+@pytest.mark.parametrize("times", ["real", "complex", "elementwise"])
+@pytest.mark.parametrize("name", COMPLEX_WEIGHTS)
+def test_complex_weight_of_real_parameters(name: str, times: str) -> None:
+    """The derivative of a real loss: conjugated on the way, and of what reaches a parameter the real part."""
+    params = _params()
+    weight = COMPLEX_WEIGHTS[name](params)
+    x = torch.randn(5, 3, dtype=torch.double if times == "real" else torch.cdouble)
+    out = x.unsqueeze(1) * weight if times == "elementwise" else F.linear(x.to(weight.dtype), weight)
+    losses = energy((out + 1j).abs())
+    J = assert_laws(losses, _reached(losses, params), ruled=False)
+    assert J.dense().dtype == torch.float64
 
 
 def test_embedding_table_with_an_update() -> None:

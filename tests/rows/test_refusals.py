@@ -285,6 +285,41 @@ def test_a_step_of_the_optimizer_makes_it_stale(product: Callable, model: nn.Mod
         product(J)
 
 
+@each_product
+def test_a_batch_filled_again_makes_it_stale(product: Callable, model: nn.Module, x: Tensor) -> None:
+    J = rg.jacobian(losses_of(model, x), model)
+    x.zero_()
+    with pytest.raises(StaleJacobianError, match=r"the gradient of 0\.weight is made of was written to after"):
+        product(J)
+
+
+def test_a_batch_filled_again_before_a_clipped_step(model: nn.Module, x: Tensor) -> None:
+    loss = rg.clipped_loss(losses_of(model, x), model, 1.0)
+    x.zero_()
+    with pytest.raises(StaleJacobianError, match="written to"):
+        loss.backward()
+
+
+def test_a_spent_one_watches_nothing(model: nn.Module, x: Tensor) -> None:
+    J = rg.jacobian(losses_of(model, x), model)
+    norms = J.norms()
+    J.backward(1.0)
+    assert J._watched == []
+    x.zero_()
+    assert torch.equal(J.norms(), norms)
+
+
+def test_the_losses_are_its_own(model: nn.Module, x: Tensor) -> None:
+    losses = losses_of(model, x)
+    expected = losses.detach().clone()
+    J = rg.jacobian(losses, model)
+    with torch.no_grad():
+        losses.zero_()
+    J.losses.zero_()
+    torch.testing.assert_close(J.losses, expected)
+    torch.testing.assert_close(J.loss(1.0).detach(), expected.sum())
+
+
 def test_norms_computed_before_a_step_survive_it(model: nn.Module, x: Tensor) -> None:
     J = rg.jacobian(losses_of(model, x), model)
     before = J.norms()

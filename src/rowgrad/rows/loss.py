@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from rowgrad.errors import NoGraphError
 
 Gradients = Callable[[Tensor], Sequence[Tensor | None]]
 
@@ -19,9 +20,26 @@ class _WeightedRows(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # rows have no graph
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        return None, None, *ctx.gradients(upstream)
+        found = ctx.gradients(upstream)
+        if torch.is_grad_enabled():  # create_graph=True
+            found = [None if g is None else _Once.apply(g.detach().requires_grad_()) for g in found]
+        return None, None, *found
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated: without this, a second derivative would lack it without a word."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        raise NoGraphError(
+            "the gradient of a clipped or reweighted loss cannot be differentiated again: rows have no graph. Take "
+            "second derivatives of the losses themselves"
+        )
 
 
 def weighted_rows(gradients: Gradients, value: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -101,7 +101,7 @@ class Jacobian:
     @property
     def losses(self) -> Tensor:
         """The losses the rows belong to, shape (B,), detached."""
-        return self._losses
+        return self._losses.clone()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -622,7 +622,8 @@ class Jacobian:
         for name, held, version in self._watched:
             if held._version != version:
                 raise StaleJacobianError(
-                    f"a tensor that the gradient of {name} is made of was written to after this Jacobian was made (a batch "
-                    "that is filled again in place?). Compute the losses and the Jacobian anew, or ask for products before"
+                    f"a tensor that the gradient of {name} is made of was written to after this Jacobian was made (a "
+                    "batch that is filled again in place?). Compute the losses and the Jacobian anew, or ask for products "
+                    "before"
                 )
         return self._blocks
