@@ -623,7 +623,7 @@ class Jacobian:
             if held._version != version:
                 raise StaleJacobianError(
                     f"a tensor that the gradient of {name} is made of was written to after this Jacobian was made (a "
-                    "batch that is filled again in place?). Compute the losses and the Jacobian anew, or ask for products "
-                    "before"
+                    "batch that is filled again in place?). Compute the losses and the Jacobian anew, or ask for "
+                    "products before"
                 )
         return self._blocks
