@@ -159,8 +159,13 @@ class Block:
     @property
     def formed_bytes(self) -> int:
         """Of the rows that questions formed and left."""
-        kept = (formed(form) for region in self.regions for form in region.forms)
-        return sum(rows.nbytes for rows in kept if rows is not None)
+        n_bytes = 0
+        for region in self.regions:
+            for form in region.forms:
+                rows = formed(form)
+                if rows is not None:
+                    n_bytes += rows.nbytes
+        return n_bytes
 
     def let_go(self) -> None:
         """Keep no formed rows any longer."""

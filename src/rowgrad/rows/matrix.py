@@ -73,8 +73,9 @@ class Jacobian:
         self._parameters = parameters
         self._blocks = blocks
         self._explanation = explanation
-        self._versions = {name: p._version for name, p in parameters.by_name.items()}
-        self._watched = [] if blocks is None else blocks.held()
+        self._watched = [(name, p, p._version) for name, p in parameters.by_name.items()]
+        if blocks is not None:
+            self._watched += blocks.held()
         self._sq_norms: dict[str, Tensor] = {}
         self._whole: Tensor | None = None
         self._packed: Pack | None = None  # whose norms by parameter may be asked when the factors are gone
@@ -452,9 +453,7 @@ class Jacobian:
         return part
 
     def _copy(self, parameters: Parameters, blocks: Blocks, losses: Tensor) -> Jacobian:
-        part = Jacobian(losses, parameters, blocks, self._explanation)
-        part._versions = {n: v for n, v in self._versions.items() if n in parameters.by_name}
-        return part
+        return Jacobian(losses, parameters, blocks, self._explanation)
 
     def factors(self, name: Any) -> list[tuple[Tensor | None, Tensor, Tensor]]:
         """(H, Zbar, owner) for each use of one parameter.
@@ -604,6 +603,15 @@ class Jacobian:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
+    def _changed(self, name: str, t: Tensor) -> str:
+        anew = "Compute the losses and the Jacobian anew, or ask for products before"
+        if t is self._parameters.by_name[name]:
+            return f"{name} was changed after this Jacobian was made (an optimizer step?). {anew} the step"
+        return (
+            f"a tensor that the gradient of {name} is made of was written to after this Jacobian was made (a batch that "
+            f"is filled again in place?). {anew}"
+        )
+
     def _spend(self) -> None:
         """Hold no factors any longer."""
         self._blocks, self._watched = None, []
@@ -613,17 +621,7 @@ class Jacobian:
             raise ConsumedJacobianError(
                 "the factors were freed by an earlier backward; pass retain=True to it, or ask for everything before"
             )
-        for name, version in self._versions.items():
-            if self._parameters.by_name[name]._version != version:
-                raise StaleJacobianError(
-                    f"{name} was changed after this Jacobian was made (an optimizer step?). Compute the losses and the "
-                    "Jacobian anew, or ask for products before the step"
-                )
-        for name, held, version in self._watched:
-            if held._version != version:
-                raise StaleJacobianError(
-                    f"a tensor that the gradient of {name} is made of was written to after this Jacobian was made (a "
-                    "batch that is filled again in place?). Compute the losses and the Jacobian anew, or ask for "
-                    "products before"
-                )
+        for name, t, version in self._watched:
+            if t._version != version:
+                raise StaleJacobianError(self._changed(name, t))
         return self._blocks

@@ -78,7 +78,7 @@ class Blocks:
     general: GeneralPath | None
     general_names: set[str] = field(default_factory=set)
     max_bytes: int = KEPT_BYTES
-    _kept: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # bytes
+    _kept: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # bytes, where there are any
 
     def held(self) -> list[tuple[str, Tensor, int]]:
         """(parameter, tensor, its version) of what the forms hold; some of it the model's caller may write to."""
@@ -94,7 +94,8 @@ class Blocks:
     def sq_norms(self, name: str) -> Tensor:
         """(B,) of one parameter."""
         block = self.by_name[name]
-        found = block.sq_norms(keep=self._others(name) + block.bytes <= self.max_bytes)
+        self._kept.pop(name, None)
+        found = block.sq_norms(keep=sum(self._kept.values()) + block.bytes <= self.max_bytes)
         self._settle(name)
         return found
 
@@ -114,15 +115,14 @@ class Blocks:
 
     def _settle(self, name: str) -> None:
         """Let go of the rows that a question left formed where they are too many."""
+        self._kept.pop(name, None)
         n_bytes = self.by_name[name].formed_bytes
-        if n_bytes and self._others(name) + n_bytes > self.max_bytes:
+        if not n_bytes:
+            return
+        if sum(self._kept.values()) + n_bytes <= self.max_bytes:
+            self._kept[name] = n_bytes
+        else:
             self.by_name[name].let_go()
-            n_bytes = 0
-        self._kept[name] = n_bytes
-
-    def _others(self, name: str) -> int:
-        """Bytes kept of all other parameters."""
-        return sum(self._kept.values()) - self._kept.get(name, 0)
 
     @cached_property
     def _pack(self) -> Pack | None:
