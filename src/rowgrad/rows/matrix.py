@@ -608,8 +608,8 @@ class Jacobian:
         if t is self._parameters.by_name[name]:
             return f"{name} was changed after this Jacobian was made (an optimizer step?). {anew} the step"
         return (
-            f"a tensor that the gradient of {name} is made of was written to after this Jacobian was made (a batch that "
-            f"is filled again in place?). {anew}"
+            f"a tensor that the gradient of {name} is made of was written to after this Jacobian was made (a batch "
+            f"that is filled again in place?). {anew}"
         )
 
     def _spend(self) -> None:
