@@ -217,3 +217,12 @@ def test_threads_may_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         sys.setswitchinterval(interval)
     assert found == [300] * 4
+
+
+def test_where_python_may_run_in_a_backward_pass() -> None:
+    w, x = weight(D), data(B, D)
+    assert not Tape((x * w).tanh().sum(1)).runs_python
+    assert Tape(Twice.apply(x * w, w)[0].sum(1)).runs_python
+    h = x * w
+    h[:, 0].mul_(2)
+    assert Tape(h.sum(1)).runs_python

@@ -309,8 +309,8 @@ class Tape:
 
     @property
     def runs_python(self) -> bool:
-        """Whether a node's backward is Python code, which may do anything."""
-        return any(isinstance(node.fn, _PYTHON_NODE) for node in self.nodes)
+        """Whether a node's backward is Python code, which may do anything, or a write to a view, which may hold it."""
+        return any(isinstance(node.fn, _PYTHON_NODE) or node.kind == "CopySlices" for node in self.nodes)
 
     def refuse_hidden(self) -> None:
         """

@@ -209,6 +209,16 @@ def test_an_example_is_left_out_of_all_groups_or_of_none() -> None:
     torch.testing.assert_close(found, [p.grad for p in parts.parameters()])
 
 
+def test_a_sparse_gradient_may_be_asked_for_with_its_graph() -> None:
+    table = torch.nn.Embedding(9, 3, sparse=True)
+    ids = torch.tensor([[0, 1], [1, 2]])
+    (found,) = torch.autograd.grad(
+        rg.clipped_loss(table(ids).square().sum((1, 2)), table, 1e6, reduction="sum"), [table.weight], create_graph=True
+    )
+    (expected,) = torch.autograd.grad(table(ids).square().sum(), [table.weight])
+    torch.testing.assert_close(found.to_dense().detach(), expected.to_dense())
+
+
 def test_a_second_derivative_is_refused() -> None:
     model, x, y = net()
     loss = rg.clipped_loss(losses_of(model, x, y), model, 1e6)

@@ -32,7 +32,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
+        return gradient.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
