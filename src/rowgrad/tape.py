@@ -31,6 +31,7 @@ _T = TypeVar("_T")
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 KNOWN_STRUCTURES = 64  # kept, the ones last read node by node
 TRIED_STRUCTURES = 4  # used last: a graph is compared with them before it is read node by node
+COPY_SLICES = "torch::autograd::CopySlices"
 _PYTHON_NODE = torch.autograd.function.BackwardCFunction
 
 
@@ -310,7 +311,7 @@ class Tape:
     @property
     def runs_python(self) -> bool:
         """Whether a node's backward is Python code, which may do anything, or a write to a view, which may hold it."""
-        return any(isinstance(node.fn, _PYTHON_NODE) or node.kind == "CopySlices" for node in self.nodes)
+        return any(isinstance(node.fn, _PYTHON_NODE) or node.kind == COPY_SLICES for node in self.nodes)
 
     def refuse_hidden(self) -> None:
         """
