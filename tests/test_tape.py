@@ -222,6 +222,10 @@ def test_threads_may_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_python_may_run_in_a_backward_pass() -> None:
     w, x = weight(D), data(B, D)
     assert not Tape((x * w).tanh().sum(1)).runs_python
+    for _ in range(2):  # node by node, then by its structure
+        read = Tape(Twice.apply(x * w, w)[1].sum(1))
+        assert read.runs_python
+        assert read.structure.runs_python
     assert Tape(Twice.apply(x * w, w)[0].sum(1)).runs_python
     h = x * w
     h[:, 0].mul_(2)

@@ -182,6 +182,10 @@ def _described(fn: Any) -> Sequence[Any]:
     return (fn.variable,) if fn.name() == ACCUMULATE else fn._input_metadata
 
 
+def _may_run_python(cls: type, kind: str) -> bool:
+    return issubclass(cls, _PYTHON_NODE) or kind == COPY_SLICES
+
+
 class Structure:
     """Everything about a graph but the contents of its tensors; there is one for all graphs that are alike in it.
 
@@ -192,6 +196,7 @@ class Structure:
         self.kinds = [f.kind for f in facts]
         self.slots = [f.slots for f in facts]
         self._steps: list[tuple[Any, ...]] = [(*f, f.kind == ACCUMULATE) for f in facts]
+        self.runs_python = any(_may_run_python(f.cls, f.kind) for f in facts)
 
     def found_in(self, root: Any) -> tuple[list[Any], list[Tensor | None]] | None:
         """The nodes of a graph and the variables of its leaves, by index; None if its structure is another."""
@@ -311,7 +316,9 @@ class Tape:
     @property
     def runs_python(self) -> bool:
         """Whether a node's backward is Python code, which may do anything, or a write to a view, which may hold it."""
-        return any(isinstance(node.fn, _PYTHON_NODE) or node.kind == COPY_SLICES for node in self.nodes)
+        if self._structure is not None:
+            return self._structure.runs_python
+        return any(_may_run_python(type(node.fn), node.kind) for node in self.nodes)
 
     def refuse_hidden(self) -> None:
         """

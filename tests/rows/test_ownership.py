@@ -669,3 +669,11 @@ def test_nothing_is_warned_about_when_rows_are_in_factors() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rg.jacobian(model(torch.randn(B, D)).squeeze(1), model).norms()
+
+
+def test_a_silent_layout_that_fits_no_axis_lies_where_its_cotangent_does() -> None:
+    with torch.device("meta"):  # another default device
+        group = Grouping.of(ZERO, (3,), 1, 2)
+    assert group is not None
+    assert group.positions.device.type == "cpu"
+    assert not group.positions.any()

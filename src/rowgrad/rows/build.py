@@ -176,7 +176,7 @@ class Prepared:
         """L2 norm of each row, shape (B,), as `grad_norms`. To be asked once, and only if there are `edges`."""
         reading, waiting = self._reading, _Arrivals(self._reading)
         assert reading.plan is not None
-        with _plain_numbers(reading.losses), _grad_untouched(reading.parameters, reading.tape):
+        with _plain_numbers(reading.tape.output), _grad_untouched(reading.parameters, reading.tape):
             for node, uses in reading.plan.ownership.by_node.items():
                 own = [cotangents.get((node, nr)) for nr in range(reading.tape.nodes[node].n_outputs)]
                 for use in uses:
@@ -336,8 +336,10 @@ class _Reading:
             self._write_out(general, by_leaf)
             general, max_bytes = None, max_bytes - n_bytes
         self._warn_if_slow()
+        if condense:
+            return self._finished(by_leaf, general, Explanation([]), max_bytes)
         forms = computed | {use: form for use, (form, _) in direct.items()}
-        return self._finished(by_leaf, general, Explanation([]) if condense else self._explanation(forms), max_bytes)
+        return self._finished(by_leaf, general, self._explanation(forms), max_bytes)
 
     def read(self, retain_graph: bool, take: Callable[[Use, Form | None], None]) -> dict[int, Cotangents]:
         """The pass. Hands over the form at each use with a recipe as soon as its cotangents arrive.

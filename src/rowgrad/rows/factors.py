@@ -102,7 +102,7 @@ class Form(Protocol):
     def n_examples(self) -> int: ...
     @property
     def held(self) -> tuple[Tensor, ...]:
-        """What the rows are made of."""
+        """What the rows are made of; the first has their dtype."""
         ...
 
     def sq_norms(self, keep: bool = False) -> Tensor: ...
@@ -255,8 +255,7 @@ class Outer:
         """(B, G, a, b); kept for the next question while it is small enough."""
         if self._formed is not None:
             return self._formed
-        b, g, _, a, d = self.sizes
-        formed = self._written_out(slice(None), memory.empty((b, g, a, d), self.left))
+        formed = self.rows_of(slice(None))
         if self.formed_bytes <= KEEP_BYTES:
             self._formed = formed
         return formed
@@ -479,7 +478,7 @@ class Rows:
 
     @property
     def held(self) -> tuple[Tensor, ...]:
-        return self.ids, self.rows
+        return self.rows, self.ids
 
     @property
     def n_examples(self) -> int:

@@ -426,7 +426,8 @@ class Jacobian:
     def _with_names(self, names: list[str]) -> Jacobian:
         blocks = self._live()
         kept = {n: p for n, p in self._parameters.by_name.items() if n in names}
-        part = self._copy(
+        part = Jacobian(
+            self._losses,
             Parameters(kept, {a: n for a, n in self._parameters.aliases.items() if n in kept}),
             Blocks(
                 {n: blocks.by_name[n] for n in kept},
@@ -434,7 +435,7 @@ class Jacobian:
                 blocks.general_names & set(kept),
                 blocks.max_bytes,
             ),
-            self._losses,
+            self._explanation,
         )
         part._sq_norms = {n: s for n, s in self._sq_norms.items() if n in kept}
         return part
@@ -444,16 +445,14 @@ class Jacobian:
         blocks = self._live()
         general = None if blocks.general is None else blocks.general.select(index.tolist())
         chosen = {n: b.select(index) for n, b in blocks.by_name.items()}
-        part = self._copy(
+        part = Jacobian(
+            self._losses[index],
             self._parameters,
             Blocks(chosen, general, blocks.general_names, blocks.max_bytes),
-            self._losses[index],
+            self._explanation,
         )
         part._sq_norms = {n: s[index] for n, s in self._sq_norms.items()}
         return part
-
-    def _copy(self, parameters: Parameters, blocks: Blocks, losses: Tensor) -> Jacobian:
-        return Jacobian(losses, parameters, blocks, self._explanation)
 
     def factors(self, name: Any) -> list[tuple[Tensor | None, Tensor, Tensor]]:
         """(H, Zbar, owner) for each use of one parameter.
@@ -599,7 +598,7 @@ class Jacobian:
                 "path without keeping its rows; raise max_bytes"
             )
         changed = {n: b.with_cotangents(lambda z, n=n: transform(n, z)) for n, b in blocks.by_name.items()}
-        return self._copy(self._parameters, Blocks(changed, None), self._losses)
+        return Jacobian(self._losses, self._parameters, Blocks(changed, None), self._explanation)
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -150,11 +150,7 @@ def clipped_loss(
         bound = _bound(max_norm, norms)
         weights, shares = clip_weights(norms, bound, mode=mode) / size, share_clipped(norms, bound)
     else:
-        weights, shares = _by_group(J, max_norm, mode, size)
-        if nonfinite == "zero":  # an example is left out of all groups or of none
-            finite = J.norms().isfinite()
-            weights = {group: torch.where(finite, w, 0.0) for group, w in weights.items()}
-        weights = {name: weights[group] for group in weights for name in J.group_names(group)}
+        weights, shares = _by_group(J, max_norm, mode, size, drop_nonfinite=nonfinite == "zero")
     # of no examples the gradients are zeros, as of the plain loss: other processes may wait for them
     loss = J.loss(weights, nonfinite=nonfinite) if len(J) else losses.sum()
     loss.share_clipped = shares  # type: ignore[attr-defined]
@@ -162,21 +158,24 @@ def clipped_loss(
 
 
 def _by_group(
-    J: Jacobian, max_norm: Mapping[Any, Bound], mode: str, size: int
-) -> tuple[dict[Any, Tensor], dict[Any, float]]:
-    """For each group the weights and the share clipped."""
+    J: Jacobian, max_norm: Mapping[Any, Bound], mode: str, size: int, *, drop_nonfinite: bool
+) -> tuple[dict[str, Tensor], dict[Any, float]]:
+    """Weights for each parameter, and for each group the share clipped.
+
+    drop_nonfinite: an example of which some part is not finite is left out of all groups.
+    """
     names = {group: J.group_names(group) for group in max_norm}
-    left_out = [n for n in J.names if all(n not in members for members in names.values())]
+    groups_of: dict[str, list[Any]] = {}
+    for group, members in names.items():
+        for name in members:
+            groups_of.setdefault(name, []).append(group)
+    left_out = [n for n in J.names if n not in groups_of]
     if left_out:
         raise ValueError(
             f"max_norm: no weights for {left_out[0]}"
             + (f" and {len(left_out) - 1} more" if len(left_out) > 1 else "")
             + "; the groups must cover every parameter"
         )
-    groups_of: dict[str, list[Any]] = {}
-    for group, members in names.items():
-        for name in members:
-            groups_of.setdefault(name, []).append(group)
     for name, groups in groups_of.items():
         if len(groups) > 1:
             raise ValueError(
@@ -187,7 +186,10 @@ def _by_group(
     bounds = {group: _bound(bound, by_group[group]) for group, bound in max_norm.items()}
     weights = {group: clip_weights(by_group[group], bound, mode=mode) / size for group, bound in bounds.items()}
     shares = {group: share_clipped(by_group[group], bound) for group, bound in bounds.items()}
-    return weights, shares
+    if drop_nonfinite:
+        finite = J.norms().isfinite()
+        weights = {group: torch.where(finite, w, 0.0) for group, w in weights.items()}
+    return {name: weights[group] for group in names for name in names[group]}, shares
 
 
 def _bound(max_norm: Bound, norms: Tensor) -> float | Tensor:

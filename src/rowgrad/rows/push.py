@@ -127,7 +127,7 @@ def _term(sign: int = 1, scale: str | None = None) -> Push:
 def _times(form: Form, number: float | Tensor) -> Form:
     if isinstance(number, float) and number == 1:
         return form
-    like = form.factors()[1]
+    like = form.held[0]
     return form.scaled(torch.as_tensor(number, dtype=like.dtype, device=like.device).expand(form.n_examples))
 
 
@@ -179,7 +179,7 @@ def _numerator(arrival: Arrival, slot: int) -> Form | None:
 
 def _as_wide(number: Tensor, form: Form) -> Tensor:
     """In the dtype of the rows at least: a number may be narrower than the tensor that it divides."""
-    return number.to(torch.promote_types(number.dtype, form.factors()[1].dtype))
+    return number.to(torch.promote_types(number.dtype, form.held[0].dtype))
 
 
 def _denominator(arrival: Arrival, slot: int) -> Form | None:
