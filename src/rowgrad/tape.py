@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from rowgrad.errors import FreedGraphError, OpaqueGraphError
+from rowgrad.errors import FreedGraphError, GraphError, OpaqueGraphError
 
 _T = TypeVar("_T")
 ACCUMULATE = "torch::autograd::AccumulateGrad"
@@ -182,6 +182,16 @@ def _described(fn: Any) -> Sequence[Any]:
     return (fn.variable,) if fn.name() == ACCUMULATE else fn._input_metadata
 
 
+def _is_nested(node: Node) -> bool:
+    if node.variable is not None:
+        return node.variable.is_nested
+    return any(m.is_nested_tensor for m in node.fn._input_metadata)
+
+
+def may_run_python(node: Node) -> bool:
+    return _may_run_python(type(node.fn), node.kind)
+
+
 def _may_run_python(cls: type, kind: str) -> bool:
     return issubclass(cls, _PYTHON_NODE) or kind == COPY_SLICES
 
@@ -318,18 +328,26 @@ class Tape:
         """Whether a node's backward is Python code, which may do anything, or a write to a view, which may hold it."""
         if self._structure is not None:
             return self._structure.runs_python
-        return any(_may_run_python(type(node.fn), node.kind) for node in self.nodes)
+        return any(map(may_run_python, self.nodes))
 
     def refuse_hidden(self) -> None:
         """
         Raises:
             OpaqueGraphError: a node runs a graph of its own when it is called, which nothing here can see.
+            GraphError: a nested tensor, whose sizes its nodes do not tell.
         """
+        if self._structure is not None:
+            return  # refused before it was kept
         for node in self.nodes:
             if node.kind == "CheckpointFunctionBackward":
                 raise OpaqueGraphError(
                     f"{node!r}: reentrant checkpointing hides the parameters inside it. Use "
                     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                )
+            if _is_nested(node):
+                raise GraphError(
+                    f"{node!r} works on a nested tensor, of which rows are not known. Pad the examples to one length "
+                    "(torch.nested.to_padded_tensor) and mask what is padding"
                 )
 
     def edge_of(self, tensor: Tensor) -> tuple[int, int] | None:
@@ -349,13 +367,17 @@ class Tape:
         seed: Tensor,
         *,
         retain_graph: bool = True,
+        root: Tensor | None = None,
     ) -> list[Tensor | None]:
-        """d<seed, output>/d(edge) for many edges in one engine pass that forms no parameter's gradient."""
+        """d<seed, output>/d(edge) for many edges in one engine pass that forms no parameter's gradient.
+
+        `root`: stands for the output, right above it.
+        """
         if not edges:
             return []
         wanted = tuple([GradientEdge(self.nodes[i].fn, nr) for i, nr in edges])
         with engine_errors():
-            return list(_pass((self.output,), (seed,), wanted, retain_graph))
+            return list(_pass((self.output if root is None else root,), (seed,), wanted, retain_graph))
 
     def watch(self, edges: Sequence[tuple[int, int]]) -> Watch:
         """How to see the cotangents of these edges in one pass, for `stream`."""
@@ -384,22 +406,33 @@ class Tape:
         Args:
             watch: of this graph, or of another with the same signature.
         """
+        root: Tensor | None = None
+        ours: list[int] = []
         handles = []
         try:
-            for i in watch.passed:
-                handles.append(self.nodes[i].fn.register_prehook(self._prehook(i, arrived)))
-            found = dict(zip(watch.ends, self.cotangents(watch.ends, seed, retain_graph=retain_graph), strict=True))
+            if watch.passed:
+                root, node = _above(self.output)
+                handles.append(node.register_prehook(lambda _: ours.append(_running())))
+                for i in watch.passed:
+                    handles.append(self.nodes[i].fn.register_prehook(self._prehook(i, arrived, ours)))
+            cotangents = self.cotangents(watch.ends, seed, retain_graph=retain_graph, root=root)
         finally:
             for handle in handles:
                 handle.remove()
+        found = dict(zip(watch.ends, cotangents, strict=True))
         for i, n_outputs in watch.lowest:
             arrived(i, [found.get((i, nr)) for nr in range(n_outputs)])
 
     @staticmethod
-    def _prehook(index: int, arrived: Callable[[int, list[Tensor | None]], None]) -> Callable[..., None]:
+    def _prehook(
+        index: int, arrived: Callable[[int, list[Tensor | None]], None], ours: Sequence[int]
+    ) -> Callable[..., None]:
+        """`ours`: our pass, once it has begun. A node of several graphs may be passed by others at the same time."""
+
         def hook(cotangents: Sequence[Tensor | None]) -> None:
-            with torch.no_grad():
-                arrived(index, list(cotangents))
+            if _running() in ours:
+                with torch.no_grad():
+                    arrived(index, list(cotangents))
 
         return hook
 
@@ -432,6 +465,11 @@ class Tape:
         """As the node returns them: not summed over broadcast dimensions, one entry per slot."""
         if node.is_leaf:
             raise AssertionError(f"bug in rowgrad, please report: {node!r} was about to be called")
+        if _running() != _NO_PASS:
+            raise GraphError(
+                f"asked in the middle of a backward pass (from a hook, or a custom Function's backward), where "
+                f"{node!r} answers only what that pass asks of it. Ask before the pass, or after it"
+            )
         with torch.set_grad_enabled(differentiable), engine_errors():
             if node.is_python:
                 return self._call_python(node, cotangents)
@@ -489,6 +527,11 @@ class engine_errors:
                 "the graph behind the losses was already freed by an earlier backward pass. Call rowgrad first, or "
                 "keep the graph with retain_graph=True"
             ) from error
+        if "backward an extra time" in text:
+            raise OpaqueGraphError(
+                "a selectively checkpointed region of the graph (context_fn=...) answers one backward pass, and "
+                "separating the examples needs several. Checkpoint that region as a whole"
+            ) from error
         if "donated buffers" in text:
             raise OpaqueGraphError(
                 "a compiled region of the graph frees its buffers after one backward pass, and separating the examples "
@@ -509,6 +552,17 @@ def _pass(
     """What `torch.autograd.grad` does once it has looked at its arguments, which takes it as long as a small pass."""
     run = torch.autograd.graph._engine_run_backward
     return run(outputs, seeds, retain_graph, False, inputs, allow_unreachable=True, accumulate_grad=False)
+
+
+_running = torch._C._current_graph_task_id  # pyright: ignore[reportPrivateImportUsage]
+_NO_PASS = -1
+
+
+def _above(output: Tensor) -> tuple[Tensor, Any]:
+    """The same values, with a node of their own that no other graph shares."""
+    with torch.inference_mode(False), torch.enable_grad():
+        root = output.view_as(output)
+    return root, root.grad_fn
 
 
 def is_differentiable(tensors: Iterable[Tensor]) -> bool:

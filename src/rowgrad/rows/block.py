@@ -27,7 +27,7 @@ from rowgrad.rows.factors import (
     let_go,
     reshaped,
 )
-from rowgrad.rows.pairs import gram, inner, product
+from rowgrad.rows.pairs import gram, inner
 from rowgrad.rows.placement import Place
 
 
@@ -68,13 +68,13 @@ class Region:
             left = Dense(self.select(rows).dense())
             found[rows] = sum_of(gram(left, g) for g in other.forms)
             for columns in other._canceling_parts():
-                found[rows.unsqueeze(1), columns] = product(left.flat, Dense(other.select(columns).dense()).flat)
+                found[rows.unsqueeze(1), columns] = gram(left, Dense(other.select(columns).dense()))
         return found
 
     def inner(self, other: Region) -> Tensor:
         found = sum_of(inner(f, g) for f in self.forms for g in other.forms)
         for rows in (*self._canceling_parts(), *other._canceling_parts()):
-            found[rows] = (self.select(rows).dense() * other.select(rows).dense()).flatten(1).sum(1)
+            found[rows] = (self.select(rows).dense() * other.select(rows).dense()).reshape(len(rows), -1).sum(1)
         return found
 
     def _canceling_parts(self) -> Sequence[Tensor]:
@@ -226,7 +226,7 @@ class Block:
             return torch.zeros(self.n_examples, other.n_examples, dtype=self.dtype, device=self.device)
         if self._matches(other):
             return self._total([r.gram(s) for r, s in zip(self.regions, other.regions, strict=True)])
-        return Dense(self.dense()).flat @ Dense(other.dense()).flat.T
+        return gram(Dense(self.dense()), Dense(other.dense()))
 
     def inner(self, other: Block) -> Tensor:
         """(B,): row j with row j of the other."""

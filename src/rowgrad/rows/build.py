@@ -495,10 +495,12 @@ class _Reading:
     def _without_scalars(
         self, general: GeneralPath, by_leaf: dict[int, list[tuple[Form, Place]]]
     ) -> GeneralPath | None:
-        """Uses that pass through one number (a penalty on the weights): every row is a multiple of one gradient."""
+        """Uses that pass through one number (a penalty on the weights): every row is a multiple of one gradient, where
+        all below is linear in the cotangent: real, and no code of a user's."""
         kept: list[tuple[Edge, Form]] = []
         for edge, form in general.seeds:
-            if form.shape.numel() != 1:
+            node, nr = self.tape.nodes[edge[0]], edge[1]
+            if form.shape.numel() != 1 or node.dtype(nr).is_complex or general.runs_python(edge):
                 kept.append((edge, form))
                 continue
             weights = form.dense().reshape(self.n_examples) / self.loss_scale

@@ -419,6 +419,19 @@ class Outer:
         return replace(self, left=left, right=right, cotangent_gram=None, _formed=None, _cancels=None)
 
 
+def in_dtype(form: Form, dtype: torch.dtype) -> Form:
+    """The same rows in another dtype, as one of the forms of this module."""
+    form = form.plain()
+    if isinstance(form, Dense):
+        return Dense(form.values.to(dtype))
+    if isinstance(form, Rows):
+        return replace(form, rows=form.rows.to(dtype))
+    if isinstance(form, Multiples):
+        return Multiples(form.weights.to(dtype), form.direction.to(dtype))
+    assert isinstance(form, Outer)
+    return replace(form, left=form.left.to(dtype), right=form.right.to(dtype), cotangent_gram=None, _formed=None)
+
+
 def formed(form: Form) -> Tensor | None:
     """Rows that a question formed and left for the next."""
     return getattr(form, "_formed", None)

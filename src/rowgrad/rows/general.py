@@ -6,7 +6,7 @@ other use the node's cotangents are masked to the example and the node is called
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rowgrad.rows.factors import CHUNK_BYTES, Form
 from rowgrad.rows.ownership import Edge, Layout, mask
-from rowgrad.tape import Tape
+from rowgrad.tape import Node, Tape, may_run_python
 
 # Kinds whose backward is known to take a batch of cotangents under torch.func.vmap, with the result of one at a time.
 _BATCHED_NAMES = (
@@ -23,6 +23,10 @@ _BATCHED_NAMES = (
     " LinalgVectorNorm Embedding Repeat Alias Var Unbind"
 )
 BATCHED = frozenset(f"{name}Backward{i}" for name in _BATCHED_NAMES.split() for i in range(3))
+
+
+def _takes_batch(node: Node) -> bool:
+    return node.kind in BATCHED and not (node.kind == "EmbeddingBackward0" and node.attribute("sparse"))
 
 
 @dataclass
@@ -94,18 +98,25 @@ class GeneralPath:
                 self._post(inbox, edge, part)
             return dict(self._sweep(inbox))
 
-        found = torch.func.vmap(push)(*gradients)
+        # a checkpointed region is run again within: on one random state, for all rows at once
+        found = torch.func.vmap(push, randomness="same")(*gradients)
         return {name: self._unscaled(g) for name, g in found.items()}
 
     def _takes_batches(self) -> bool:
         """Whether the nodes below the uses are all known to work on a batch of cotangents."""
-        below = {edge[0] for edge, _ in self.seeds}
+        return all(_takes_batch(node) for node in self._below(edge for edge, _ in self.seeds))
+
+    def runs_python(self, edge: Edge) -> bool:
+        """Whether below it a node may do anything to a cotangent."""
+        return any(may_run_python(node) for node in self._below([edge]))
+
+    def _below(self, edges: Iterable[Edge]) -> Iterator[Node]:
+        """The nodes there and below, but for leaves."""
+        below = {edge[0] for edge in edges}
         for node in self.tape.nodes:
             if node.index in below and not node.is_leaf:
-                if node.kind not in BATCHED:
-                    return False
+                yield node
                 below |= {t[0] for t in node.slots if t is not None}
-        return True
 
     def pushed_once(self, target: Edge) -> dict[int, Tensor]:
         """Leaf -> gradient of one tainted scalar, for rows that are multiples of it."""

@@ -226,10 +226,10 @@ class Jacobian:
         Args:
             c: a number, shape (B,), or {parameter or module: (B,)} for weights that differ by layer.
         """
-        return self._weighted_sum(c, spend=False)
+        return self._in_own_dtypes(self._weighted_sum(c, spend=False))
 
     def _weighted_sum(self, c: Any, *, spend: bool) -> dict[str, Tensor]:
-        """`spend`: the factors of each parameter are freed once its sum is there."""
+        """In the dtypes of the sums. `spend`: the factors of each parameter are freed once its sum is there."""
         blocks, weights = self._live(), self._weights(c)
         streamed = list(blocks.general_names)
         found = {n: torch.zeros_like(self._parameters.by_name[n], dtype=blocks.by_name[n].dtype) for n in streamed}
@@ -248,7 +248,11 @@ class Jacobian:
                 block = blocks.by_name.pop(name) if spend else blocks.by_name[name]
                 found[name] = block.weighted_sum(weights[name])
                 del block
-        parameters = self._parameters.by_name
+        return found
+
+    def _in_own_dtypes(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """In the order of the parameters."""
+        parameters = {n: p for n, p in self._parameters.by_name.items() if n in found}
         return {n: found[n] if found[n].dtype == p.dtype else found[n].to(p.dtype) for n, p in parameters.items()}
 
     def _weights(self, c: Any) -> dict[str, Tensor]:
@@ -528,7 +532,7 @@ class Jacobian:
         Raises:
             NonFiniteError: with nonfinite="raise", naming the examples.
         """
-        found = self._gradients(c, nonfinite, transform, spend=not retain)
+        found = self._in_own_dtypes(self._gradients(c, nonfinite, transform, spend=not retain))
 
         def handed_over(_: Tensor) -> list[Tensor | None]:
             """None is left here: a gradient that somebody else holds would be copied."""
@@ -547,14 +551,24 @@ class Jacobian:
             c, nonfinite, retain: as for `backward`. The default lets non-finite gradients through, as a scaler expects.
         """
         weights = self._weights(c)
-        self._live()
         shared = len({id(w) for w in weights.values()}) == 1
         average = weights[self.names[0]] if shared else sum_of(weights.values()) / len(weights)
         value = torch.where(average == 0, 0.0, average * self._losses.to(average.dtype)).sum()
 
+        by_layer = average if shared else weights
+        # the general path calls nodes, which answer less in the middle of somebody's backward pass
+        early = self._gradients(by_layer, nonfinite, None, spend=False) if self._live().general_names else None
+
         def gradients(upstream: Tensor) -> list[Tensor | None]:
-            scaled = average * upstream if shared else {name: w * upstream for name, w in weights.items()}
-            found = self._gradients(scaled, nonfinite, None, spend=not retain)
+            if early is None:
+                scaled = average * upstream if shared else {name: w * upstream for name, w in weights.items()}
+                found = self._gradients(scaled, nonfinite, None, spend=not retain)
+            else:
+                self._live()
+                found = {name: g * upstream.to(g.dtype) for name, g in early.items()}
+                if not retain:
+                    self._spend()
+            found = self._in_own_dtypes(found)
             return [found.get(name) for name in self.names]
 
         return weighted_rows(gradients, value.to(self._dtype), list(self._parameters.by_name.values()))
@@ -565,7 +579,7 @@ class Jacobian:
 
     @_product
     def _gradients(self, c: Any, nonfinite: str, transform: Any, *, spend: bool) -> dict[str, Tensor]:
-        """Weighted sums of the parameters that the graph reaches."""
+        """Weighted sums of the parameters that the graph reaches, in the dtypes of the sums."""
         if nonfinite not in ("raise", "zero", "propagate"):
             raise ValueError(f'nonfinite={nonfinite!r}: expected "raise", "zero" or "propagate"')
         source = self

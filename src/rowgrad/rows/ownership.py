@@ -9,7 +9,8 @@ Note [ownership by codes]
     digits for powers of two far apart. All words have the same digit sum, so for any two examples j and k some pass
     seeds j lower than k, and some other pass the other way round: an entry of j with a part of k, however small, shows
     that part in the first of them. Where j is seeded 0 the part stands alone and any part above underflow is seen;
-    where both are powers of two it is seen above rounding of the separation, see `detectable_ratio`.
+    where both are powers of two it is seen above rounding of the separation, see `detectable_ratio`. An entry that
+    overflows shows a part only where j is seeded 0, so where there is one the digits are 0 and 1 alone.
 
 Note [layouts]
     What was proved is kept as a layout. `Axis(dim, inner)`: along `dim`, entry i belongs to example (i // inner) % B;
@@ -213,9 +214,13 @@ class Prover:
         self.seed = seed
         self.n_examples = seed.shape[0]
         dtypes = {n.dtype(nr) for n in tape.nodes for nr in range(n.n_outputs) if n.is_traced(nr)}
-        self.codes = codebook(self.n_examples, dtypes, seed, generator)
+        self._generator = generator
+        self.codes = self._codebook(dtypes)
         self.allow_rounding = allow_rounding or torch.float16 in dtypes
         self.rounded: set[Edge] = set()
+
+    def _codebook(self, dtypes: Iterable[torch.dtype]) -> Codebook:
+        return codebook(self.n_examples, dtypes, self.seed, self._generator)
 
     def layouts(self, edges: Sequence[Edge]) -> dict[Edge, Layout]:
         """The layout of each edge. Below a mixed node everything is MIXED."""
@@ -260,6 +265,8 @@ class Prover:
     def _prove(self, block: list[Edge], found: dict[Edge, Layout]) -> None:
         """In rounds of all passes: the likeliest dimension of each edge, then the next, then entry by entry."""
         base = dict(zip(block, self._cotangents(block, self.seed), strict=True))
+        if self.codes.n_digits > 2 and not all(bool(z.isfinite().all()) for z in base.values()):
+            self.codes = self._codebook({torch.float16})  # of zeros and ones: an entry that overflows shows no other
         candidates = {e: axis_candidates(z.shape, self.n_examples) for e, z in base.items()}
         while remaining := [e for e in block if e not in found]:
             below = self._below_mixed(found)
@@ -416,10 +423,11 @@ def scaled_by_power_of_two(base: Tensor, z: Tensor) -> Tensor:
 
 
 def scaled_exactly(base: Tensor, z: Tensor, expected: Tensor, v: Tensor) -> Tensor:
-    """Equal, or differing by less than the dtype holds exactly; entries of a non-finite example say nothing."""
+    """Equal, or differing by less than the dtype holds exactly. Of entries that are not finite only those seeded zero
+    say something: what is left there is another example's."""
     tiny = torch.finfo(_real(base.dtype)).tiny
     slack = torch.where(v == 0, 0.0, v.abs().clamp(min=1.0) * tiny)
-    return ((z - expected).abs() <= slack) | (z == expected) | ~base.isfinite()
+    return ((z - expected).abs() <= slack) | (z == expected) | (~base.isfinite() & ((v != 0) | (z == 0) | z.isnan()))
 
 
 def scaled_within_rounding(base: Tensor, z: Tensor, expected: Tensor, v: Tensor) -> Tensor:

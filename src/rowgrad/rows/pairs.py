@@ -16,7 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowgrad.rows import memory
-from rowgrad.rows.factors import CHUNK_BYTES, KEEP_BYTES, Dense, Form, Multiples, Outer, Rows, energies, step_bytes
+from rowgrad.rows.factors import (
+    CHUNK_BYTES,
+    KEEP_BYTES,
+    Dense,
+    Form,
+    Multiples,
+    Outer,
+    Rows,
+    energies,
+    in_dtype,
+    step_bytes,
+)
 
 Lent = AbstractContextManager[Tensor]
 PAIR_WEIGHT = 16  # measured on a CPU: a product of two looked-up rows, against one of a matrix product
@@ -30,6 +41,7 @@ def inner(f: Form, g: Form) -> Tensor:
     """<row j of f, row j of g> for every j, shape (B,)."""
     if f is g or not f.n_examples:
         return f.sq_norms()
+    f, g = _in_one_dtype(f, g)
     for one, other in ((f, g), (g, f)):
         if isinstance(one, Multiples):
             return one.weights * other.dot(one.direction.reshape(other.shape))
@@ -47,6 +59,7 @@ def gram(f: Form, g: Form) -> Tensor:
     for form in (f, g):
         if not form.n_examples:
             return form.sq_norms().new_zeros(f.n_examples, g.n_examples)
+    f, g = _in_one_dtype(f, g)
     if isinstance(f, Multiples):
         return torch.outer(f.weights, g.dot(f.direction.reshape(g.shape)))
     if isinstance(g, Multiples):
@@ -64,6 +77,14 @@ def gram(f: Form, g: Form) -> Tensor:
             return GRAM[type(g), type(f)](g, f).T
     left = Dense(f.dense()).flat
     return product(left, left if g is f else Dense(g.dense()).flat)
+
+
+def _in_one_dtype(f: Form, g: Form) -> tuple[Form, Form]:
+    mine, theirs = f.held[0].dtype, g.held[0].dtype
+    if mine == theirs:
+        return f, g
+    both = torch.promote_types(mine, theirs)
+    return f if mine == both else in_dtype(f, both), g if theirs == both else in_dtype(g, both)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

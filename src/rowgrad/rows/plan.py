@@ -92,6 +92,11 @@ class Plan:
         return None
 
 
+def _strided(value: Any) -> Any:
+    """Sparse data, written out: it is rearranged by example."""
+    return value.to_dense() if isinstance(value, Tensor) and value.layout != torch.strided else value
+
+
 def _spent(cotangents: Cotangents) -> Form:
     raise AssertionError("bug in rowgrad, please report: a form was asked for twice")
 
@@ -124,7 +129,7 @@ def make_plan(
                 ownership.recipes[use] = (rule, recipe)
         if recipe is not None:
             recipes[use] = recipe
-            saved[use] = [node.saved(name) for name in recipe.saved] if recipe.saved else []
+            saved[use] = [_strided(node.saved(name)) for name in recipe.saved] if recipe.saved else []
     places = ownership.places
     if len(recipes) < len(ownership.frontier.uses):
         places = {use: place for use, place in places.items() if use in recipes}

@@ -63,13 +63,23 @@ def push(
             if place is not None:
                 placed.append((place, form))
                 continue
-            pushed = _through(Arrival(tape, tape.nodes[edge[0]], form, max_bytes), needed)
+            arrival = Arrival(tape, tape.nodes[edge[0]], form, max_bytes)
+            arrival = _in_shape(arrival, arrival.node.shape(edge[1]))
+            pushed = None if arrival is None else _through(arrival, needed)
             if pushed is None:
                 left.append((edge, form))
                 continue
             for target, part in pushed.items():
                 inbox.setdefault(target, []).append(part)
     return placed, left
+
+
+def _in_shape(arrival: Arrival, shape: torch.Size) -> Arrival | None:
+    """Looked-up rows of a table with several leading dimensions come flat: written out, in the table's shape."""
+    if arrival.form.shape == shape:
+        return arrival
+    rows = _written_out(arrival)
+    return None if rows is None else replace(arrival, form=Dense(rows.reshape(-1, *shape)))
 
 
 def _through(arrival: Arrival, needed: Sequence[bool]) -> dict[Edge, Form] | None:
@@ -100,6 +110,8 @@ def _transposed(arrival: Arrival, slot: int) -> Form | None:
     form = _as_outer(arrival.form)
     if arrival.node.kind == "PermuteBackward0" and [signed(d) % 2 for d in arrival.node.attribute("dims")] != [1, 0]:
         return None
+    if arrival.node.kind == "TransposeBackward0" and arrival.node.dim("dim0", 2) == arrival.node.dim("dim1", 2):
+        return form if form.shape == arrival.target_shape(slot) else None
     if isinstance(form, Outer) and form.shape == (form.sizes[3], form.sizes[4]):
         return form.transposed()
     return None
@@ -282,11 +294,7 @@ def _looked_up(
     ids = ids.reshape(1, -1).long().expand(len(rows), -1)
     rows = rows.reshape(*ids.shape, table[1])
     real = None if padding == NO_PADDING else ids != padding
-    found = Rows(ids, rows if real is None else torch.where(real.unsqueeze(-1), rows, 0.0), table, sparse, real)
-    if table == shape or arrival.target(slot).is_leaf:
-        return found
-    whole = _written_out(replace(arrival, form=found))  # nodes below expect rows of the table's own shape
-    return None if whole is None else Dense(whole.reshape(-1, *shape))
+    return Rows(ids, rows if real is None else torch.where(real.unsqueeze(-1), rows, 0.0), table, sparse, real)
 
 
 def _written_out(arrival: Arrival) -> Tensor | None:

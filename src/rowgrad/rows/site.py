@@ -108,9 +108,11 @@ def elementwise(site: Site) -> Recipe | None:
         assert raw is not None
         target = site.node.slots[site.slot]
         assert target is not None
+        if raw.shape != z_shape:
+            raise AssertionError(f"bug in rowgrad, please report: {site.node!r} sums over the examples by itself")
         if raw.is_complex() and not site.tape.nodes[target[0]].dtype(target[1]).is_complex:
             raw = raw.real
-        return Dense(reduce(wide(raw.expand(z_shape))))
+        return Dense(reduce(wide(raw)))
 
     return Recipe(build, "elementwise", needs_graph=True)
 
@@ -131,15 +133,19 @@ def factor(site: Site) -> Recipe | None:
 
 def summand(site: Site, scale: str | None = None, sign: int = 1) -> Recipe | None:
     """A parameter added to something, times a constant: its gradient is the cotangent, summed over the broadcast."""
-    if site.node.dtype().is_complex:
+    if site.node.dtype().is_complex and scale is not None:
         return elementwise(site)
+    target = site.node.slots[site.slot]
+    assert target is not None
+    is_part = site.node.dtype().is_complex and not site.tape.nodes[target[0]].dtype(target[1]).is_complex
     reduce = reduce_broadcast(site, site.node.shape(), site.target_shape)
     if reduce is None:
         return None
     factor = sign * (scalar(site.node.attribute(scale)) if scale else 1)
 
     def build(cotangents: Cotangents) -> Form:
-        found = reduce(wide(only(cotangents)))
+        z = wide(only(cotangents))
+        found = reduce(z.real if is_part else z)
         return Dense(found if factor == 1 else factor * found)
 
     return Recipe(build, "sum", saved=())
