@@ -5,7 +5,8 @@ Note [what may be kept]
     tensors) only if every layout above the uses follows from the structure alone (rows/structure.py), and those at the
     uses were confirmed by numbers, which a cotangent that is zero throughout cannot be. Any other graph is proved at
     every call, for the edges that the structure does not settle. If numbers contradict the structure, nothing of it is
-    believed. What is kept is confirmed again at every 200th call. The kept part holds no tensor.
+    believed. What is kept is confirmed again at every 200th call, what is not kept is tried again at the first, second,
+    fourth, ... later call: cotangents may be zero only as long as a weight is. The kept part holds no tensor.
 """
 
 from __future__ import annotations
@@ -53,6 +54,12 @@ class _Kept:
     ownership: Ownership | None  # None: to be proved at every call
     settled: dict[Edge, Axis]  # proved once and settled by structure
     calls: int = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether to confirm it anew. What zeros left unsettled (a layer that begins with zeros) soon shows."""
+        is_open = self.ownership is None and not self.calls & (self.calls - 1)
+        return is_open or self.calls % PROVE_EVERY == 0
 
 
 @dataclass
@@ -145,12 +152,12 @@ def _ownership(tape: Tape, seed: Tensor, leaves: Mapping[int, str], verify: str)
         with suppress(KeyError):  # another thread dropped it
             _kept.move_to_end(key)
         kept.calls += 1
-        if kept.calls % PROVE_EVERY:
+        if not kept.is_due:
             return kept.ownership or _Proof(tape, seed, leaves).ownership(kept.settled)
     proof = _Proof(tape, seed, leaves)
     settled, mixed = proof.confirmed(infer(tape, seed.shape[0]))
     ownership = proof.ownership(settled, mixed)
-    _kept[key] = _Kept(_lasting(ownership, settled), settled)
+    _kept[key] = _Kept(_lasting(ownership, settled), settled, kept.calls if kept is not None else 0)
     while len(_kept) > KEPT_SIGNATURES:
         _kept.popitem(last=False)
     return ownership

@@ -14,12 +14,14 @@ Note [flat layouts]
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 
 from rowgrad.rows.ownership import Axis, Edge
 from rowgrad.tape import Node, Tape, signed
 
 Shape = Sequence[int]
+CAT = "CatBackward0"  # whose parts begin where the sizes of those before say
 Transfer = Callable[[Node, int, Axis, Shape, Shape, int], Axis | None]
 # (node, slot, layout of the output's cotangent, output shape, input shape, B) -> layout of the input's cotangent
 
@@ -49,7 +51,7 @@ def _sent(
 ) -> Axis | None:
     """Layout in which one node sends a cotangent to one of its inputs, whatever outputs of it are read."""
     node = tape.nodes[index]
-    transfer = TRANSFERS.get(node.kind)
+    transfer = partial(_joined, tape) if node.kind == CAT else TRANSFERS.get(node.kind)
     target = node.slots[slot]
     if transfer is None or target is None:
         return None
@@ -142,9 +144,34 @@ def _reduce(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> 
     return Axis(kept[a.dim], a.inner) if a.dim < len(kept) else None
 
 
+def _period(a: Axis, n: int) -> int:
+    """Entries along the examples' dimension after which it begins with the first example again."""
+    return a.inner * n
+
+
 def _slice(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
-    """Parts along one dimension (slice, split, concatenation, padding): the examples' own must be whole."""
-    return a if len(out) == len(into) and out[a.dim] == into[a.dim] and node.dim("dim", len(out)) != a.dim else None
+    """A part of one dimension: of the examples' own it must begin where the first example does."""
+    if node.dim("dim", len(into)) != a.dim:
+        return a if out[a.dim] == into[a.dim] else None
+    start, size = signed(node.attribute("start")), into[a.dim]
+    start = min(max(start + size if start < 0 else start, 0), size)
+    return a if node.attribute("step") == 1 and start % _period(a, n) == 0 else None
+
+
+def _split(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """All parts of one dimension: of the examples' own each must begin where the first example does."""
+    if node.dim("dim", len(into)) != a.dim:
+        return a if out[a.dim] == into[a.dim] else None
+    sizes = node.attribute("split_sizes") if node.has_saved("split_sizes") else [node.attribute("split_size")]
+    return a if all(size % _period(a, n) == 0 for size in sizes) else None
+
+
+def _joined(tape: Tape, node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """Concatenation: along the examples' own dimension each part must begin where the first example does."""
+    if len(into) != len(out) or node.dim("dim", len(out)) != a.dim:
+        return a if len(into) == len(out) and out[a.dim] == into[a.dim] else None
+    before = [t and tape.nodes[t[0]].shape(t[1])[a.dim] for t in node.slots[:slot]]
+    return a if all(size is not None and size % _period(a, n) == 0 for size in before) else None
 
 
 def _take(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
@@ -160,7 +187,8 @@ def _stack(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> A
 
 def _pad(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
     pads = node.attribute("pad") if node.has_saved("pad") else node.attribute("padding")
-    return a if a.dim < len(out) - len(pads) // 2 else None
+    last = 2 * (len(out) - 1 - a.dim)  # pads are listed from the last dimension on
+    return a if not any(pads[last : last + 2]) else None
 
 
 def _avoiding(name: str) -> Transfer:
@@ -196,6 +224,11 @@ def _batch(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> A
     return a if slot == 0 and a.dim == 0 and len(out) == len(into) and out[0] == into[0] else None
 
 
+def _images(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """Images and where they are looked at, both by example."""
+    return a if a.dim == 0 and out[0] == into[0] else None
+
+
 def _spatial(n_dims: int) -> Transfer:
     def transfer(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
         batched = len(out) == len(into) == n_dims + 2
@@ -209,7 +242,34 @@ def _layer_norm(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int)
 
 
 def _batch_norm(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
-    return a if slot == 0 and (a.dim == 1 or not node.attribute("training")) else None
+    """Examples along the channels is what instance normalization makes of it, with repeated scales and shifts."""
+    if slot == 0:
+        return a if a.dim == 1 or not node.attribute("training") else None
+    return Axis(0, a.inner) if a.dim == 1 else None
+
+
+def _pooled_alike(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """Strides set anew on means over whole images, which lie in memory as these strides say."""
+    channels = out[1] if len(out) == 4 else 0
+    is_mean = tuple(out) == tuple(into) and tuple(out[2:]) == (1, 1)
+    strides = tuple(node.attribute("stride")) == (channels, 1, channels, channels)
+    return a if is_mean and strides and not node.attribute("storage_offset") else None
+
+
+def _transformed(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """Fourier transforms."""
+    dims = {signed(d) % len(out) for d in node.attribute("dim")}
+    return a if a.dim not in dims and out[a.dim] == into[a.dim] else None
+
+
+def _ctc(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """Sequences (T, B, classes) to losses (B,)."""
+    return Axis(1, a.inner) if slot == 0 and len(into) == 3 and out[0] == into[1] else None
+
+
+def _parts(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """Real and imaginary parts along a last dimension of their own, or back."""
+    return a if a.dim < min(len(out), len(into)) and out[a.dim] == into[a.dim] else None
 
 
 def _attention(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
@@ -255,7 +315,14 @@ TRANSFERS: dict[str, Transfer] = {
         " Hardsigmoid Hardswish Hardtanh Hypot LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid LogAddExp"
         " Logaddexp Logit MaskedFill Maximum Minimum Mish Mul NanToNum NativeDropout Neg Pow PreluKernel Reciprocal"
         " Relu Relu6 Remainder Round Rrelu RreluWithNoise Rsqrt Rsub Selu Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus"
-        " Softshrink Hardshrink Sqrt Square Sub Tan Tanh Threshold ToCopy Tril Triu Where Xlogy Expand Alias", _same),
+        " Softshrink Hardshrink Sqrt Square Sub Tan Tanh Threshold ToCopy Tril Triu Where Xlogy Expand Alias"
+        " Real Imag Conj Complex Polar Angle"
+        " FakeQuantizePerTensorAffineCachemask FakeQuantizePerTensorAffineCachemaskTensorQparams"
+        # of gradients that are part of the loss
+        " TanhBackward SigmoidBackward SoftplusBackward SiluBackward GeluBackward EluBackward LeakyReluBackward"
+        " MishBackward HardtanhBackward LogSigmoidBackward ThresholdBackward", _same),
+    **_numbered("ViewAsReal ViewAsComplex", _parts),
+    **_numbered("FftR2C FftC2C FftC2R", _transformed),
     **_numbered("View UnsafeView ReshapeAlias Unsqueeze Squeeze", _reshape),
     **_numbered("Transpose", _transpose),
     **_numbered("Permute", _permute),
@@ -276,7 +343,8 @@ TRANSFERS: dict[str, Transfer] = {
     "NormBackward1":              _reduce,
     "ProdBackward1":              _reduce,
     "MedianBackward1":            _reduce,
-    **_numbered("Slice Split UnsafeSplit SplitWithSizes UnsafeSplitWithSizes Cat", _slice),
+    **_numbered("Slice", _slice),
+    **_numbered("Split UnsafeSplit SplitWithSizes UnsafeSplitWithSizes", _split),
     **_numbered("Select Unbind", _take),
     **_numbered("Stack", _stack),
     **_numbered("ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D"
@@ -301,8 +369,13 @@ TRANSFERS: dict[str, Transfer] = {
     "AdaptiveAvgPool2DBackward0": _spatial(2),
     "AdaptiveMaxPool2DBackward0": _spatial(2),
     "AdaptiveAvgPool3DBackward0": _spatial(3),
-    "UpsampleNearest2DBackward0": _spatial(2),
-    "UpsampleBilinear2DBackward0": _spatial(2),
+    **_numbered("UpsampleNearest1D UpsampleNearestExact1D UpsampleLinear1D", _spatial(1)),
+    **_numbered("UpsampleNearest2D UpsampleNearestExact2D UpsampleBilinear2D UpsampleBicubic2D", _spatial(2)),
+    **_numbered("UpsampleNearest3D UpsampleNearestExact3D UpsampleTrilinear3D", _spatial(3)),
+    **_numbered("PixelShuffle PixelUnshuffle Im2Col Col2Im", _batch),
+    "GridSampler2DBackward0":     _images,
+    "GridSampler3DBackward0":     _images,
+    "AsStridedBackward1":         _pooled_alike,
     "ScaledDotProductFlashAttentionForCpuBackward0":  _attention,
     "ScaledDotProductFlashAttentionBackward0":        _attention,
     "ScaledDotProductEfficientAttentionBackward0":    _attention,
@@ -316,5 +389,7 @@ TRANSFERS: dict[str, Transfer] = {
     "SoftMarginLossBackward0":    _unreduced,
     "NllLossBackward0":           _nll,
     "NllLoss2DBackward0":         _nll,
+    "CtcLossBackward0":           _ctc,
+    "CtcLossBackward1":           _ctc,
 }
 # fmt: on

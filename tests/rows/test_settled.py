@@ -1,0 +1,247 @@
+"""Graphs whose layouts follow from structure: proved once, exact, and read in one pass from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.reference import assert_rows_close, rows_by_grad
+from torch import Tensor, nn
+
+import rowgrad as rg
+from rowgrad.rows.ownership import MIXED, Prover
+from rowgrad.rows.plan import forget
+from rowgrad.rows.structure import infer
+from rowgrad.tape import Tape
+
+B = 6
+Losses = Callable[[], Tensor]
+
+
+def data(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def energy(out: Tensor) -> Tensor:
+    return (out.reshape(B, -1).sin() - 0.3).square().sum(1)
+
+
+def pairs_in_one_forward_pass() -> tuple[nn.Module, Losses]:
+    tower = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+    def losses() -> Tensor:
+        one, other = tower(torch.cat([data(B, 3), data(B, 3)])).chunk(2)
+        return (one - other).square().sum(1)
+
+    return tower, losses
+
+
+def pairs_by_slices() -> tuple[nn.Module, Losses]:
+    tower = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+    def losses() -> Tensor:
+        out = tower(data(2 * B, 3)).log_softmax(1)
+        return -F.logsigmoid(out[:B, 0] - out[-B:, 0])
+
+    return tower, losses
+
+
+def towers_joined() -> tuple[nn.Module, Losses]:
+    parts = nn.ModuleList([nn.Linear(3, 4), nn.Linear(5, 4), nn.Linear(4, 2)]).double()
+
+    def losses() -> Tensor:
+        joined = parts[2](torch.cat([parts[0](data(B, 3)), parts[1](data(2 * B, 5))]).tanh())
+        first, rest = joined.split([B, 2 * B])
+        return energy(first) + sum(part.square().sum(1) for part in rest.split(B))
+
+    return parts, losses
+
+
+def pooled(scale: Callable[[Tensor], Tensor], channels_last: bool = False) -> tuple[nn.Module, Losses]:
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    parts = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Linear(8, 2)]).double().to(memory_format=memory)
+    return parts, lambda: energy(parts[1](scale(parts[0](data(B, 3, 5, 5).to(memory_format=memory))).amax((2, 3))))
+
+
+def averaged_in_channels_last() -> tuple[nn.Module, Losses]:
+    return pooled(nn.AdaptiveAvgPool2d(1), channels_last=True)
+
+
+def shuffled_pixels() -> tuple[nn.Module, Losses]:
+    model = nn.Conv2d(3, 8, 3).double()
+    return model, lambda: energy(F.pixel_shuffle(model(data(B, 3, 5, 5)), 2))
+
+
+def resampled() -> tuple[nn.Module, Losses]:
+    model = nn.Conv2d(3, 2, 3).double()
+    return model, lambda: energy(F.grid_sample(model(data(B, 3, 5, 5)), data(B, 2, 2, 2).tanh(), align_corners=False))
+
+
+def upsampled(mode: str, n_dims: int) -> tuple[nn.Module, Losses]:
+    layer = [nn.Conv1d, nn.Conv2d, nn.Conv3d][n_dims - 1](2, 3, 2).double()
+    return layer, lambda: energy(F.interpolate(layer(data(B, 2, *[3] * n_dims)), scale_factor=2, mode=mode))
+
+
+def padded_behind() -> tuple[nn.Module, Losses]:
+    model = nn.Linear(3, 4).double()
+    return model, lambda: energy(F.pad(model(data(B, 2, 3)), (0, 1, 1, 0, 0, 0)))
+
+
+def connectionist() -> tuple[nn.Module, Losses]:
+    model = nn.Linear(3, 5).double()
+    targets, lengths = torch.randint(1, 5, (B, 2)), torch.full((B,), 2)
+
+    def losses() -> Tensor:
+        return F.ctc_loss(model(data(7, B, 3)).log_softmax(2), targets, torch.full((B,), 7), lengths, reduction="none")
+
+    return model, losses
+
+
+def by_frequencies() -> tuple[nn.Module, Losses]:
+    model = nn.Linear(3, 8).double()
+    return model, lambda: energy(torch.view_as_real(torch.fft.rfft(model(data(B, 3)))))
+
+
+def slope_in_the_loss() -> tuple[nn.Module, Losses]:
+    net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 5), nn.Sigmoid(), nn.Linear(5, 1)).double()
+
+    def losses() -> Tensor:
+        x = data(B, 2).requires_grad_()
+        (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        return slope.square().sum(1)
+
+    return net, losses
+
+
+def instances_normalized() -> tuple[nn.Module, Losses]:
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.InstanceNorm1d(3, affine=True)).double()
+    return model, lambda: energy(model(data(B, 2, 6)))
+
+
+def quantized() -> tuple[nn.Module, Losses]:
+    model = nn.Linear(3, 4)
+    return model, lambda: energy(torch.fake_quantize_per_tensor_affine(model(data(B, 3).float()), 0.1, 0, -128, 127))
+
+
+SETTLED: dict[str, Callable[[], tuple[nn.Module, Losses]]] = {
+    "pairs in one forward pass": pairs_in_one_forward_pass,
+    "pairs by slices": pairs_by_slices,
+    "towers joined": towers_joined,
+    "averaged in channels last": averaged_in_channels_last,
+    "shuffled pixels": shuffled_pixels,
+    "resampled": resampled,
+    **{f"upsampled, {m}": lambda m=m, d=d: upsampled(m, d) for m, d in [
+        ("linear", 1), ("nearest", 1), ("nearest-exact", 2), ("bilinear", 2), ("bicubic", 2), ("trilinear", 3),
+        ("nearest", 3)]},
+    "padded behind": padded_behind,
+    "connectionist": connectionist,
+    "by frequencies": by_frequencies,
+    "slope in the loss": slope_in_the_loss,
+    "instances normalized": instances_normalized,
+    "quantized": quantized,
+}  # fmt: skip
+
+
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each pass taken from now on."""
+    taken: list[int] = []
+    original = Tape.cotangents
+
+    def counted(self: Tape, edges: list, *args: object, **options: object) -> list[Tensor | None]:
+        taken.extend([1] if edges else [])
+        return original(self, edges, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Tape, "cotangents", counted)
+    return taken
+
+
+@pytest.mark.parametrize("name", SETTLED)
+def test_is_proved_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget()
+    torch.manual_seed(0)
+    model, losses = SETTLED[name]()
+    narrow = next(model.parameters()).dtype == torch.float32
+    taken = passes(monkeypatch)
+    for call in range(3):
+        L = losses()
+        expected = rows_by_grad(L, dict(model.named_parameters()))
+        taken.clear()
+        found = rg.jacobian(L, model, retain_graph=True)
+        assert len(taken) == 1 if call else len(taken) > 1
+        assert_rows_close(found.dense(as_dict=True), expected, 1e-5 if narrow else 1e-10)
+
+
+@pytest.mark.parametrize("name", SETTLED)
+def test_what_is_settled_holds(name: str) -> None:
+    torch.manual_seed(0)
+    L = SETTLED[name]()[1]()
+    tape = Tape(L)
+    settled = infer(tape, B)
+    prover = Prover(tape, torch.ones_like(L.detach()), torch.Generator().manual_seed(1), allow_rounding=False)
+    assert MIXED not in prover.look(list(settled), settled).values()
+
+
+def rolled_by_slices() -> Tensor:
+    h = nn.Linear(3, 2).double()(data(B, 3))
+    return energy(torch.cat([h[2:], h[:2]]))
+
+
+def halves_exchanged() -> Tensor:
+    h = nn.Linear(3, 2).double()(data(B, 3))
+    return energy(torch.cat(h.split([4, 2])[::-1]))
+
+
+def every_second() -> Tensor:
+    h = nn.Linear(3, 2).double()(data(2 * B, 3))
+    return energy(h[::2])
+
+
+def strides_set_at_will() -> Tensor:
+    h = nn.Linear(3, B).double()(data(B, 3)).reshape(B, B, 1, 1)
+    return energy(h.as_strided((B, B, 1, 1), (1, B, 1, 1)))
+
+
+def after_a_constant() -> Tensor:
+    h = nn.Linear(3, 2).double()(data(2 * B - 2, 3))
+    return energy(torch.cat([data(2, 2), h])[:B])
+
+
+@pytest.mark.parametrize(
+    "losses", [rolled_by_slices, halves_exchanged, every_second, strides_set_at_will, after_a_constant]
+)
+def test_what_moves_the_examples_settles_nothing(losses: Losses) -> None:
+    torch.manual_seed(0)
+    L = losses()
+    tape = Tape(L)
+    lowest = [n for n in tape.nodes if n.kind == "AddmmBackward0"]
+    assert lowest
+    assert all((n.index, 0) not in infer(tape, B) for n in lowest)
+
+
+@pytest.mark.parametrize("name", ["low-rank update of nothing", "gate closed", "head of zeros"])
+def test_a_layer_that_begins_with_zeros_is_settled_soon(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget()
+    torch.manual_seed(0)
+    first, head = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+    A, U, gate = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((4, 2), (2, 4), ()))
+    zero = {"low-rank update of nothing": U, "gate closed": gate, "head of zeros": head.weight}[name]
+    with torch.no_grad():
+        zero.zero_()
+    params = {"A": A, "U": U, "gate": gate, "first": first.weight, "head": head.weight}
+    taken = passes(monkeypatch)
+    counts = []
+    for _ in range(4):
+        h = first(data(B, 3)).tanh()
+        L = energy(head(h + gate * ((h @ A).tanh() @ U)))
+        expected = rows_by_grad(L, params)
+        taken.clear()
+        J = rg.jacobian(L, params, retain_graph=True)
+        counts.append(len(taken))
+        assert_rows_close(J.dense(as_dict=True), expected, 1e-10)
+        with torch.no_grad():
+            for p in params.values():
+                p.add_(0.1 * torch.randn_like(p))
+    assert counts[0] > 1
+    assert counts[2:] == [1, 1]
