@@ -105,9 +105,9 @@ def test_rows_without_room_are_never_there_at_once(
 @pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
 def test_what_was_let_go_takes_no_room(model: nn.Module) -> None:
     J, _ = jacobian(model, BYTES["2.weight"])
-    J["2.weight"].norms()  # shares its rows with J, but not the room
+    J["2.weight"].norms()  # shares its rows with J, and the room
     J.norms()
-    assert kept_bytes(J) == {"0.weight": BYTES["0.weight"]}
+    assert kept_bytes(J) == {"2.weight": BYTES["2.weight"]}
     J, other = (jacobian(model, BYTES["4.weight"])[0] for _ in range(2))
     J.diag_gram(other)
     J.norms({"last": "4.weight"})
@@ -131,16 +131,81 @@ def test_cross_terms_are_formed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     f, g = (Outer(torch.randn(B, 2, 9, 4), torch.randn(B, 2, 9, 3), torch.Size((2, 4, 3)), True) for _ in range(2))
     expected = (f.dense() * g.dense()).sum((1, 2, 3))
     torch.testing.assert_close(inner(f, g), expected)
-    f, g = f.select(torch.arange(B)), g.select(torch.arange(B))
     assert f._formed is not None
+    g = g.select(torch.arange(B))
     factors.let_go(f)
     monkeypatch.setattr(factors, "CHUNK_BYTES", 1)
     torch.testing.assert_close(inner(f, g), expected)
 
 
-@pytest.mark.parametrize("max_bytes", [-1, 1.5, math.inf, "1 GiB"])
+@pytest.mark.parametrize("max_bytes", [-1, 1.5, math.inf, "1 GiB", True])
 @pytest.mark.parametrize("entry", [rg.jacobian, rg.grad_norms, lambda *a, **k: rg.clipped_loss(*a, 1.0, **k)])
 def test_a_bound_that_is_none_is_refused(entry, max_bytes) -> None:
     model = nn.Linear(2, 1)
     with pytest.raises(ValueError, match=r"max_bytes=.*expected a whole number of bytes"):
         entry(model(torch.ones(2, 2)).squeeze(1), model, max_bytes=max_bytes)
+
+
+class Computed(nn.Module):
+    """Convolutions whose kernels are products or have their norms apart."""
+
+    def __init__(self, n: int, kind: str, c: int = 4) -> None:
+        super().__init__()
+        self.u, self.v, self.g = (
+            nn.ParameterList(torch.randn(shape, dtype=torch.float64) for _ in range(n))
+            for shape in ((c, 2), (2, c * 9), (c, 1, 1, 1))
+        )
+        self.kind, self.c = kind, c
+
+    def forward(self, x: Tensor) -> Tensor:
+        for u, v, g in zip(self.u, self.v, self.g, strict=True):
+            kernel = (u @ v).view(self.c, self.c, 3, 3)
+            if self.kind == "norms apart":
+                kernel = torch._weight_norm(kernel, g, 0)
+            x = torch.conv2d(x, kernel, padding=1).tanh()
+        return x
+
+
+def held_bytes(J: rg.Jacobian) -> int:
+    """Of rows that are written out, wherever they are held: large tensors with a row for each example."""
+    blocks = J._live()
+    forms = [f for b in blocks.by_name.values() for r in b.regions for f in r.forms]
+    forms += [f for _, f in blocks.general.seeds] if blocks.general is not None else []
+    rows = [factors.formed(f) for f in forms] + [f.values for f in forms if isinstance(f, factors.Dense)]
+    return sum({t.data_ptr(): t.nbytes for t in rows if t is not None and t[0].numel() >= 100}.values())
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
+@pytest.mark.parametrize("n_rows", [0, 1, 3, 100])
+@pytest.mark.parametrize("kind", ["products", "norms apart"])
+def test_rows_written_out_on_the_way_to_a_parameter_count_together(kind: str, n_rows: int) -> None:
+    torch.manual_seed(0)
+    model = Computed(4, kind)
+    bound = n_rows * 5 * 4 * 4 * 9 * 8
+    losses = energy(model(torch.randn(5, 4, 6, 6, dtype=torch.float64)))
+    rows = rg.jacobian(losses, model, rules={}, retain_graph=True).dense(as_dict=True)
+    J = rg.jacobian(losses, model, max_bytes=bound, retain_graph=True)
+    assert held_bytes(J) <= bound
+    assert_products(J, rows, 1e-10)
+    assert held_bytes(J) <= bound
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
+def test_parts_by_name_count_together(model: nn.Module) -> None:
+    bound = BYTES["0.weight"] + BYTES["4.weight"]
+    J, _ = jacobian(model, bound)
+    for name in J.names:
+        J[name].norms()
+    assert kept_bytes(J) == {name: BYTES[name] for name in ("0.weight", "4.weight")}
+    J[["2.weight", "0.weight"]].gram()
+    assert sum(kept_bytes(J).values()) <= bound
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
+def test_parts_by_example_copy_no_rows(model: nn.Module) -> None:
+    J, rows = jacobian(model, None)
+    J.norms()
+    part = J[[0, 2]]
+    assert kept_bytes(J)
+    assert not kept_bytes(part)
+    assert_products(part, {name: r[[0, 2]] for name, r in rows.items()}, 1e-10)

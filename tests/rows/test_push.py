@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tests.rows.laws import assert_laws, energy
 from torch import Tensor
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import rowgrad as rg
 from rowgrad.rows.general import GeneralPath
@@ -178,3 +179,18 @@ def test_spectral_norm(no_general_path: None) -> None:
     assert_rows = rg.jacobian(losses, model, retain_graph=True).dense(as_dict=True)
     for name, rows in _rows(losses, dict(model.named_parameters())).items():
         torch.testing.assert_close(assert_rows[name], torch.stack(rows), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [4, 600])
+def test_a_weight_that_keeps_no_factors_is_told(width: int) -> None:
+    layer = prune.random_unstructured(torch.nn.Linear(width, width), "weight", 0.5)
+    losses = energy(layer(torch.randn(3, width)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        told = rg.jacobian(losses, layer).explain()
+    assert [str(w.message)[:21] for w in caught] == ([] if width == 4 else ["weight_orig at MulBac"])
+    assert "pushed down" in str(told)
+    assert "example by example from MulBackward0#" in str(told)
+    (entry,) = (e for e in told.entries if e.name == "weight_orig")
+    assert entry.stuck is not None
+    assert told.slow_uses() == []

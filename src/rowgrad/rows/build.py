@@ -24,10 +24,12 @@ from rowgrad.rows.ownership import Axis, Edge
 from rowgrad.rows.pack import KEPT_BYTES, Blocks, small_form
 from rowgrad.rows.placement import Place, settle
 from rowgrad.rows.plan import Plan, make_plan
-from rowgrad.rows.push import push
+from rowgrad.rows.push import push, written_out_bytes
 from rowgrad.rows.rules import RULES
 from rowgrad.rows.site import Cotangents, Rule
-from rowgrad.tape import Tape
+from rowgrad.tape import Node, Tape
+
+SLOW_ROWS = 2**20  # numbers in the rows of a parameter, from which it takes time to write them out
 
 _warned: set[tuple] = set()  # one warning per graph, not per step
 
@@ -187,7 +189,7 @@ class Prepared:
 def _bound(max_bytes: int | None) -> int:
     if max_bytes is None:
         return KEPT_BYTES
-    if not isinstance(max_bytes, int) or max_bytes < 0:
+    if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
         raise ValueError(f"max_bytes={max_bytes!r}: expected a whole number of bytes, 0 to keep nothing written out")
     return max_bytes
 
@@ -330,16 +332,19 @@ class _Reading:
         for use, place in places.items():
             if use in direct:
                 by_leaf.setdefault(place.leaf, []).append(direct[use])
-        general = self._general(self._pushed(computed, by_leaf, max_bytes), left)
+        seeds, n_bytes = self._pushed(computed, by_leaf, max_bytes)
+        max_bytes = max(0, max_bytes - n_bytes)
+        general = self._general(seeds, left)
         general = general and self._without_scalars(general, by_leaf)
+        stuck = {} if general is None else self._stuck(general)
         if general is not None and (n_bytes := general.bytes(self.parameters.by_name)) <= max_bytes:
             self._write_out(general, by_leaf)
             general, max_bytes = None, max_bytes - n_bytes
-        self._warn_if_slow()
+        self._warn_if_slow(stuck)
         if condense:
             return self._finished(by_leaf, general, Explanation([]), max_bytes)
         forms = computed | {use: form for use, (form, _) in direct.items()}
-        return self._finished(by_leaf, general, self._explanation(forms), max_bytes)
+        return self._finished(by_leaf, general, self._explanation(forms, stuck), max_bytes)
 
     def read(self, retain_graph: bool, take: Callable[[Use, Form | None], None]) -> dict[int, Cotangents]:
         """The pass. Hands over the form at each use with a recipe as soon as its cotangents arrive.
@@ -389,7 +394,8 @@ class _Reading:
     def pushed_down(self, forms: Mapping[Use, Form]) -> dict[int, list[tuple[Form, Place]]]:
         """Forms at uses of computed parameters, to the parameters they are computed from."""
         by_leaf: dict[int, list[tuple[Form, Place]]] = {}
-        general = self._general(self._pushed(forms, by_leaf, KEPT_BYTES), {})
+        seeds, _ = self._pushed(forms, by_leaf, KEPT_BYTES)
+        general = self._general(seeds, {})
         general = general and self._without_scalars(general, by_leaf)
         if general is not None:
             self._write_out(general, by_leaf)
@@ -425,14 +431,17 @@ class _Reading:
 
     def _pushed(
         self, forms: Mapping[Use, Form], by_leaf: dict[int, list[tuple[Form, Place]]], max_bytes: int
-    ) -> list[tuple[Edge, Form]]:
-        """Add the forms at computed parameters that reach parameters as forms, and return where the others got to."""
+    ) -> tuple[list[tuple[Edge, Form]], int]:
+        """Add the forms at computed parameters that reach parameters as forms.
+
+        Returns where the others got to, and what those take that arrived written out.
+        """
         assert self.plan is not None
         seeds = [(use.target, forms[use]) for use in self.plan.uses if use in forms and use not in self.plan.places]
         placed, left = push(self.tape, seeds, self.plan.ownership.frontier.needed, max_bytes)
         for place, form in placed:
             by_leaf.setdefault(place.leaf, []).append(self.placed(form, place))
-        return left
+        return left, sum(written_out_bytes(form) for _, form in placed)
 
     def _general(self, seeds: list[tuple[Edge, Form]], left: Mapping[int, Cotangents]) -> GeneralPath | None:
         """Everything else, or None where there is nothing else."""
@@ -458,30 +467,51 @@ class _Reading:
             self.loss_scale,
         )
 
-    def _warn_if_slow(self) -> None:
+    def _stuck(self, general: GeneralPath) -> dict[str, Node]:
+        """Names of the parameters from which a weight is computed in a way that takes no factors, with the node that
+        does not."""
+        found: dict[str, Node] = {}
+        for seed in general.seeds:
+            for leaf in replace(general, seeds=[seed], masked={}).reached():
+                found.setdefault(self.leaves[leaf], self.tape.nodes[seed[0][0]])
+        return {name: found[name] for name in self.parameters.by_name if name in found}
+
+    def _warn_if_slow(self, stuck: Mapping[str, Node]) -> None:
         assert self.plan is not None
-        if self.plan.is_ruled or self.n_examples == 1:
+        if self.n_examples == 1:
             return
-        reach, recipes = self._reach(), self.plan.recipes
-        unruled = [use for use in self.plan.uses if use not in recipes]
-        slow = [(n, repr(self.tape.nodes[u.node])) for n in self.parameters.by_name for u in unruled if n in reach[u]]
+        if not self.plan.is_ruled:
+            reach, recipes = self._reach(), self.plan.recipes
+            unruled = [u for u in self.plan.uses if u not in recipes]
+            names, nodes = self.parameters.by_name, self.tape.nodes
+            slow = [(n, repr(nodes[u.node])) for n in names for u in unruled if n in reach[u]]
+            tokens = (
+                f" Are these {self.n_examples} losses tokens rather than examples? rowgrad.per_example adds them up "
+                "first."
+                if self._looks_like_tokens()
+                else ""
+            )
+            self._warn(
+                slow,
+                "no rule for how the examples meet here, so rows are computed one by one, exactly, in "
+                f"{self.n_examples} partial backward passes.{tokens}{self._underflow()}",
+            )
+        large = [n for n in stuck if self.n_examples * self.parameters.by_name[n].numel() >= SLOW_ROWS]
+        self._warn(
+            [(n, repr(stuck[n])) for n in large],
+            "a weight is computed from it, and this step of it keeps no factors, so the rows are written out, exactly, "
+            f"and taken through it {self.n_examples} times.",
+        )
+
+    def _warn(self, slow: list[tuple[str, str]], why: str) -> None:
+        """slow: (parameter, node)."""
         key = (self.n_examples, tuple(slow))
         if not slow or key in _warned:
             return
         _warned.add(key)
         name, kind = slow[0]
         more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
-        tokens = (
-            f" Are these {self.n_examples} losses tokens rather than examples? rowgrad.per_example adds them up first."
-            if self._looks_like_tokens()
-            else ""
-        )
-        warnings.warn(
-            f"{name} at {kind}{more}: no rule for how the examples meet here, so rows are computed one by one, "
-            f"exactly, in {self.n_examples} partial backward passes.{tokens}{self._underflow()} See Jacobian.explain()",
-            RowgradWarning,
-            stacklevel=4,
-        )
+        warnings.warn(f"{name} at {kind}{more}: {why} See Jacobian.explain()", RowgradWarning, stacklevel=5)
 
     def _underflow(self) -> str:
         halves = any(n.dtype() == torch.float16 for n in self.tape.nodes if not n.is_leaf and n.is_traced(0))
@@ -508,21 +538,26 @@ class _Reading:
                 by_leaf.setdefault(leaf, []).append((Multiples(weights, gradient), Place.whole(leaf, gradient.shape)))
         return replace(general, seeds=kept) if kept or general.masked else None
 
-    def _explanation(self, forms: Mapping[Use, Form]) -> Explanation:
+    def _explanation(self, forms: Mapping[Use, Form], stuck: Mapping[str, Node]) -> Explanation:
         """Kept with the layouts, for what it says follows from what they are kept for."""
         assert self.plan is not None
         told = self.plan.ownership.told
         routes = tuple((use, recipe.route, use in forms) for use, recipe in self.plan.recipes.items())
-        key = (tuple(self.leaves.items()), tuple(self.parameters.by_name), routes)
+        key = (tuple(self.leaves.items()), tuple(self.parameters.by_name), routes, tuple(stuck))
         if key not in told:
-            told[key] = self._table(forms)
+            told[key] = self._table(forms, stuck)
         return told[key]
 
-    def _table(self, forms: Mapping[Use, Form]) -> Explanation:
+    def _table(self, forms: Mapping[Use, Form], stuck: Mapping[str, Node]) -> Explanation:
         assert self.plan is not None
         reach = self._reach()
         entries = [
-            Entry(name, tuple(p.shape), [self._explained(use, forms) for use in self.plan.uses if name in reach[use]])
+            Entry(
+                name,
+                tuple(p.shape),
+                [self._explained(use, forms) for use in self.plan.uses if name in reach[use]],
+                repr(stuck[name]) if name in stuck else None,
+            )
             for name, p in self.parameters.by_name.items()
         ]
         couplings = tuple(repr(self.tape.nodes[i]) for i in self.plan.ownership.frontier.couplings)

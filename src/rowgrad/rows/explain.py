@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter and its uses."""
+    """One parameter and its uses; `stuck`: the node that a weight computed from it goes through one by one."""
 
     class Use(NamedTuple):
         kind: str
@@ -21,6 +21,7 @@ class Entry:
     name: str
     shape: tuple[int, ...]
     uses: list[Entry.Use]
+    stuck: str | None = None
 
     def __str__(self) -> str:
         head = f"{self.name} {list(self.shape)}: "
@@ -28,7 +29,7 @@ class Entry:
             return head + "not in the graph, rows are zero"
         shown = [f"{u.kind} {_how(u)} [{u.layout}, {u.proof}]" for u in self.uses[:2]]
         more = f" and {len(self.uses) - 2} more uses" if len(self.uses) > 2 else ""
-        return head + "; ".join(shown) + more
+        return head + "; ".join(shown) + more + (f"; example by example from {self.stuck} on" if self.stuck else "")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Explanation:
     couplings: tuple[str, ...] = field(default=())
 
     def slow_uses(self) -> list[tuple[str, str]]:
-        """(parameter, node) of each use that goes the general path for want of a rule."""
+        """(parameter, node) of each use that goes the general path for want of a rule. See `Entry.stuck` as well."""
         return [(e.name, u.kind) for e in self.entries for u in e.uses if u.rule is None]
 
     def __str__(self) -> str:

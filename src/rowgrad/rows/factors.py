@@ -363,7 +363,7 @@ class Outer:
             right=self.right[index],
             positions=None if self.positions is None else self.positions[index],
             cotangent_gram=None,
-            _formed=None if self._formed is None else self._formed[index],
+            _formed=None,
         )
 
     def scaled(self, weights: Tensor) -> Outer:

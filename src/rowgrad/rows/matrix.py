@@ -433,12 +433,7 @@ class Jacobian:
         part = Jacobian(
             self._losses,
             Parameters(kept, {a: n for a, n in self._parameters.aliases.items() if n in kept}),
-            Blocks(
-                {n: blocks.by_name[n] for n in kept},
-                blocks.general,
-                blocks.general_names & set(kept),
-                blocks.max_bytes,
-            ),
+            blocks.part(kept),
             self._explanation,
         )
         part._sq_norms = {n: s for n, s in self._sq_norms.items() if n in kept}

@@ -80,6 +80,13 @@ class Blocks:
     max_bytes: int = KEPT_BYTES
     _kept: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # bytes, where there are any
 
+    def part(self, names: Iterable[str]) -> Blocks:
+        """Of some parameters. What stays of these is counted together with what stays here."""
+        chosen = {name: self.by_name[name] for name in names}
+        found = Blocks(chosen, self.general, self.general_names & chosen.keys(), self.max_bytes)
+        found._kept = self._kept
+        return found
+
     def held(self) -> list[tuple[str, Tensor, int]]:
         """(parameter, tensor, its version) of what the forms hold; some of it the model's caller may write to."""
         return [

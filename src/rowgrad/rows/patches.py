@@ -300,7 +300,7 @@ class Convolved:
             x=self.x[index],
             y=self.y[index],
             images=None if self.images is None else self.images[index],
-            _formed=None if self._formed is None else self._formed[index],
+            _formed=None,
         )
 
     def scaled(self, weights: Tensor) -> Convolved:

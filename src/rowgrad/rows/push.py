@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import Dense, Form, Outer, Rows, handed_out, wide
+from rowgrad.rows.factors import Dense, Form, Outer, Rows, handed_out, let_go, wide
 from rowgrad.rows.lookup import NO_PADDING, flat_ids, leading_ids
 from rowgrad.rows.ownership import Edge
 from rowgrad.rows.placement import Place, place_of
@@ -50,7 +50,10 @@ Push = Callable[[Arrival, int], Form | None]  # (arrival, slot); None: not in fa
 def push(
     tape: Tape, seeds: Iterable[tuple[Edge, Form]], needed: Sequence[bool], max_bytes: int
 ) -> tuple[list[tuple[Place, Form]], list[tuple[Edge, Form]]]:
-    """The forms that reach a parameter or a strided part of one, and those that some node does not take in factors."""
+    """The forms that reach a parameter or a strided part of one, and those that some node does not take in factors.
+
+    max_bytes: what those that arrive written out may take in all.
+    """
     inbox: dict[Edge, list[Form]] = {}
     for edge, form in seeds:
         inbox.setdefault(edge, []).append(form)
@@ -62,10 +65,12 @@ def push(
         for form in forms:
             if place is not None:
                 placed.append((place, form))
+                max_bytes -= written_out_bytes(form)
                 continue
             arrival = Arrival(tape, tape.nodes[edge[0]], form, max_bytes)
             arrival = _in_shape(arrival, arrival.node.shape(edge[1]))
             pushed = None if arrival is None else _through(arrival, needed)
+            let_go(form)  # rows that were formed on the way are held by what came of them
             if pushed is None:
                 left.append((edge, form))
                 continue
@@ -100,14 +105,19 @@ def _through(arrival: Arrival, needed: Sequence[bool]) -> dict[Edge, Form] | Non
     return found
 
 
-def _as_outer(form: Form) -> Form:
-    """An outer product rather than images, where that is the cheaper form anyway."""
-    return form.plain()
+def _as_outer(arrival: Arrival) -> Form:
+    """The form as an outer product, or written out where that is smaller and fits."""
+    return arrival.form.plain() if isinstance(arrival.form, Outer) or _fits(arrival) else arrival.form
+
+
+def written_out_bytes(form: Form) -> int:
+    """Of rows that the form holds as such."""
+    return form.values.nbytes if isinstance(form, Dense) else 0
 
 
 def _transposed(arrival: Arrival, slot: int) -> Form | None:
     """A matrix with its two dimensions exchanged."""
-    form = _as_outer(arrival.form)
+    form = _as_outer(arrival)
     if arrival.node.kind == "PermuteBackward0" and [signed(d) % 2 for d in arrival.node.attribute("dims")] != [1, 0]:
         return None
     if arrival.node.kind == "TransposeBackward0" and arrival.node.dim("dim0", 2) == arrival.node.dim("dim1", 2):
@@ -118,7 +128,7 @@ def _transposed(arrival: Arrival, slot: int) -> Form | None:
 
 
 def _same_order(arrival: Arrival, slot: int) -> Form | None:
-    form, shape = _as_outer(arrival.form), arrival.target_shape(slot)
+    form, shape = _as_outer(arrival), arrival.target_shape(slot)
     if isinstance(form, Outer) and form.shape.numel() == shape.numel():
         return replace(form, shape=shape)
     return form if form.shape == shape else None
@@ -150,14 +160,14 @@ def _factor(arrival: Arrival, slot: int) -> Form | None:
     if shape.numel() == 1 and arrival.form.shape.numel() != 1:
         return Dense(arrival.form.dot(other.expand(arrival.form.shape)).reshape(-1, *shape))
     if shape != arrival.form.shape:
-        return _contracted(arrival.form, other, shape)
-    return _along(arrival.form, other)
+        return _contracted(arrival, other, shape)
+    return _along(arrival, other)
 
 
-def _along(form: Form, other: Tensor) -> Form | None:
+def _along(arrival: Arrival, other: Tensor) -> Form | None:
     if other.numel() == 1:
-        return _times(form, other.reshape(()))
-    form = _as_outer(form)
+        return _times(arrival.form, other.reshape(()))
+    form = _as_outer(arrival)
     if not isinstance(form, Outer) or form.sizes[1] != 1 or len(form.shape) != 2:
         return None
     other = other.reshape((1,) * (2 - other.ndim) + tuple(other.shape))
@@ -168,9 +178,9 @@ def _along(form: Form, other: Tensor) -> Form | None:
     return None
 
 
-def _contracted(form: Form, other: Tensor, shape: torch.Size) -> Form | None:
+def _contracted(arrival: Arrival, other: Tensor, shape: torch.Size) -> Form | None:
     """Gradient of a scale of the rows (a, 1) or of the columns (b,) or (1, b)."""
-    form = _as_outer(form)
+    form = _as_outer(arrival)
     if not isinstance(form, Outer) or form.sizes[1] != 1 or len(form.shape) != 2 or other.shape != form.shape:
         return None
     a, b = form.shape
@@ -206,7 +216,7 @@ def _denominator(arrival: Arrival, slot: int) -> Form | None:
 
 def _first_of_product(arrival: Arrival, slot: int) -> Form | None:
     """W = X Y: the rows of X are those of W times Y^T."""
-    form, shape = _as_outer(arrival.form), arrival.target_shape(slot)
+    form, shape = _as_outer(arrival), arrival.target_shape(slot)
     y = wide(arrival.node.saved("mat2"))
     if isinstance(form, Outer) and _is_stack(form):
         return replace(form, right=form.right @ y.mT, shape=shape, _formed=None, _cancels=None)
@@ -218,7 +228,7 @@ def _first_of_product(arrival: Arrival, slot: int) -> Form | None:
 
 def _second_of_product(arrival: Arrival, slot: int) -> Form | None:
     """W = X Y: the rows of Y are X^T times those of W."""
-    form, shape = _as_outer(arrival.form), arrival.target_shape(slot)
+    form, shape = _as_outer(arrival), arrival.target_shape(slot)
     x = wide(arrival.node.saved("self"))
     if isinstance(form, Outer) and _is_stack(form):
         return replace(form, left=form.left @ x, shape=shape, _formed=None, _cancels=None)
@@ -252,7 +262,7 @@ def _length(arrival: Arrival, slot: int) -> Form | None:
     """W = g v / |v|: the rows of g are those of W along v."""
     unit, scale, form = _weight_norm(arrival)
     if isinstance(form, Outer) and form.shape == (form.sizes[3], form.sizes[4]) == unit.shape:
-        return _contracted(form, unit, arrival.target_shape(slot))
+        return _contracted(arrival, unit, arrival.target_shape(slot))
     rows = _written_out(arrival)
     if rows is None:
         return None
@@ -264,7 +274,7 @@ def _weight_norm(arrival: Arrival) -> tuple[Tensor, Tensor, Form | None]:
     """v / |v|, g / |v|, and the form where the norm is taken along the rows of a matrix."""
     v, g, norm = (wide(arrival.node.saved(name)) for name in ("v", "g", "result1"))
     along_rows = v.ndim == 2 and arrival.node.dim("dim", 2) == 0
-    return v / norm.to(v.dtype), g / norm.to(v.dtype), _as_outer(arrival.form) if along_rows else None
+    return v / norm.to(v.dtype), g / norm.to(v.dtype), _as_outer(arrival) if along_rows else None
 
 
 def _embedded(arrival: Arrival, slot: int) -> Form | None:
