@@ -69,14 +69,14 @@ def _task(sizes: dict[str, int]) -> Task:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=results.whole_number(1), default=len(os.sched_getaffinity(0)))
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--most", type=int, help="leave out larger values")
+    parser.add_argument("--most", type=results.whole_number(1), help="leave out larger values")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
     parser.add_argument("--file", type=Path, default=results.FOLDER / "growth.json")
     arguments = parser.parse_args()
-    content = {} if arguments.fresh else results.read(arguments.file)
-    content |= {"about": results.about(arguments.threads), "base": BASE | {"vocabulary": VOCABULARY}}
+    content = results.begun(arguments.file, arguments.threads, fresh=arguments.fresh)
+    content |= {"base": BASE | {"vocabulary": VOCABULARY}}
     for axis in arguments.axes:
         points: list[dict[str, Any]] = content.setdefault("axes", {}).setdefault(axis, [])
         done = {point["value"] for point in points}

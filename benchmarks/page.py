@@ -14,6 +14,7 @@ from markupsafe import Markup
 from benchmarks import growth, paths, results, sweep
 from benchmarks.charts import Dot, Series, dots_by_row, lines
 from benchmarks.ours import FIRST
+from benchmarks.reference import TINY_TOLERANCE, TOLERANCE
 from benchmarks.task import OURS, OUTPUTS, PLAIN
 from rowgrad.graph.lettering import number
 
@@ -272,6 +273,8 @@ def render(
         ratio_charts={output: ratio_chart(workloads, output) for output in OUTPUTS if workloads},
         memory_charts={output: memory_chart(workloads, output) for output in ("norms", "clipped") if workloads},
         failures=failures(workloads),
+        tolerance=TOLERANCE,
+        tiny_tolerance=TINY_TOLERANCE,
         growth=growth_charts(grown),
         base=grown.get("base", {}),
         sweep=sweep_charts(swept),

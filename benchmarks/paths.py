@@ -154,12 +154,11 @@ def summary(points: Sequence[Point]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graphs", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--most", type=int, help="leave out deeper graphs")
+    parser.add_argument("--most", type=results.whole_number(1), help="leave out deeper graphs")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
     parser.add_argument("--file", type=Path, default=results.FOLDER / "paths.json")
     arguments = parser.parse_args()
-    content = {} if arguments.fresh else results.read(arguments.file)
-    content["about"] = results.about(1)
+    content = results.begun(arguments.file, 1, fresh=arguments.fresh)
     for name in arguments.graphs:
         points: list[Point] = content.setdefault("graphs", {}).setdefault(name, [])
         done = {point["depth"] for point in points}

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.ours import FIRST
 from benchmarks.page import standings
+from benchmarks.runner import ALONE
 from benchmarks.task import OUTPUTS
 from rowgrad.graph.lettering import number
 
@@ -27,7 +28,8 @@ def block(found: Mapping[str, Any]) -> str:
     torch = about["versions"]["torch"]
     lines = [
         "Medians of the ratio to the plain step (forward and backward of the summed losses), in brackets the fastest",
-        f"exact rival's; float32, torch {torch}, {about['threads']} threads of {about['machine']}:",
+        f"exact rival's, with ~ where it took so long that it was timed once; float32, torch {torch},",
+        f"{about['threads']} threads of {about['machine']}:",
         "",
         f"| workload | {' | '.join(OUTPUTS.values())} | first call |",
         "|---" * (len(OUTPUTS) + 2) + "|",
@@ -43,7 +45,11 @@ def _cell(cell: Mapping[str, Any] | None) -> str:
     if cell is None:
         return ""
     ours = number(cell["ours"]) if cell["ours"] else "failed"
-    return ours if cell["best"] is None else f"{ours} ({number(cell['best'][1]['ratio'][0])})"
+    if cell["best"] is None:
+        return ours
+    rival = cell["best"][1]
+    about = "~" if rival.get("reason") == ALONE else ""
+    return f"{ours} ({about}{number(rival['ratio'][0])})"
 
 
 def page() -> str:

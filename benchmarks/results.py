@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +28,21 @@ def about(threads: int) -> dict[str, Any]:
     }
 
 
+def begun(path: Path, threads: int, *, tiny: bool = False, fresh: bool = False) -> dict[str, Any]:
+    """The file's content with what is measured now told in it.
+
+    Raises:
+        SystemExit: it was measured otherwise, and what is added would stand beside other things.
+    """
+    content, now = read(path), about(threads) | {"tiny": tiny}
+    before = content.get("about", {})
+    odd = [key for key in ("machine", "threads", "versions", "tiny") if key in before and before[key] != now[key]]
+    if odd and not fresh:
+        told = "; ".join(f"{key} was {before[key]} and is {now[key]}" for key in odd)
+        raise SystemExit(f"{path}: {told}. Choose another --file, or measure all of it again with --fresh")
+    return ({} if fresh else content) | {"about": now}
+
+
 def commit() -> str:
     """The commit of the source, with a plus sign where it was changed since."""
     root = Path(__file__).parent
@@ -42,8 +59,38 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The file's content, or an empty dictionary where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """The file's content, or an empty dictionary where there is none.
+
+    Raises:
+        SystemExit: it is no file of results.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: no file of results ({error}); choose another --file") from error
+    if not isinstance(content, dict):
+        raise SystemExit(f"{path}: no file of results, it holds a {type(content).__name__}; choose another --file")
+    return content
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """For argparse: a whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value}: expected {least} or more")
+        return value
+
+    return parse
+
+
+def duration(text: str) -> float:
+    """For argparse: a positive number of seconds."""
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive number of seconds")
+    return value
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from benchmarks.timing import host_seconds, spread, summary, time_methods
 from benchmarks.workloads import WORKLOADS
 
 Cell = dict[str, dict[str, Any]]  # by method
+ALONE = "timed once, alone"
 HOPELESS = 0.5, 20.0  # seconds and plain steps, together, after which a rival is not timed again
 
 
@@ -89,7 +90,7 @@ def measure_output(
             cell[name] |= summary(seconds, name)
         else:
             once = {"rounds": 1, "seconds": [alone] * 3, "ratio": [alone / plain[0]] * 3}
-            cell[name] |= once | {"reason": "timed once, alone"}
+            cell[name] |= once | {"reason": ALONE}
     return cell, plain
 
 
@@ -125,16 +126,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="workloads")
     parser.add_argument("--outputs", nargs="+", choices=OUTPUTS, default=list(OUTPUTS))
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--seconds", type=float, default=8, help="to spend on timing each workload and output, about")
+    parser.add_argument("--threads", type=results.whole_number(1), default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--seconds", type=results.duration, default=8, help="to spend on timing each workload and output, about"
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the machinery")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
     parser.add_argument("--file", type=Path, default=results.FOLDER / "cpu.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     setting = Setting(arguments.threads, arguments.tiny)
-    content = results.read(arguments.file)
-    content["about"] = results.about(arguments.threads)
+    whole = arguments.fresh and set(arguments.only) == set(WORKLOADS)
+    content = results.begun(arguments.file, arguments.threads, tiny=arguments.tiny, fresh=whole)
     workloads = content.setdefault("workloads", {})
     if arguments.fresh:
         for key in arguments.only:

@@ -128,14 +128,14 @@ def added_entries(point: Point) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--threads", type=results.whole_number(1), default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--widths", type=results.whole_number(1), nargs="+", default=WIDTHS)
+    parser.add_argument("--batches", type=results.whole_number(1), nargs="+", default=BATCHES)
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
     parser.add_argument("--file", type=Path, default=results.FOLDER / "sweep.json")
     arguments = parser.parse_args()
-    content = {} if arguments.fresh else results.read(arguments.file)
-    content |= {"about": results.about(arguments.threads), "n_layers": N_LAYERS, "naive_examples": NAIVE_EXAMPLES}
+    content = results.begun(arguments.file, arguments.threads, fresh=arguments.fresh)
+    content |= {"n_layers": N_LAYERS, "naive_examples": NAIVE_EXAMPLES}
     points: list[Point] = content.setdefault("points", [])
     done = {(point["p"], point["m"]) for point in points}
     for p, m in ((p, m) for p in arguments.widths for m in arguments.batches if (p, m) not in done):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +46,16 @@ class Task:
         """Forward pass and backward pass of the summed losses."""
         self.losses().sum().backward()
 
+    def lowest(self) -> list[Tensor]:
+        """Few parameters to which a backward pass goes through every layer: the tables, or a layer's before which there
+        is none; all where neither is told by the model's form."""
+        tables = [m.weight for m in self.model.modules() if isinstance(m, nn.Embedding)]
+        if tables:
+            return tables
+        if isinstance(self.model, nn.Sequential):
+            return [list(self.model[0].parameters())[-1]]
+        return [*self.model.parameters()]
+
     def gradients(self) -> dict[str, Tensor]:
         """What is in `.grad`."""
         return {name: p.grad for name, p in self.params().items() if p.grad is not None}
@@ -60,12 +70,16 @@ class Goal:
 
     max_norm: float
     seed: int = 1
+    _drawn: dict[tuple, dict[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def direction(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Standard normal numbers for each parameter, the same whatever its dtype."""
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = {name: torch.randn(params[name].shape, generator=generator) for name in sorted(params)}
-        return {name: drawn[name].to(p.dtype) for name, p in params.items()}
+        """Standard normal numbers for each parameter, the same whatever its dtype; drawn once."""
+        key = tuple([(name, p.dtype, p.shape) for name, p in params.items()])
+        if key not in self._drawn:
+            generator = torch.Generator().manual_seed(self.seed)
+            drawn = {name: torch.randn(params[name].shape, generator=generator) for name in sorted(params)}
+            self._drawn[key] = {name: drawn[name].to(p.dtype) for name, p in params.items()}
+        return self._drawn[key]
 
     def weights(self, sq_norms: Tensor) -> Tensor:
         """What each row is multiplied by so that none is longer than the bound."""

@@ -19,6 +19,7 @@ from benchmarks.task import OURS, PLAIN, Goal, Step
 from benchmarks.workloads import WORKLOADS
 
 MOST_ROUNDS, FEWEST_ROUNDS = 15, 2
+CLOSE, CLOSE_ROUNDS = 1.5, 9  # times as slow as ours, by the first estimate; rounds that such a rival takes at least
 SLOW = 1.0  # seconds; a step that takes more is not warmed up
 QUICK = 0.2  # seconds; a step that takes less is repeated, and the second is counted
 HOST_CALLS = 50
@@ -48,6 +49,9 @@ def _time_methods(
     built = {method: build(workload, method, output, goal, setting.tiny) for method in [PLAIN, *estimates]}
     share = budget / len(built)
     rounds = {name: rounds_for(seconds, 4 * share if name == OURS else share) for name, seconds in estimates.items()}
+    for name, seconds in estimates.items():
+        if name == OURS or seconds < CLOSE * estimates.get(OURS, 0):
+            rounds[name] = max(rounds[name], CLOSE_ROUNDS)
     cold = [name for name, seconds in estimates.items() if seconds > SLOW]
     quick = [name for name in built if estimates.get(name, 0) < QUICK]
     return side_by_side(built, rounds, cold, quick)

@@ -162,20 +162,20 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().mean((1, 2))
 
 
-TINY_PERCEPTRON = partial(perceptron, 5, (6, 7, 8, 4))
+TINY_PERCEPTRON = partial(perceptron, 5, (6, 7, 8, 6, 4))
 TINY_LANGUAGE = partial(language, 3, 5, vocabulary=11, width=8)
 # fmt: off
 WORKLOADS = {
     "mlp-256":   Workload("MLP 512-1024-1024-1024-10, B=256", partial(perceptron, 256), TINY_PERCEPTRON),
     "mlp-32":    Workload("MLP 512-1024-1024-1024-10, B=32", partial(perceptron, 32), TINY_PERCEPTRON),
     "cnn":       Workload("CNN, five 3x3 convolutions, B=64", partial(convolutional, 64),
-                          partial(convolutional, 3, (3, 8, 16), side=6)),
+                          partial(convolutional, 3, (3, 8, 16, 8, 16, 8), side=6)),
     "resnet":    Workload("ResNet-18 with GroupNorm, B=16", partial(residual, 16),
-                          partial(residual, 2, width=8, n_blocks=1, side=16)),
+                          partial(residual, 2, width=8, side=16)),
     "gpt-64":    Workload("GPT, 4 blocks, width 256, B=16, T=64", partial(language, 16, 64), TINY_LANGUAGE),
     "gpt-128":   Workload("GPT, 4 blocks, width 256, B=16, T=128", partial(language, 16, 128), TINY_LANGUAGE),
     "gpt-512":   Workload("GPT, 4 blocks, width 256, B=4, T=512", partial(language, 4, 512), TINY_LANGUAGE),
-    "lstm":      Workload("LSTM 128 -> 256, B=32, T=64", partial(recurrent, 32, 64), partial(recurrent, 3, 5, 4, 6)),
+    "lstm":      Workload("LSTM 128 -> 256, B=32, T=64", partial(recurrent, 32, 64), partial(recurrent, 3, 64, 4, 6)),
     "embedding": Workload("Embedding of 100,000, B=256, T=32", partial(lookup, 256, 32),
                           partial(lookup, 4, 3, vocabulary=20, width=5)),
 }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.task import OUTPUTS, Goal, Method, Step, Task, from_rows
+from benchmarks.workloads import Block
 
 Gradients = dict[str, Tensor]
 
@@ -33,13 +35,12 @@ def _loop(task: Task, output: str, goal: Goal) -> Step:
         return found
 
     def clipped() -> Gradients:
-        total = {name: torch.zeros_like(p) for name, p in params.items()}
+        total = [torch.zeros_like(p) for p in params.values()]
         for j in range(len(task)):
             gradients = row(j)
-            weight = goal.weights(_dot(gradients, gradients))
-            for name, g in gradients.items():
-                total[name].add_(g * weight)
-        return total
+            weight = float(goal.weights(_norm(gradients).square()))
+            torch._foreach_add_(total, list(gradients.values()), alpha=weight)  # pyright: ignore[reportPrivateImportUsage]
+        return dict(zip(params, total, strict=True))
 
     def norms() -> Tensor:
         return torch.stack([_norm(row(j)) for j in range(len(task))])
@@ -52,7 +53,8 @@ def _loop(task: Task, output: str, goal: Goal) -> Step:
 
 
 def _norm(gradients: Gradients) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]).norm()
+    norms = torch._foreach_norm(list(gradients.values()))  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack(norms).norm()
 
 
 def _dot(a: Gradients, b: Gradients) -> Tensor:
@@ -75,9 +77,34 @@ def _batched(task: Task, output: str, goal: Goal) -> Step:
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """Kernels that have a second and a forward derivative: fused attention and oneDNN's LSTM have none."""
-    is_recurrent = any(isinstance(m, nn.LSTM) for m in model.modules())
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=not is_recurrent):
+    with ExitStack() as stack:
+        if any(isinstance(m, Block) for m in model.modules()):
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(m, nn.LSTM) for m in model.modules()):
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         yield
+
+
+def _forward_ad(task: Task, output: str, goal: Goal) -> Step:
+    """J v by one forward pass with dual numbers for parameters."""
+    direction = goal.direction(task.params())
+    tangents = {p: direction[name] for name, p in task.model.named_parameters()}
+    places = [(m, name, p) for m in task.model.modules() for name, p in m.named_parameters(recurse=False)]
+
+    def step() -> Tensor | None:
+        with torch.no_grad(), forward_ad.dual_level(), unfused(task.model):
+            duals = {p: forward_ad.make_dual(p.detach(), tangent) for p, tangent in tangents.items()}
+            for module, name, p in places:
+                del module._parameters[name]
+                setattr(module, name, duals[p])
+            try:
+                return forward_ad.unpack_dual(task.losses()).tangent
+            finally:
+                for module, name, p in places:
+                    delattr(module, name)
+                    module._parameters[name] = p
+
+    return step
 
 
 def _double_backward(task: Task, output: str, goal: Goal) -> Step:
@@ -99,4 +126,5 @@ METHODS = [
     Method("plain loop", tuple(OUTPUTS), _loop),
     Method("is_grads_batched", ("norms", "clipped", "gram", "rows"), _batched),
     Method("double backward", ("dot",), _double_backward),
+    Method("forward AD", ("dot",), _forward_ad),
 ]

@@ -32,6 +32,7 @@ ACCUMULATE = "torch::autograd::AccumulateGrad"
 KNOWN_STRUCTURES = 64  # kept, the ones last read node by node
 TRIED_STRUCTURES = 4  # used last: a graph is compared with them before it is read node by node
 COPY_SLICES = "torch::autograd::CopySlices"
+INDEX = "IndexBackward0"
 _PYTHON_NODE = torch.autograd.function.BackwardCFunction
 
 
@@ -124,10 +125,24 @@ def _attributes(kind: type) -> Callable[[Any], Any] | None:
 
 
 def _reader(kind: type) -> Callable[[Any], Any] | None:
+    if kind.__name__ == INDEX:
+        return index_pattern
     names = dir(kind)
     tensors = {name.replace("_raw_saved_", "_saved_") for name in names if name.startswith("_raw_saved_")}
     plain = [n for n in names if n.startswith("_saved_") and n not in tensors and n != "_saved_tensors"]
     return attrgetter(*plain) if plain else None
+
+
+def index_pattern(fn: Any) -> tuple[tuple[int, str, bool] | None, ...]:
+    """Which dimensions are indexed: for each None, or the dimensions and dtype of its tensor of ids and whether these
+    only count (0, 1, 2, ...). Ids that count are part of a structure; others are contents."""
+    return tuple([None if ids is None else (ids.ndim, str(ids.dtype), _counts(ids)) for ids in fn._saved_indices])
+
+
+def _counts(ids: Tensor) -> bool:
+    if ids.ndim != 1 or ids.dtype != torch.long:
+        return False
+    return torch.equal(ids, torch.arange(len(ids), device=ids.device))
 
 
 _PLAIN = {int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}

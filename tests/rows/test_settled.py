@@ -245,3 +245,53 @@ def test_a_layer_that_begins_with_zeros_is_settled_soon(name: str, monkeypatch: 
                 p.add_(0.1 * torch.randn_like(p))
     assert counts[0] > 1
     assert counts[2:] == [1, 1]
+
+
+def scored_by_label() -> tuple[nn.Module, Losses]:
+    model = nn.Linear(3, 4).double()
+    return model, lambda: -model(data(B, 3)).log_softmax(1)[torch.arange(B), torch.randint(4, (B,))]
+
+
+def last_token() -> tuple[nn.Module, Losses]:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    return model, lambda: energy(model(data(B, 4, 3))[torch.arange(B), torch.randint(4, (B,))])
+
+
+def features_chosen() -> tuple[nn.Module, Losses]:
+    model = nn.Linear(3, 6).double()
+    return model, lambda: energy(model(data(B, 4, 3))[:, [0, 2, 2]][..., torch.randperm(6)])
+
+
+def features_chosen_apart() -> tuple[nn.Module, Losses]:
+    model = nn.Linear(3, 6).double()
+    ids = torch.randint(2, (3, 1)), torch.randint(6, (4,))
+    return model, lambda: energy(model(data(2, B, 3))[ids[0], :, ids[1]].movedim(2, 0))
+
+
+INDEXED = [scored_by_label, last_token, features_chosen, features_chosen_apart]
+
+
+@pytest.mark.parametrize("make", INDEXED)
+def test_ids_that_only_count_or_lie_elsewhere_settle(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SETTLED, "indexed", make)
+    test_is_proved_once("indexed", monkeypatch)
+    test_what_is_settled_holds("indexed")
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
+def test_ids_that_count_no_longer_are_another_structure() -> None:
+    """Same shapes, kinds and dtypes; only what the ids say, or which dimension they index, differs."""
+    forget()
+    torch.manual_seed(0)
+    layer = nn.Linear(3, B).double()
+    count, moved = torch.arange(B), torch.tensor([1, 2, 3, 4, 5, 0])
+    columns = torch.tensor([3, 0, 1, 4, 2, 5])
+    choices = [(count, columns), (moved, columns), (count, columns), (columns, count), (count,), (moved,)]
+    choices += [(slice(None), moved), (moved,), (slice(None), count), (count,)]
+    for _ in range(2):
+        for chosen in choices:
+            h = layer(data(B, 3))
+            L = energy(h[chosen]) if len(chosen) == 1 or chosen[0] == slice(None) else h[chosen].sin()
+            found = rg.jacobian(L, layer, retain_graph=True)
+            expected = rows_by_grad(L, dict(layer.named_parameters()))
+            assert_rows_close(found.dense(as_dict=True), expected, 1e-10)

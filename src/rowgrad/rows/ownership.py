@@ -240,7 +240,7 @@ class Prover:
         found: dict[Edge, Layout] = {}
         for block in self._blocks(edges):
             base = zip(block, self._cotangents(block, self.seed), strict=True)
-            attempts = {e: _AxisTest(z, expected[e], self) if e in expected else _Attempt(z, self) for e, z in base}
+            attempts = {e: _AxisTest(z, [expected[e]], self) if e in expected else _Attempt(z, self) for e, z in base}
             for k, code in enumerate(self.codes.halves):
                 self._see(attempts, k, code)
             found.update({e: layout for e, attempt in attempts.items() if (layout := attempt.result()) is not None})
@@ -263,7 +263,7 @@ class Prover:
             yield block
 
     def _prove(self, block: list[Edge], found: dict[Edge, Layout]) -> None:
-        """In rounds of all passes: the likeliest dimension of each edge, then the next, then entry by entry."""
+        """In rounds of all passes: along one of the dimensions of each edge, then entry by entry."""
         base = dict(zip(block, self._cotangents(block, self.seed), strict=True))
         if self.codes.n_digits > 2 and not all(bool(z.isfinite().all()) for z in base.values()):
             self.codes = self._codebook({torch.float16})  # of zeros and ones: an entry that overflows shows no other
@@ -272,7 +272,7 @@ class Prover:
             below = self._below_mixed(found)
             found.update({e: MIXED for e in remaining if e[0] in below})
             attempts = {
-                e: _AxisTest(base[e], candidates[e].pop(0), self) if candidates[e] else _Decoding(base[e], self)
+                e: _AxisTest(base[e], axes, self) if (axes := candidates.pop(e, None)) else _Decoding(base[e], self)
                 for e in remaining
                 if e not in found
             }
@@ -351,26 +351,30 @@ class _Attempt:
 
 
 class _AxisTest(_Attempt):
-    """The hypothesis that the examples lie along one dimension."""
+    """The hypothesis that the examples lie along one of some dimensions, the likeliest first."""
 
-    def __init__(self, base: Tensor, axis: Axis, prover: Prover) -> None:
+    def __init__(self, base: Tensor, axes: Sequence[Axis], prover: Prover) -> None:
         super().__init__(base, prover)
-        self.axis = axis
+        self.axes = list(axes)
         self.mixed = False
-        owner = owners_along(axis, base.shape, prover.n_examples, base.device)
-        self.owner = owner.reshape([-1 if d == axis.dim else 1 for d in range(base.ndim)])
 
     def see(self, k: int, code: Code, z: Tensor) -> None:
-        self.alive = self.agrees(z, code.seed.to(_real(self.base.dtype))[self.owner])
+        seed = code.seed.to(_real(self.base.dtype))
+        self.axes = [axis for axis in self.axes if self.agrees(z, seed[self._owner(axis)])]
+        self.alive = bool(self.axes)
         self.mixed = not self.alive and self.mixes(z)
 
+    def _owner(self, axis: Axis) -> Tensor:
+        owner = owners_along(axis, self.base.shape, self.prover.n_examples, self.base.device)
+        return owner.reshape([-1 if d == axis.dim else 1 for d in range(self.base.ndim)])
+
     def result(self) -> Layout | None:
-        """None: not along this dimension."""
+        """None: along none of these dimensions."""
         if self.mixed:
             return MIXED
         if not self.alive:
             return None
-        return ZERO if self.zero else self.axis
+        return ZERO if self.zero else self.axes[0]
 
 
 class _Decoding(_Attempt):
@@ -382,7 +386,11 @@ class _Decoding(_Attempt):
         self.owner: Tensor | None = None
 
     def see(self, k: int, code: Code, z: Tensor) -> None:
-        matched = torch.zeros_like(self.word, dtype=torch.bool)
+        digits, matched = self._read_off(code, z)
+        if bool(matched.all()):
+            self.word += digits * self.prover.codes.n_digits**k
+            return
+        matched = torch.zeros_like(matched)
         for digit, value in enumerate(code.values):
             v = torch.tensor(value, dtype=_real(self.base.dtype), device=self.base.device)
             expected = self.base * v
@@ -395,6 +403,15 @@ class _Decoding(_Attempt):
             self.word += good * (digit * self.prover.codes.n_digits**k)
             matched |= good
         self.alive = bool(matched.all())
+
+    def _read_off(self, code: Code, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The digit of each entry that came back exactly, and which did."""
+        digits, matched = torch.zeros_like(self.word), (z == 0) & self.base.isfinite()
+        for digit, value in list(enumerate(code.values))[1:]:
+            good = (z == self.base * value).logical_and_(~matched)
+            digits.masked_fill_(good, digit)
+            matched |= good
+        return digits, matched
 
     def see_fresh(self, code: Code, z: Tensor) -> None:
         owner = self.prover.codes.owner_of_word.to(self.word.device)[self.word]

@@ -18,7 +18,7 @@ from functools import partial
 from math import prod
 
 from rowgrad.rows.ownership import Axis, Edge
-from rowgrad.tape import Node, Tape, signed
+from rowgrad.tape import INDEX, Node, Tape, index_pattern, signed
 
 Shape = Sequence[int]
 CAT = "CatBackward0"  # whose parts begin where the sizes of those before say
@@ -298,6 +298,21 @@ def _gather(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> 
     return a if slot == 0 and len(out) == len(into) and a.dim != dim and out[a.dim] == into[a.dim] else None
 
 
+def _indexed(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+    """Tensors of ids for some dimensions. Of the others nothing is moved, nor where the ids only count."""
+    pattern = index_pattern(node.fn)
+    ids = {d: t for d, t in enumerate(pattern) if t is not None}
+    if slot != 0 or not ids or any(dtype == "torch.bool" for _, dtype, _ in ids.values()):
+        return None
+    first, n_dims = min(ids), max(ndim for ndim, _, _ in ids.values())
+    begin = first if max(ids) - first == len(ids) - 1 else 0  # ids apart from each other: their dimensions come first
+    if begin <= a.dim < begin + n_dims:
+        counted = [d for d, (_, _, counts) in ids.items() if counts and n_dims == 1 and into[d] == out[a.dim]]
+        return Axis(counted[0], a.inner) if counted else None
+    kept = [d for d in range(len(into)) if d not in ids]
+    return Axis(kept[a.dim if a.dim < begin else a.dim - n_dims], a.inner)
+
+
 def _repeat(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
     repeats = node.attribute("repeats")
     return _same(node, slot, a, out, into, n) if repeats[a.dim] == 1 else None
@@ -351,6 +366,7 @@ TRANSFERS: dict[str, Transfer] = {
                 " ReplicationPad3D", _pad),
     **_numbered("Flip Roll", _avoiding("dims")),
     **_numbered("Repeat", _repeat),
+    INDEX:                        _indexed,
     **_numbered("Gather IndexSelect", _gather),
     "MmBackward0":                _mm(0),
     "BmmBackward0":               _mm(0),
