@@ -15,7 +15,7 @@ help:
 	@echo "make test        the tests, without those marked long"
 	@echo "make test-long   the tests marked long"
 	@echo "make check       lint, formatting and types"
-	@echo "make bench       measure against every rival (about 25 minutes on a quiet machine; a rerun goes on where"
+	@echo "make bench       measure against every rival (about 50 minutes on a quiet machine; a rerun goes on where"
 	@echo "                 it was stopped); QUICK=1 tries it on one small model; ARGS=\"--only cnn --fresh\" chooses"
 	@echo "make bench-growth   how steps grow with sizes (under 10 minutes)"
 	@echo "make format      repair what the linter and the formatter can"

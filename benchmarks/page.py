@@ -30,6 +30,7 @@ FAMILIES = {
     "naive": "plain",
     "is_grads_batched": "autograd",
     "double backward": "autograd",
+    "forward AD": "autograd",
 }
 LEGEND = {
     "rowgrad": "rowgrad",

@@ -246,6 +246,28 @@ def test_a_run_keeps_its_lines_and_goes_on(tmp_path: Path) -> None:
     assert set(workload["plain"]["seconds"]) == {"dot", "norms"}
 
 
+def test_every_method_has_a_place_in_the_legend() -> None:
+    assert {page.family(m.name) for m in METHODS} <= page.LEGEND.keys()
+
+
+def test_files_measured_otherwise_are_not_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+    results.write(path, results.begun(path, 2) | {"workloads": {"a": 1}})
+    assert results.begun(path, 2)["workloads"] == {"a": 1}
+    for threads, tiny in ((1, False), (2, True)):
+        with pytest.raises(SystemExit, match=r"threads was 2|tiny was False"):
+            results.begun(path, threads, tiny=tiny)
+    assert "workloads" not in results.begun(path, 1, fresh=True)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", b"\xff"])
+def test_files_that_are_no_results_are_refused(tmp_path: Path, content: str | bytes) -> None:
+    path = tmp_path / "cpu.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit, match="no file of results"):
+        results.begun(path, 2)
+
+
 def test_weights_of_clipping() -> None:
     weights = replace(Goal(1.0), max_norm=2.0).weights(torch.tensor([1.0, 16.0, 0.0]))
     assert weights.tolist() == [1.0, 0.5, 1.0]

@@ -25,9 +25,11 @@ autograd's graph at which that happens and which of their inputs the parameter i
 
 Not in the tables: views, slices, splits, transposes, reshapes and casts between a parameter and its use; they are
 followed. Parameters that are computed from others (weight norm, merged low-rank updates) use the rule of the place
-where the computed weight meets the data, and are pushed down from there. Activations, pooling, dropout, attention and
-losses have no parameters and need no rule. Whatever is not covered goes the general path: exact, one partial backward
-pass an example, with a warning.
+where the computed weight meets the data, and are pushed down from there. Where a step in between keeps no factors
+(masks of pruned weights, softplus, quantization, normalized rows) the rows are written out and taken through it one by
+one: exact, with a warning where a parameter's rows hold a million numbers or more. Activations, pooling, dropout,
+attention and losses have no parameters and need no rule. Whatever is not covered goes the general path: exact, one
+partial backward pass an example, with a warning.
 """
 
 # The module of a family of rules: title and what it is in a model.
