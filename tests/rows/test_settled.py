@@ -203,13 +203,26 @@ def strides_set_at_will() -> Tensor:
     return energy(h.as_strided((B, B, 1, 1), (1, B, 1, 1)))
 
 
+def strides_of_a_pool_on_something_else() -> Tensor:
+    h = nn.Linear(3, B).double()(data(B, 3)).T.reshape(B, B, 1, 1)
+    return energy(h.as_strided((B, B, 1, 1), (B, 1, B, B)))
+
+
 def after_a_constant() -> Tensor:
     h = nn.Linear(3, 2).double()(data(2 * B - 2, 3))
     return energy(torch.cat([data(2, 2), h])[:B])
 
 
 @pytest.mark.parametrize(
-    "losses", [rolled_by_slices, halves_exchanged, every_second, strides_set_at_will, after_a_constant]
+    "losses",
+    [
+        rolled_by_slices,
+        halves_exchanged,
+        every_second,
+        strides_set_at_will,
+        strides_of_a_pool_on_something_else,
+        after_a_constant,
+    ],
 )
 def test_what_moves_the_examples_settles_nothing(losses: Losses) -> None:
     torch.manual_seed(0)

@@ -250,8 +250,8 @@ def _batch_norm(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int)
 
 def _pooled_alike(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
     """Strides set anew on means over whole images, which lie in memory as these strides say."""
-    channels = out[1] if len(out) == 4 else 0
-    is_mean = tuple(out) == tuple(into) and tuple(out[2:]) == (1, 1)
+    channels, (below, _) = out[1] if len(out) == 4 else 0, node.fn.next_functions[0]
+    is_mean = tuple(out) == tuple(into) and tuple(out[2:]) == (1, 1) and below.name() == "MeanBackward1"
     strides = tuple(node.attribute("stride")) == (channels, 1, channels, channels)
     return a if is_mean and strides and not node.attribute("storage_offset") else None
 
