@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import processes, results
+from benchmarks.arguments import whole_number
 from benchmarks.methods import METHODS
 from benchmarks.task import OURS, PLAIN, Goal, Step, Task
 from benchmarks.timing import rounds_for, side_by_side
@@ -69,9 +70,9 @@ def _task(sizes: dict[str, int]) -> Task:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=results.whole_number(1), default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=whole_number(1), default=len(os.sched_getaffinity(0)))
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--most", type=results.whole_number(1), help="leave out larger values")
+    parser.add_argument("--most", type=whole_number(1), help="leave out larger values")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
     parser.add_argument("--file", type=Path, default=results.FOLDER / "growth.json")
     arguments = parser.parse_args()

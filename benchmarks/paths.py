@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import rowgrad as rg
 from benchmarks import processes, results
+from benchmarks.arguments import whole_number
 from benchmarks.task import Step
 from benchmarks.timing import rounds_for, side_by_side
 from rowgrad.graph.sweep import value_at
@@ -154,7 +155,7 @@ def summary(points: Sequence[Point]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graphs", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--most", type=results.whole_number(1), help="leave out deeper graphs")
+    parser.add_argument("--most", type=whole_number(1), help="leave out deeper graphs")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
     parser.add_argument("--file", type=Path, default=results.FOLDER / "paths.json")
     arguments = parser.parse_args()

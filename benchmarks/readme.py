@@ -14,7 +14,6 @@ from typing import Any
 from benchmarks import results
 from benchmarks.ours import FIRST
 from benchmarks.page import standings
-from benchmarks.runner import ALONE
 from benchmarks.task import OUTPUTS
 from rowgrad.graph.lettering import number
 
@@ -48,7 +47,7 @@ def _cell(cell: Mapping[str, Any] | None) -> str:
     if cell["best"] is None:
         return ours
     rival = cell["best"][1]
-    about = "~" if rival.get("reason") == ALONE else ""
+    about = "~" if rival.get("reason") == results.ALONE else ""
     return f"{ours} ({about}{number(rival['ratio'][0])})"
 
 

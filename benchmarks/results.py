@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
+ALONE = "timed once, alone"  # why a method that is right was not timed with the others
 PACKAGES = ("torch", "opacus", "backpack-for-pytorch", "torchjd", "captum")
 
 
@@ -73,24 +72,6 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SystemExit(f"{path}: no file of results, it holds a {type(content).__name__}; choose another --file")
     return content
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """For argparse: a whole number from `least` on."""
-
-    def parse(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"{value}: expected {least} or more")
-        return value
-
-    return parse
-
-
-def duration(text: str) -> float:
-    """For argparse: a positive number of seconds."""
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a positive number of seconds")
-    return value
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

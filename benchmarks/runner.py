@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
+from benchmarks.arguments import duration, whole_number
 from benchmarks.methods import methods_for
 from benchmarks.probe import Probe, Setting, probe
 from benchmarks.processes import ProcessError
@@ -27,7 +28,6 @@ from benchmarks.timing import host_seconds, spread, summary, time_methods
 from benchmarks.workloads import WORKLOADS
 
 Cell = dict[str, dict[str, Any]]  # by method
-ALONE = "timed once, alone"
 HOPELESS = 0.5, 20.0  # seconds and plain steps, together, after which a rival is not timed again
 
 
@@ -90,7 +90,7 @@ def measure_output(
             cell[name] |= summary(seconds, name)
         else:
             once = {"rounds": 1, "seconds": [alone] * 3, "ratio": [alone / plain[0]] * 3}
-            cell[name] |= once | {"reason": ALONE}
+            cell[name] |= once | {"reason": results.ALONE}
     return cell, plain
 
 
@@ -126,9 +126,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="workloads")
     parser.add_argument("--outputs", nargs="+", choices=OUTPUTS, default=list(OUTPUTS))
-    parser.add_argument("--threads", type=results.whole_number(1), default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=whole_number(1), default=len(os.sched_getaffinity(0)))
     parser.add_argument(
-        "--seconds", type=results.duration, default=8, help="to spend on timing each workload and output, about"
+        "--seconds", type=duration, default=8, help="to spend on timing each workload and output, about"
     )
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the machinery")
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")

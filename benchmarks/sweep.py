@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import rowgrad as rg
 from benchmarks import processes, results
+from benchmarks.arguments import whole_number
 from benchmarks.counting import count
 from benchmarks.task import Step
 from benchmarks.timing import rounds_for, side_by_side
@@ -128,9 +129,9 @@ def added_entries(point: Point) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=results.whole_number(1), default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--widths", type=results.whole_number(1), nargs="+", default=WIDTHS)
-    parser.add_argument("--batches", type=results.whole_number(1), nargs="+", default=BATCHES)
+    parser.add_argument("--threads", type=whole_number(1), default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--widths", type=whole_number(1), nargs="+", default=WIDTHS)
+    parser.add_argument("--batches", type=whole_number(1), nargs="+", default=BATCHES)
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
     parser.add_argument("--file", type=Path, default=results.FOLDER / "sweep.json")
     arguments = parser.parse_args()

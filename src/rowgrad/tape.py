@@ -133,16 +133,22 @@ def _reader(kind: type) -> Callable[[Any], Any] | None:
     return attrgetter(*plain) if plain else None
 
 
-def index_pattern(fn: Any) -> tuple[tuple[int, str, bool] | None, ...]:
-    """Which dimensions are indexed: for each None, or the dimensions and dtype of its tensor of ids and whether these
-    only count (0, 1, 2, ...). Ids that count are part of a structure; others are contents."""
-    return tuple([None if ids is None else (ids.ndim, str(ids.dtype), _counts(ids)) for ids in fn._saved_indices])
+def index_pattern(fn: Any) -> tuple[tuple[int, torch.dtype, int] | None, ...]:
+    """Which dimensions are indexed: for each None, or the dimensions and dtype of its tensor of ids and how many they
+    are if they only count (0, 1, 2, ...), else 0. Ids that count are part of a structure; others are contents.
+
+    Nothing for a graph that was freed, which the pass complains of.
+    """
+    try:
+        return tuple([None if ids is None else (ids.ndim, ids.dtype, _counted(ids)) for ids in fn._saved_indices])
+    except RuntimeError:
+        return ()
 
 
-def _counts(ids: Tensor) -> bool:
+def _counted(ids: Tensor) -> int:
     if ids.ndim != 1 or ids.dtype != torch.long:
-        return False
-    return torch.equal(ids, torch.arange(len(ids), device=ids.device))
+        return 0
+    return len(ids) if torch.equal(ids, torch.arange(len(ids), device=ids.device)) else 0
 
 
 _PLAIN = {int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}

@@ -5,13 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from typing import Any
 
+import pytest
 import torch
 from tests.reference import assert_rows_close, assert_scaled_close, flat, rows_by_grad
 from torch import Tensor, nn
 
 import rowgrad as rg
 from rowgrad.rows.build import condensed_jacobian
+from rowgrad.tape import Tape
 
 Params = Mapping[str, Tensor]
 
@@ -23,6 +26,19 @@ def energy(out: Tensor) -> Tensor:
 
 def trained(module: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def counted_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each engine pass taken from now on."""
+    taken: list[int] = []
+    original = Tape.cotangents
+
+    def counted(self: Tape, edges: list, *args: Any, **options: Any) -> list[Tensor | None]:
+        taken.extend([1] if edges else [])
+        return original(self, edges, *args, **options)
+
+    monkeypatch.setattr(Tape, "cotangents", counted)
+    return taken
 
 
 def assert_laws(

@@ -46,6 +46,11 @@ def turned_onto_itself(dims: tuple[int, int]) -> Graph:
     return energy(data(4, 3) @ (W + data(3, 3)).transpose(*dims)), {"W": W}
 
 
+def stack_turned(dims: tuple[int, int]) -> Graph:
+    W = weight(3, 3, 3)
+    return energy((data(3, 4, 3) @ (W + data(3, 3, 3)).transpose(*dims)).transpose(0, 1)), {"W": W}
+
+
 def stack_indexed() -> Graph:
     A = weight(3, 1, 2)
     return energy(torch.bmm(A, data(3, 2, 5))[IDS]), {"A": A}
@@ -143,6 +148,7 @@ def lookup_in_two_precisions() -> Graph:
 GRAPHS: dict[str, Callable[[], Graph]] = {
     "a dimension exchanged with itself": lambda: turned_onto_itself((0, 0)),
     "the same, counted from the end": lambda: turned_onto_itself((-1, 1)),
+    **{f"cubic stack, {dims} exchanged": lambda d=dims: stack_turned(d) for dims in [(0, 2), (0, 1), (1, -1), (2, -1)]},
     "stack of products indexed": stack_indexed,
     "product, entries taken": product_taken,
     "product, entries gathered": product_gathered,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.reference import assert_rows_close, rows_by_grad
+from tests.rows.laws import counted_passes
 from torch import Tensor, nn
 
 import rowgrad as rg
@@ -503,15 +504,11 @@ def passes_of(
     losses: Callable[[], Tensor], params: object, monkeypatch: pytest.MonkeyPatch, **options: str
 ) -> list[int]:
     """Engine passes taken by four successive calls."""
-    counts = []
-    original = Tape.cotangents
-    monkeypatch.setattr(
-        Tape, "cotangents", lambda self, edges, *a, **k: (taken.append(edges), original(self, edges, *a, **k))[1]
-    )
+    counts, taken = [], counted_passes(monkeypatch)
     for _ in range(4):
-        taken: list = []
+        taken.clear()
         rg.jacobian(losses(), params, **options)  # type: ignore[arg-type]
-        counts.append(len([edges for edges in taken if edges]))
+        counts.append(len(taken))
     return counts
 
 

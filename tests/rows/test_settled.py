@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.reference import assert_rows_close, rows_by_grad
+from tests.rows.laws import counted_passes
 from torch import Tensor, nn
 
 import rowgrad as rg
+from rowgrad.errors import FreedGraphError
 from rowgrad.rows.ownership import MIXED, Prover
 from rowgrad.rows.plan import forget
 from rowgrad.rows.structure import infer
@@ -144,26 +146,13 @@ SETTLED: dict[str, Callable[[], tuple[nn.Module, Losses]]] = {
 }  # fmt: skip
 
 
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each pass taken from now on."""
-    taken: list[int] = []
-    original = Tape.cotangents
-
-    def counted(self: Tape, edges: list, *args: object, **options: object) -> list[Tensor | None]:
-        taken.extend([1] if edges else [])
-        return original(self, edges, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Tape, "cotangents", counted)
-    return taken
-
-
 @pytest.mark.parametrize("name", SETTLED)
 def test_is_proved_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forget()
     torch.manual_seed(0)
     model, losses = SETTLED[name]()
     narrow = next(model.parameters()).dtype == torch.float32
-    taken = passes(monkeypatch)
+    taken = counted_passes(monkeypatch)
     for call in range(3):
         L = losses()
         expected = rows_by_grad(L, dict(model.named_parameters()))
@@ -208,6 +197,16 @@ def strides_of_a_pool_on_something_else() -> Tensor:
     return energy(h.as_strided((B, B, 1, 1), (B, 1, B, B)))
 
 
+def one_id_for_all() -> Tensor:
+    h = nn.Linear(3, B).double()(data(B, 3))
+    return h[torch.arange(1), torch.randperm(B)].sin()
+
+
+def chosen_by_a_mask_of_bytes() -> Tensor:
+    h = nn.Linear(3, B).double()(data(B, 3))
+    return h[torch.eye(B, dtype=torch.uint8).flip(0)].sin()
+
+
 def after_a_constant() -> Tensor:
     h = nn.Linear(3, 2).double()(data(2 * B - 2, 3))
     return energy(torch.cat([data(2, 2), h])[:B])
@@ -221,9 +220,12 @@ def after_a_constant() -> Tensor:
         every_second,
         strides_set_at_will,
         strides_of_a_pool_on_something_else,
+        one_id_for_all,
+        chosen_by_a_mask_of_bytes,
         after_a_constant,
     ],
 )
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8 is now deprecated")
 def test_what_moves_the_examples_settles_nothing(losses: Losses) -> None:
     torch.manual_seed(0)
     L = losses()
@@ -243,7 +245,7 @@ def test_a_layer_that_begins_with_zeros_is_settled_soon(name: str, monkeypatch: 
     with torch.no_grad():
         zero.zero_()
     params = {"A": A, "U": U, "gate": gate, "first": first.weight, "head": head.weight}
-    taken = passes(monkeypatch)
+    taken = counted_passes(monkeypatch)
     counts = []
     for _ in range(4):
         h = first(data(B, 3)).tanh()
@@ -308,3 +310,13 @@ def test_ids_that_count_no_longer_are_another_structure() -> None:
             found = rg.jacobian(L, layer, retain_graph=True)
             expected = rows_by_grad(L, dict(layer.named_parameters()))
             assert_rows_close(found.dense(as_dict=True), expected, 1e-10)
+
+
+def test_a_freed_graph_with_ids_is_refused_as_any_other() -> None:
+    model, losses = scored_by_label()
+    for _ in range(2):
+        rg.grad_norms(losses(), model)
+        L = losses()
+        L.sum().backward()
+        with pytest.raises(FreedGraphError):
+            rg.grad_norms(L, model)

@@ -471,9 +471,9 @@ class _Reading:
         """Names of the parameters from which a weight is computed in a way that takes no factors, with the node that
         does not."""
         found: dict[str, Node] = {}
-        for seed in general.seeds:
-            for leaf in replace(general, seeds=[seed], masked={}).reached():
-                found.setdefault(self.leaves[leaf], self.tape.nodes[seed[0][0]])
+        for (node, _), _ in general.seeds:
+            for name in self._names_below[node]:
+                found.setdefault(name, self.tape.nodes[node])
         return {name: found[name] for name in self.parameters.by_name if name in found}
 
     def _warn_if_slow(self, stuck: Mapping[str, Node]) -> None:
@@ -578,6 +578,12 @@ class _Reading:
     def _reach(self) -> dict[Use, set[str]]:
         """Names of the parameters below each use."""
         assert self.plan is not None
+        return {use: self._names_below[use.target[0]] for use in self.plan.uses}
+
+    @cached_property
+    def _names_below(self) -> list[set[str]]:
+        """Names of the parameters at and below each node."""
+        assert self.plan is not None
         below: list[set[str]] = [set() for _ in self.tape.nodes]
         for node in reversed(self.tape.nodes):
             if node.index in self.leaves:
@@ -586,7 +592,7 @@ class _Reading:
                 for target in node.slots:
                     if target is not None:
                         below[node.index] |= below[target[0]]
-        return {use: below[use.target[0]] for use in self.plan.uses}
+        return below
 
 
 class _Arrivals:

@@ -41,6 +41,7 @@ _CODES = {
     torch.bfloat16: (3, 30),
     torch.float16: (2, 0),
 }
+WITHOUT_POWERS = {torch.float16}  # whose digits, zero and one, serve every dtype
 _LARGEST_POWER = 12  # of two, for seeds that differ from example to example
 
 
@@ -266,7 +267,7 @@ class Prover:
         """In rounds of all passes: along one of the dimensions of each edge, then entry by entry."""
         base = dict(zip(block, self._cotangents(block, self.seed), strict=True))
         if self.codes.n_digits > 2 and not all(bool(z.isfinite().all()) for z in base.values()):
-            self.codes = self._codebook({torch.float16})  # of zeros and ones: an entry that overflows shows no other
+            self.codes = self._codebook(WITHOUT_POWERS)  # an entry that overflows shows no other times a power
         candidates = {e: axis_candidates(z.shape, self.n_examples) for e, z in base.items()}
         while remaining := [e for e in block if e not in found]:
             below = self._below_mixed(found)
@@ -355,13 +356,13 @@ class _AxisTest(_Attempt):
 
     def __init__(self, base: Tensor, axes: Sequence[Axis], prover: Prover) -> None:
         super().__init__(base, prover)
-        self.axes = list(axes)
+        self.owners = {axis: self._owner(axis) for axis in axes}
         self.mixed = False
 
     def see(self, k: int, code: Code, z: Tensor) -> None:
         seed = code.seed.to(_real(self.base.dtype))
-        self.axes = [axis for axis in self.axes if self.agrees(z, seed[self._owner(axis)])]
-        self.alive = bool(self.axes)
+        self.owners = {axis: owner for axis, owner in self.owners.items() if self.agrees(z, seed[owner])}
+        self.alive = bool(self.owners)
         self.mixed = not self.alive and self.mixes(z)
 
     def _owner(self, axis: Axis) -> Tensor:
@@ -374,7 +375,7 @@ class _AxisTest(_Attempt):
             return MIXED
         if not self.alive:
             return None
-        return ZERO if self.zero else self.axes[0]
+        return ZERO if self.zero else next(iter(self.owners))
 
 
 class _Decoding(_Attempt):

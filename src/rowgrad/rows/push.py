@@ -120,8 +120,10 @@ def _transposed(arrival: Arrival, slot: int) -> Form | None:
     form = _as_outer(arrival)
     if arrival.node.kind == "PermuteBackward0" and [signed(d) % 2 for d in arrival.node.attribute("dims")] != [1, 0]:
         return None
-    if arrival.node.kind == "TransposeBackward0" and arrival.node.dim("dim0", 2) == arrival.node.dim("dim1", 2):
-        return form if form.shape == arrival.target_shape(slot) else None
+    if arrival.node.kind == "TransposeBackward0":
+        first, second = (arrival.node.dim(name, len(form.shape)) for name in ("dim0", "dim1"))
+        if first == second:
+            return form
     if isinstance(form, Outer) and form.shape == (form.sizes[3], form.sizes[4]):
         return form.transposed()
     return None

@@ -46,10 +46,18 @@ class Site:
     n_examples: int
 
     @property
-    def target_shape(self) -> torch.Size:
+    def _target(self) -> Edge:
         target = self.node.slots[self.slot]
         assert target is not None
-        return self.tape.nodes[target[0]].shape(target[1])
+        return target
+
+    @property
+    def target_shape(self) -> torch.Size:
+        return self.tape.nodes[self._target[0]].shape(self._target[1])
+
+    @property
+    def target_is_complex(self) -> bool:
+        return self.tape.nodes[self._target[0]].dtype(self._target[1]).is_complex
 
     def layout(self, output_nr: int = 0) -> Layout:
         return self.layouts[self.node.index, output_nr]
@@ -96,9 +104,14 @@ def scalar(value: object) -> float:
     return float(value.item() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
 
 
+def _as_target(gradient: Tensor, is_complex: bool) -> Tensor:
+    """Of a complex gradient of something real the real part counts."""
+    return gradient.real if gradient.is_complex() and not is_complex else gradient
+
+
 def elementwise(site: Site) -> Recipe | None:
     """A parameter broadcast over the examples: the node's own gradient before the broadcast is summed away."""
-    z_shape, shape = site.node.shape(), site.target_shape
+    z_shape, shape, is_complex = site.node.shape(), site.target_shape, site.target_is_complex
     reduce = reduce_broadcast(site, z_shape, shape)
     if reduce is None:
         return None
@@ -106,13 +119,9 @@ def elementwise(site: Site) -> Recipe | None:
     def build(cotangents: Cotangents) -> Form:
         raw = site.tape.raw_local_gradients(site.node, cotangents)[site.slot]
         assert raw is not None
-        target = site.node.slots[site.slot]
-        assert target is not None
         if raw.shape != z_shape:
             raise AssertionError(f"bug in rowgrad, please report: {site.node!r} sums over the examples by itself")
-        if raw.is_complex() and not site.tape.nodes[target[0]].dtype(target[1]).is_complex:
-            raw = raw.real
-        return Dense(reduce(wide(raw)))
+        return Dense(reduce(wide(_as_target(raw, is_complex))))
 
     return Recipe(build, "elementwise", needs_graph=True)
 
@@ -135,17 +144,13 @@ def summand(site: Site, scale: str | None = None, sign: int = 1) -> Recipe | Non
     """A parameter added to something, times a constant: its gradient is the cotangent, summed over the broadcast."""
     if site.node.dtype().is_complex and scale is not None:
         return elementwise(site)
-    target = site.node.slots[site.slot]
-    assert target is not None
-    is_part = site.node.dtype().is_complex and not site.tape.nodes[target[0]].dtype(target[1]).is_complex
-    reduce = reduce_broadcast(site, site.node.shape(), site.target_shape)
+    reduce, is_complex = reduce_broadcast(site, site.node.shape(), site.target_shape), site.target_is_complex
     if reduce is None:
         return None
     factor = sign * (scalar(site.node.attribute(scale)) if scale else 1)
 
     def build(cotangents: Cotangents) -> Form:
-        z = wide(only(cotangents))
-        found = reduce(z.real if is_part else z)
+        found = reduce(wide(_as_target(only(cotangents), is_complex)))
         return Dense(found if factor == 1 else factor * found)
 
     return Recipe(build, "sum", saved=())

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 
+import torch
+
 from rowgrad.rows.ownership import Axis, Edge
 from rowgrad.tape import INDEX, Node, Tape, index_pattern, signed
 
@@ -300,15 +302,14 @@ def _gather(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> 
 
 def _indexed(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
     """Tensors of ids for some dimensions. Of the others nothing is moved, nor where the ids only count."""
-    pattern = index_pattern(node.fn)
-    ids = {d: t for d, t in enumerate(pattern) if t is not None}
-    if slot != 0 or not ids or any(dtype == "torch.bool" for _, dtype, _ in ids.values()):
-        return None
+    ids = {d: t for d, t in enumerate(index_pattern(node.fn)) if t is not None}
+    if slot != 0 or not ids or any(dtype not in (torch.long, torch.int) for _, dtype, _ in ids.values()):
+        return None  # masks
     first, n_dims = min(ids), max(ndim for ndim, _, _ in ids.values())
     begin = first if max(ids) - first == len(ids) - 1 else 0  # ids apart from each other: their dimensions come first
     if begin <= a.dim < begin + n_dims:
-        counted = [d for d, (_, _, counts) in ids.items() if counts and n_dims == 1 and into[d] == out[a.dim]]
-        return Axis(counted[0], a.inner) if counted else None
+        counting = [d for d, (_, _, n_ids) in ids.items() if n_dims == 1 and n_ids == into[d] == out[a.dim]]
+        return Axis(counting[0], a.inner) if counting else None
     kept = [d for d in range(len(into)) if d not in ids]
     return Axis(kept[a.dim if a.dim < begin else a.dim - n_dims], a.inner)
 
