@@ -48,7 +48,7 @@ def turned_onto_itself(dims: tuple[int, int]) -> Graph:
 
 def stack_turned(dims: tuple[int, int]) -> Graph:
     W = weight(3, 3, 3)
-    return energy((data(3, 4, 3) @ (W + data(3, 3, 3)).transpose(*dims)).transpose(0, 1)), {"W": W}
+    return energy(torch.bmm(data(3, 4, 3), (W + data(3, 3, 3)).transpose(*dims)).transpose(0, 1)), {"W": W}
 
 
 def stack_indexed() -> Graph:
