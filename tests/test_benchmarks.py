@@ -208,6 +208,19 @@ def test_the_page_shows_everything() -> None:
     assert page.render({}, {}, {}, {})
 
 
+def test_a_statement_is_confirmed_only_by_figures() -> None:
+    plain = {"plain": 1.0, "naive": 2.0, "both": 1.0, "norms": 1.0}
+    point = {"p": 512, "m": 256, "products": plain, "entries": dict.fromkeys(plain, 0.0)}
+
+    def found(naive_seconds: float, naive_products: float) -> list[bool]:
+        told = point | {"seconds": plain | {"naive": naive_seconds}, "products": plain | {"naive": naive_products}}
+        return [v["found"].startswith("Confirmed") for v in page.verdicts({"points": [told], "n_layers": 3})]
+
+    assert found(30.0, 2.0) == [True, True, True]
+    assert found(3.0, 2.0) == [True, True, False]
+    assert found(30.0, 3.0) == [False, True, True]
+
+
 def test_the_readme_has_the_figures_of_the_results() -> None:
     assert readme.page() == readme.README.read_text(encoding="utf-8")
 
