@@ -23,7 +23,6 @@ from rowgrad.rows.ownership import Axis, Edge
 from rowgrad.tape import INDEX, Node, Tape, index_pattern, signed
 
 Shape = Sequence[int]
-CAT = "CatBackward0"  # whose parts begin where the sizes of those before say
 Transfer = Callable[[Node, int, Axis, Shape, Shape, int], Axis | None]
 # (node, slot, layout of the output's cotangent, output shape, input shape, B) -> layout of the input's cotangent
 
@@ -53,7 +52,7 @@ def _sent(
 ) -> Axis | None:
     """Layout in which one node sends a cotangent to one of its inputs, whatever outputs of it are read."""
     node = tape.nodes[index]
-    transfer = partial(_joined, tape) if node.kind == CAT else TRANSFERS.get(node.kind)
+    transfer = partial(SEEING[node.kind], tape) if node.kind in SEEING else TRANSFERS.get(node.kind)
     target = node.slots[slot]
     if transfer is None or target is None:
         return None
@@ -250,12 +249,13 @@ def _batch_norm(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int)
     return Axis(0, a.inner) if a.dim == 1 else None
 
 
-def _pooled_alike(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
+def _pooled_alike(tape: Tape, node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
     """Strides set anew on means over whole images, which lie in memory as these strides say."""
-    channels, (below, _) = out[1] if len(out) == 4 else 0, node.fn.next_functions[0]
-    is_mean = tuple(out) == tuple(into) and tuple(out[2:]) == (1, 1) and below.name() == "MeanBackward1"
+    target, channels = node.slots[slot], out[1] if len(out) == 4 else 0
+    is_mean = target is not None and tape.nodes[target[0]].kind == "MeanBackward1"
+    is_pooled = tuple(out) == tuple(into) and tuple(out[2:]) == (1, 1)
     strides = tuple(node.attribute("stride")) == (channels, 1, channels, channels)
-    return a if is_mean and strides and not node.attribute("storage_offset") else None
+    return a if is_mean and is_pooled and strides and not node.attribute("storage_offset") else None
 
 
 def _transformed(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
@@ -392,7 +392,6 @@ TRANSFERS: dict[str, Transfer] = {
     **_numbered("PixelShuffle PixelUnshuffle Im2Col Col2Im", _batch),
     "GridSampler2DBackward0":     _images,
     "GridSampler3DBackward0":     _images,
-    "AsStridedBackward1":         _pooled_alike,
     "ScaledDotProductFlashAttentionForCpuBackward0":  _attention,
     "ScaledDotProductFlashAttentionBackward0":        _attention,
     "ScaledDotProductEfficientAttentionBackward0":    _attention,
@@ -408,5 +407,10 @@ TRANSFERS: dict[str, Transfer] = {
     "NllLoss2DBackward0":         _nll,
     "CtcLossBackward0":           _ctc,
     "CtcLossBackward1":           _ctc,
+}
+# Transfers that look at the nodes around, too.
+SEEING: dict[str, Callable[[Tape, Node, int, Axis, Shape, Shape, int], Axis | None]] = {
+    "CatBackward0":               _joined,
+    "AsStridedBackward1":         _pooled_alike,
 }
 # fmt: on
