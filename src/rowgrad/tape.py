@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -31,6 +31,7 @@ _T = TypeVar("_T")
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 KNOWN_STRUCTURES = 64  # kept, the ones last read node by node
 TRIED_STRUCTURES = 4  # used last: a graph is compared with them before it is read node by node
+WAITING_BYTES = 4 * 2**20  # of cotangents that a pass collects before it hands them over
 COPY_SLICES = "torch::autograd::CopySlices"
 INDEX = "IndexBackward0"
 _PYTHON_NODE = torch.autograd.function.BackwardCFunction
@@ -419,7 +420,7 @@ class Tape:
         *,
         retain_graph: bool,
     ) -> None:
-        """As `cotangents`, but hands over each node's cotangents as they come and keeps none of them.
+        """As `cotangents`, but hands over each node's cotangents soon after they come and keeps none of them.
 
         Nodes with wanted nodes below them are executed by the pass, so a hook before them sees their cotangents; the
         lowest ones are not, and their cotangents are the pass's result.
@@ -428,34 +429,22 @@ class Tape:
             watch: of this graph, or of another with the same signature.
         """
         root: Tensor | None = None
-        ours: list[int] = []
+        arrivals = _Arrivals(arrived)
         handles = []
         try:
             if watch.passed:
                 root, node = _above(self.output)
-                handles.append(node.register_prehook(lambda _: ours.append(_running())))
+                handles.append(node.register_prehook(arrivals.begin))
                 for i in watch.passed:
-                    handles.append(self.nodes[i].fn.register_prehook(self._prehook(i, arrived, ours)))
+                    handles.append(self.nodes[i].fn.register_prehook(partial(arrivals.take, i)))
             cotangents = self.cotangents(watch.ends, seed, retain_graph=retain_graph, root=root)
         finally:
             for handle in handles:
                 handle.remove()
+        arrivals.hand_over()
         found = dict(zip(watch.ends, cotangents, strict=True))
         for i, n_outputs in watch.lowest:
             arrived(i, [found.get((i, nr)) for nr in range(n_outputs)])
-
-    @staticmethod
-    def _prehook(
-        index: int, arrived: Callable[[int, list[Tensor | None]], None], ours: Sequence[int]
-    ) -> Callable[..., None]:
-        """`ours`: our pass, once it has begun. A node of several graphs may be passed by others at the same time."""
-
-        def hook(cotangents: Sequence[Tensor | None]) -> None:
-            if _running() in ours:
-                with torch.no_grad():
-                    arrived(index, list(cotangents))
-
-        return hook
 
     def _lowest(self, wanted: Sequence[int]) -> set[int]:
         """Those of the wanted nodes below which there is no other."""
@@ -531,6 +520,38 @@ class Tape:
         if gradient.shape != shape:
             gradient = gradient.sum_to_size(shape)
         return gradient.to(dtype)
+
+
+class _Arrivals:
+    """Cotangents of one pass on their way, handed over a few at a time: to change between the engine and Python at every
+    node takes longer than either where there is little to do."""
+
+    def __init__(self, arrived: Callable[[int, list[Tensor | None]], None]) -> None:
+        self._arrived = arrived
+        self._pass = _NO_PASS
+        self._waiting: list[tuple[int, list[Tensor | None]]] = []
+        self._n_bytes = 0
+
+    def begin(self, _: object) -> None:
+        self._pass = _running()
+
+    def take(self, node: int, cotangents: Sequence[Tensor | None]) -> None:
+        """A hook before a node, under which the engine records nothing. A node of several graphs may be passed by
+        others at the same time."""
+        if _running() != self._pass:
+            return
+        self._waiting.append((node, list(cotangents)))
+        for z in cotangents:
+            if z is not None:
+                self._n_bytes += z.nbytes
+        if self._n_bytes > WAITING_BYTES:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        waiting, self._waiting, self._n_bytes = self._waiting, [], 0
+        waiting.reverse()
+        while waiting:  # none of them is kept longer than it takes
+            self._arrived(*waiting.pop())
 
 
 class engine_errors:

@@ -59,6 +59,11 @@ def wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
+def in_type(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `to`, which also takes its time where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     """As `reshape`, which also takes its time where there is nothing to do."""
     return t if t.shape == shape else t.reshape(shape)
@@ -69,14 +74,15 @@ def lengths(t: Tensor, n_kept: int = 1) -> Tensor:
 
     `vector_norm` reads once and keeps nothing, but adds up plainly: piece by piece, so that few are added at a time.
     """
-    n = prod(t.shape[n_kept:])
-    flat = t if t.ndim == n_kept + 1 else t.reshape(*t.shape[:n_kept], n)
-    if n > PIECE:
-        piece = gcd(n, PIECE)
-        if piece < 128:
-            return flat.square().sum(-1).sqrt_()
-        flat = torch.linalg.vector_norm(flat.unflatten(-1, (-1, piece)), dim=-1)
-    return torch.linalg.vector_norm(flat, dim=-1)
+    n = t.shape[n_kept:].numel()
+    if t.ndim == n_kept:
+        return t.abs()
+    if n <= PIECE:
+        return torch.linalg.vector_norm(t, dim=tuple(range(n_kept, t.ndim)))
+    flat, piece = t.flatten(n_kept), gcd(n, PIECE)
+    if piece < 128:
+        return flat.square().sum(-1).sqrt_()
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(flat.unflatten(-1, (-1, piece)), dim=-1), dim=-1)
 
 
 def energies(t: Tensor, n_kept: int = 1) -> Tensor:
@@ -163,10 +169,10 @@ class Dense:
         return energies(self.values)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
-        return reshaped(c.to(self.values.dtype) @ self.flat, self.shape)
+        return reshaped(in_type(c, self.values.dtype) @ self.flat, self.shape)
 
     def dot(self, direction: Tensor) -> Tensor:
-        return self.flat @ direction.to(self.values.dtype).reshape(-1)
+        return self.flat @ in_type(direction, self.values.dtype).reshape(-1)
 
     def dense(self) -> Tensor:
         return self.values
@@ -209,7 +215,7 @@ class Outer:
     shape: torch.Size
     cotangent_left: bool
     positions: Tensor | None = None  # (B, T) True where a position is real, None: all are
-    cotangent_gram: Callable[[], Tensor] | None = None  # (B, G, T, T) of zbar, where several forms share it
+    cotangent_gram: Callable[[], Tensor] | None = None  # (B G, T, T) of zbar, where several forms share it
     _formed: Tensor | None = field(default=None, repr=False)
     _cancels: bool | None = field(default=None, repr=False)
 
@@ -296,11 +302,13 @@ class Outer:
         per_example = 2 * g * t * t * self.left.element_size()
         if self.cotangent_gram is not None and b * per_example <= CHUNK_BYTES:
             side = self.right if self.cotangent_left else self.left
-            found, bound = _summed((side @ side.mT).mul_(self.cotangent_gram()))
+            found, bound = _summed(_grams(side).mul_(self.cotangent_gram()), g)
+        elif b * per_example <= CHUNK_BYTES:
+            found, bound = _products_of_grams(self.left, self.right)
         else:
             pieces = [_products_of_grams(self.left[s], self.right[s]) for s in self.chunks(per_example)]
-            found, bound = pieces[0] if len(pieces) == 1 else map(torch.cat, zip(*pieces, strict=True))
-        self._cancels = bool((found < CANCELLATION * bound).any())
+            found, bound = map(torch.cat, zip(*pieces, strict=True))
+        self._cancels = bool((found < bound.mul_(CANCELLATION)).any())
         return found
 
     def _sq_norms_by_forming(self, keep: bool) -> Tensor:
@@ -321,28 +329,31 @@ class Outer:
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         b, g, t, a, d = self.sizes
-        c = c.to(self.left.dtype)
+        c = in_type(c, self.left.dtype)
         if self._formed is not None:
             return (c @ self._formed.reshape(b, -1)).reshape(self.shape)
-        thin = (self.left if a <= d else self.right) * c.reshape(-1, 1, 1, 1)
+        thin = (self.left if a <= d else self.right) * c.view(-1, 1, 1, 1)
         left, right = (thin, self.right) if a <= d else (self.left, thin)
         if g == 1:
             if _time_first(left):
                 left, right = left.transpose(0, 2), right.transpose(0, 2)
-            return reshaped(left.reshape(b * t, a).T @ right.reshape(b * t, d), self.shape)
+            return reshaped(left.reshape(b * t, a).t() @ right.reshape(b * t, d), self.shape)
         left = left.transpose(0, 1).reshape(g, b * t, a)
         right = right.transpose(0, 1).reshape(g, b * t, d)
         return (left.mT @ right).reshape(self.shape)
 
     def dot(self, direction: Tensor) -> Tensor:
         n, g, t, a, b = self.sizes
-        direction = direction.to(self.left.dtype)
+        direction = in_type(direction, self.left.dtype)
         if self._formed is not None:
             return self._formed.reshape(n, -1) @ direction.reshape(-1)
         matrix = reshaped(direction, (g, a, b) if g > 1 else (a, b))
         if g == 1 and n * t <= FEW_ROWS and a <= b and torch.get_num_threads() > 1:
-            moved = (matrix @ reshaped(self.right, (n * t, b)).T).mul_(reshaped(self.left, (n * t, a)).T)
+            moved = (matrix @ self.right.reshape(n * t, b).t()).mul_(self.left.reshape(n * t, a).t())
             return moved.sum(0) if t == 1 else moved.view(a, n, t).sum((0, 2))
+        if g == t == 1:
+            wide, thin, matrix = (self.right, self.left, matrix.t()) if a <= b else (self.left, self.right, matrix)
+            return (wide.flatten(1) @ matrix).mul_(thin.flatten(1)).sum(1)
         wide, thin, matrix = (self.right, self.left, matrix.mT) if a <= b else (self.left, self.right, matrix)
         many, few = max(a, b), min(a, b)
         if g > 1:
@@ -452,31 +463,40 @@ def handed_out(form: Form) -> Tensor:
     return rows
 
 
+def _grams(side: Tensor) -> Tensor:
+    """(n G, T, T) from (n, G, T, a): of each example's positions, group by group."""
+    side = side.flatten(0, 1)
+    return torch.bmm(side, side.mT)
+
+
 def _products_of_grams(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """For (n, G, T, a) and (n, G, T, b) the sum of the entries of both Gram matrices' product, and its bound, (n,)."""
-    half = left.shape[2] // 2
+    n_groups, half = left.shape[1], left.shape[2] // 2
     if half < SMALLEST_HALF:
-        return _summed((left @ left.mT).mul_(right @ right.mT))
+        return _summed(_grams(left).mul_(_grams(right)), n_groups)
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
     early, late = slice(None, half), slice(half, None)  # early with late is late with early
     blocks = [
-        (left[:, :, rows] @ left[:, :, columns].mT).mul_(right[:, :, rows] @ right[:, :, columns].mT)
+        torch.bmm(left[:, rows], left[:, columns].mT).mul_(torch.bmm(right[:, rows], right[:, columns].mT))
         for rows, columns in ((early, early), (late, slice(None)))
     ]
-    found = blocks[0].sum((1, 2, 3)) + blocks[1].sum((1, 2, 3)) + blocks[1][..., early].sum((1, 2, 3))
-    return found, _bound(torch.cat([_diagonal(blocks[0]), _diagonal(blocks[1], half)], 2))
+    found = blocks[0].sum((1, 2)) + blocks[1].sum((1, 2)) + blocks[1][..., early].sum((1, 2))
+    sq_lengths = torch.cat([blocks[0].diagonal(0, 1, 2), blocks[1].diagonal(half, 1, 2)], 1)
+    return _over_groups(found, n_groups), _over_groups(_bound(sq_lengths), n_groups)
 
 
-def _summed(product: Tensor) -> tuple[Tensor, Tensor]:
-    return product.sum((1, 2, 3)), _bound(_diagonal(product))
+def _summed(product: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
+    found, bound = product.sum((1, 2)), _bound(product.diagonal(0, 1, 2))
+    return _over_groups(found, n_groups), _over_groups(bound, n_groups)
 
 
-def _diagonal(product: Tensor, offset: int = 0) -> Tensor:
-    return product.diagonal(offset, dim1=-2, dim2=-1)
+def _over_groups(parts: Tensor, n_groups: int) -> Tensor:
+    return parts if n_groups == 1 else parts.unflatten(0, (-1, n_groups)).sum(1)
 
 
 def _bound(sq_lengths: Tensor) -> Tensor:
     """What the sum would be if no two positions canceled, from the squared lengths of the positions' products."""
-    return sq_lengths.sqrt().sum(2).square_().sum(1)
+    return sq_lengths.sqrt().sum(1).square_()
 
 
 @dataclass

@@ -119,9 +119,9 @@ class _LstmLayer:
 
     @cached_property
     def gram(self) -> Tensor:
-        """Of the steps of each example, (B, 1, T, T); after `cotangents`."""
+        """Of the steps of each example, (B, T, T); after `cotangents`."""
         assert self._found is not None
-        return (self._found @ self._found.mT).unsqueeze(1)
+        return torch.bmm(self._found, self._found.mT)
 
     def _gates(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """i, f, g, o, each (T, columns, H); not to be written to."""
