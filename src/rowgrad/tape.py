@@ -523,8 +523,8 @@ class Tape:
 
 
 class _Arrivals:
-    """Cotangents of one pass on their way, handed over a few at a time: to change between the engine and Python at every
-    node takes longer than either where there is little to do."""
+    """Cotangents of one pass on their way, handed over a few at a time: where there is little to do, to change between
+    the engine and Python at every node takes longer than either."""
 
     def __init__(self, arrived: Callable[[int, list[Tensor | None]], None]) -> None:
         self._arrived = arrived
@@ -543,7 +543,7 @@ class _Arrivals:
         self._waiting.append((node, list(cotangents)))
         for z in cotangents:
             if z is not None:
-                self._n_bytes += z.nbytes
+                self._n_bytes += z.numel() * z.element_size()
         if self._n_bytes > WAITING_BYTES:
             self.hand_over()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, overload
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from rowgrad.errors import NoGraphError, NotAVectorError, OpaqueGraphError, ParameterError, RowgradWarning
 from rowgrad.parameters import Parameters, Params, named
-from rowgrad.rows.block import Block
+from rowgrad.rows.block import Block, products_dtype
 from rowgrad.rows.explain import Entry, Explanation
-from rowgrad.rows.factors import Dense, Form, Multiples
+from rowgrad.rows.factors import Dense, Form, Multiples, in_type
 from rowgrad.rows.frontier import Use
 from rowgrad.rows.general import GeneralPath
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.ownership import Axis, Edge
-from rowgrad.rows.pack import KEPT_BYTES, Blocks, small_form
+from rowgrad.rows.pack import KEPT_BYTES, Blocks, is_small, small_form
 from rowgrad.rows.placement import Place, settle
 from rowgrad.rows.plan import Plan, make_plan
 from rowgrad.rows.push import push, written_out_bytes
@@ -31,6 +31,7 @@ from rowgrad.tape import Node, Tape
 
 SLOW_ROWS = 2**20  # numbers in the rows of a parameter, from which it takes time to write them out
 
+_NOTHING = nullcontext()
 _warned: set[tuple] = set()  # one warning per graph, not per step
 
 
@@ -178,7 +179,8 @@ class Prepared:
         """L2 norm of each row, shape (B,), as `grad_norms`. To be asked once, and only if there are `edges`."""
         reading, waiting = self._reading, _Arrivals(self._reading)
         assert reading.plan is not None
-        with _plain_numbers(reading.tape.output), _grad_untouched(reading.parameters, reading.tape):
+        tape, parameters = reading.tape, reading.parameters
+        with torch.no_grad(), _no_autocast(tape.output), _grad_untouched(parameters, tape):
             for node, uses in reading.plan.ownership.by_node.items():
                 own = [cotangents.get((node, nr)) for nr in range(reading.tape.nodes[node].n_outputs)]
                 for use in uses:
@@ -235,7 +237,7 @@ def _reading(
     parameters = named(params)
     tape = Tape(losses)
     tape.refuse_hidden()
-    with _plain_numbers(losses), _grad_untouched(parameters, tape):
+    with torch.no_grad(), _no_autocast(losses), _grad_untouched(parameters, tape):
         leaves = {tape.leaves[id(p)]: name for name, p in parameters.by_name.items() if id(p) in tape.leaves}
         if not leaves:
             raise ParameterError(
@@ -247,29 +249,29 @@ def _reading(
         yield _Reading(tape, parameters, leaves, plan, seed, loss_scale)
 
 
-@contextmanager
-def _plain_numbers(losses: Tensor) -> Iterator[None]:
-    """No autocast and no gradient recording while rows are computed."""
+def _no_autocast(losses: Tensor) -> AbstractContextManager[None]:
     devices = [device for device in {"cpu", losses.device.type} if torch.is_autocast_enabled(device)]
-    with torch.no_grad():
-        if not devices:
-            yield
-            return
-        with ExitStack() as stack:
-            for device in devices:
-                stack.enter_context(torch.autocast(device, enabled=False))
-            yield
+    return _autocast_off(devices) if devices else _NOTHING
 
 
 @contextmanager
-def _grad_untouched(parameters: Parameters, tape: Tape) -> Iterator[None]:
+def _autocast_off(devices: Iterable[str]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _grad_untouched(parameters: Parameters, tape: Tape) -> AbstractContextManager[None]:
     """Notice a node that runs a backward pass of its own, which writes `.grad`; whatever was there is put back.
 
     Only Python code does, and only where there is some is `.grad` touched: other threads may be at work with it.
     """
-    if not tape.runs_python:
-        yield
-        return
+    return _grad_put_back(parameters) if tape.runs_python else _NOTHING
+
+
+@contextmanager
+def _grad_put_back(parameters: Parameters) -> Iterator[None]:
     before = [(p, grad) for p in parameters.by_name.values() if (grad := p.grad) is not None]
     for p, _ in before:
         p.grad = None
@@ -601,32 +603,48 @@ class _Arrivals:
     def __init__(self, reading: _Reading) -> None:
         assert reading.plan is not None
         self._reading = reading
+        self._places = reading.plan.places
+        self._alone = reading.plan.ownership.alone if reading.loss_scale == 1 else frozenset()
         self._open: dict[int, int] = {}
         self._parts: dict[int, list[tuple[Form, Place]]] = {}
         self._seeds: dict[Use, Form] = {}
         self._sq_norms: dict[str, Tensor] = {}
         self._small: dict[str, Block] = {}
-        for place in reading.plan.places.values():
-            self._open[place.leaf] = self._open.get(place.leaf, 0) + 1
+        for use, place in self._places.items():
+            if use not in self._alone:
+                self._open[place.leaf] = self._open.get(place.leaf, 0) + 1
         for leaf in reading.held:
             self._open[leaf] = self._open.get(leaf, 0) + 1  # closed at the end
 
     def take(self, use: Use, form: Form | None) -> None:
-        assert self._reading.plan is not None
-        if use not in self._reading.plan.places:
+        place = self._places.get(use)
+        if place is None:
             if form is not None:
                 self._seeds[use] = form
             return
-        leaf = self._reading.plan.places[use].leaf
+        leaf = place.leaf
+        if use in self._alone:
+            if form is not None:
+                self._take_alone(leaf, form, place)
+            return
         if form is not None:
-            self._parts.setdefault(leaf, []).append(self._reading.placed(form, self._reading.plan.places[use]))
+            self._parts.setdefault(leaf, []).append(self._reading.placed(form, place))
         self._open[leaf] -= 1
         if not self._open[leaf]:
             self._close(leaf)
 
-    def _close(self, leaf: int) -> None:
+    def _take_alone(self, leaf: int, form: Form, place: Place) -> None:
+        form, place = settle(form, place)
+        if is_small(form):
+            self._close(leaf, [(form, place)])
+        else:  # norms do not depend on where the entries lie
+            name = self._reading.leaves[leaf]
+            self._sq_norms[name] = in_type(form.sq_norms(), products_dtype(self._reading.parameters.by_name[name]))
+
+    def _close(self, leaf: int, parts: list[tuple[Form, Place]] | None = None) -> None:
         name = self._reading.leaves[leaf]
-        block = Block.of(self._reading.parameters.by_name[name], self._parts.pop(leaf, []), self._reading.n_examples)
+        parts = self._parts.pop(leaf, []) if parts is None else parts
+        block = Block.of(self._reading.parameters.by_name[name], parts, self._reading.n_examples)
         if small_form(block) is None:
             self._sq_norms[name] = block.sq_norms()
         else:

@@ -37,7 +37,7 @@ CHUNK_BYTES = 64 * 2**20  # largest temporary made by one step of a chunked prod
 CACHE_BYTES = 8 * 2**20  # the same where it is read at once: a CPU has it near, and need not ask for new memory
 KEEP_BYTES = 256 * 2**20  # a formed product is kept for the next question up to this size
 PIECE = 4096  # numbers that are added up plainly
-FEW_ROWS = 32  # up to so many, threads share a product better with the large matrix first
+FEW_ROWS = 4  # times fewer than the large matrix has: threads share such a product better with that first
 SMALLEST_HALF = 64  # positions, from which it pays to take a Gram matrix without one of its corners
 CANCELLATION = 1e-3  # Gram route trusted while its result is above this part of its bound
 
@@ -348,13 +348,13 @@ class Outer:
         if self._formed is not None:
             return self._formed.reshape(n, -1) @ direction.reshape(-1)
         matrix = reshaped(direction, (g, a, b) if g > 1 else (a, b))
-        if g == 1 and n * t <= FEW_ROWS and a <= b and torch.get_num_threads() > 1:
+        if g == 1 and FEW_ROWS * n * t <= a <= b and torch.get_num_threads() > 1:
             moved = (matrix @ self.right.reshape(n * t, b).t()).mul_(self.left.reshape(n * t, a).t())
             return moved.sum(0) if t == 1 else moved.view(a, n, t).sum((0, 2))
         if g == t == 1:
-            wide, thin, matrix = (self.right, self.left, matrix.t()) if a <= b else (self.left, self.right, matrix)
+            wide, thin, matrix = (self.right, self.left, matrix.t()) if a < b else (self.left, self.right, matrix)
             return (wide.flatten(1) @ matrix).mul_(thin.flatten(1)).sum(1)
-        wide, thin, matrix = (self.right, self.left, matrix.mT) if a <= b else (self.left, self.right, matrix)
+        wide, thin, matrix = (self.right, self.left, matrix.mT) if a < b else (self.left, self.right, matrix)
         many, few = max(a, b), min(a, b)
         if g > 1:
             moved = (wide.transpose(0, 1).reshape(g, n * t, many) @ matrix).reshape(g, n, t, few).transpose(0, 1)
@@ -530,12 +530,18 @@ class Rows:
 
     def sq_norms(self, keep: bool = False) -> Tensor:
         """Rows at different ids are orthogonal: only examples that repeat an id need theirs added up first."""
-        ids = self.ids.sort(1)[0]
-        repeats = (ids[:, 1:] == ids[:, :-1]).any(1).nonzero().squeeze(1)
+        ids, order = self.ids.sort(1)
+        is_repeated = ids[:, 1:] == ids[:, :-1]
         found = energies(self.rows)
+        repeats = is_repeated.nonzero()[:, 0]
         if len(repeats):
-            owner, _, rows = self.select(repeats).coalesced()
-            found[repeats] = rows.new_zeros(len(repeats)).index_add_(0, owner, energies(rows))
+            repeats = repeats.unique_consecutive()
+            n, t, rows = len(repeats), ids.shape[1], self.rows[repeats]
+            nth = F.pad(is_repeated[repeats].logical_not_(), (1, 0)).cumsum(1)  # of the ids that an example has
+            nth = torch.empty_like(nth).scatter_(1, order[repeats], nth)
+            place = nth.add_(torch.arange(0, n * t, t, device=ids.device).unsqueeze(1)).reshape(-1)
+            merged = torch.zeros_like(rows).view(n * t, -1).index_add_(0, place, rows.view(n * t, -1))
+            found[repeats] = energies(merged.view_as(rows))
         return found
 
     def weighted_sum(self, c: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from rowgrad.rows.loss import weighted_rows
 from rowgrad.rows.pack import Blocks, Pack
 from rowgrad.rows.pairs import gram, remembering
 
+FEW_PARTS = 8  # up to so many are added up one by one, more at once
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -205,9 +207,8 @@ class Jacobian:
         if not parts:
             return self._losses.new_zeros(len(self), dtype=self._dtype)
         widest, device = max((p.dtype for p in parts), key=lambda d: d.itemsize), parts[0].device
-        return torch.stack(
-            [p if p.dtype == widest and p.device == device else p.to(device, widest) for p in parts]
-        ).sum(0)
+        parts = [p if p.dtype == widest and p.device == device else p.to(device, widest) for p in parts]
+        return sum_of(parts) if 1 < len(parts) <= FEW_PARTS else torch.stack(parts).sum(0)
 
     def _stacked(self, parts: list[Tensor], shape: Sequence[int] = ()) -> Tensor:
         """(B, *shape) from what each row gave, also where there are no rows."""

@@ -528,6 +528,8 @@ class Grouping:
         if self._split is None:
             return t.reshape(1, 1, *t.shape)
         dim, outer, inner, n_positions = self._split
+        if inner == outer == n_positions == 1:  # the examples as they lie
+            return t.unsqueeze(1)
         features = t.shape[n_positions:]
         if self._index is not None:
             flat = t.reshape(prod(t.shape[:n_positions]), *features)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rowgrad.rows.block import Block
-from rowgrad.rows.factors import Dense, energies
+from rowgrad.rows.factors import Dense, Form, energies
 from rowgrad.rows.general import GeneralPath
 
 SMALL = 2**14  # numbers in all rows of a parameter, above which to bring them together costs more than it saves
@@ -56,15 +56,17 @@ class Pack:
         return self.rows.dot(torch.cat([direction[name].detach().reshape(-1) for name in self.shapes]))
 
 
+def is_small(form: Form) -> bool:
+    """Whether rows are written out anyway, small, and no part of something large."""
+    return isinstance(form, Dense) and form.values.untyped_storage().nbytes() <= SMALL * form.values.element_size()
+
+
 def small_form(block: Block) -> Dense | None:
-    """The one form of a parameter that is small, whose rows are written out anyway and no part of something large."""
+    """The one form of a parameter whose rows are small."""
     if not block.is_plain or len(block.regions[0].forms) != 1:
         return None
     form = block.regions[0].forms[0]
-    if not isinstance(form, Dense):
-        return None
-    held = form.values.untyped_storage().nbytes()
-    return form if held <= SMALL * form.values.element_size() else None
+    return form if isinstance(form, Dense) and is_small(form) else None
 
 
 @dataclass

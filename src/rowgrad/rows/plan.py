@@ -12,7 +12,7 @@ Note [what may be kept]
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -45,8 +45,22 @@ class Ownership:
     proof: str
     by_node: dict[int, list[Use]]
     watch: Watch  # of the nodes with uses
+    alone: frozenset[Use]  # of parameters that have no other, and are seen whole
     told: dict[tuple, Explanation] = field(default_factory=dict)
     recipes: dict[Use, tuple[Rule, Recipe]] = field(default_factory=dict)  # that hold nothing of a graph
+    ready: _Ready | None = None
+
+
+@dataclass
+class _Ready:
+    """Recipes of all uses, none of which holds anything of a graph, and the rules that made them."""
+
+    keys: list[tuple[str, int]]
+    rules: list[Rule | None]
+    recipes: dict[Use, Recipe]
+
+    def fits(self, rules: Mapping[tuple[str, int], Rule]) -> bool:
+        return list(map(rules.get, self.keys)) == self.rules
 
 
 @dataclass
@@ -122,25 +136,40 @@ def make_plan(
 ) -> Plan:
     """Find the uses, how the examples lie there, and a recipe for each where the rules have one."""
     ownership = _ownership(tape, seed, leaves, verify)
-    recipes: dict[Use, Recipe] = {}
+    uses, nodes, places = ownership.frontier.uses, tape.nodes, ownership.places
+    if ownership.ready is not None and ownership.ready.fits(rules):
+        recipes = ownership.ready.recipes
+    else:
+        recipes = _recipes(tape, ownership, rules, seed.shape[0])
     saved: dict[Use, list[Any]] = {}
-    for use in ownership.frontier.uses:
-        node = tape.nodes[use.node]
-        rule = rules.get((node.kind, use.slot))
+    for use, recipe in recipes.items():
+        node = nodes[use.node]
+        saved[use] = [_strided(node.saved(name)) for name in recipe.saved] if recipe.saved else []
+    if len(recipes) < len(uses):
+        places = {use: place for use, place in places.items() if use in recipes}
+    return Plan(ownership, recipes, places, saved)
+
+
+def _recipes(
+    tape: Tape, ownership: Ownership, rules: Mapping[tuple[str, int], Rule], n_examples: int
+) -> dict[Use, Recipe]:
+    """Of all uses for which there are some. What holds nothing of the graph is kept for the next one."""
+    uses, nodes = ownership.frontier.uses, tape.nodes
+    keys = [(nodes[use.node].kind, use.slot) for use in uses]
+    found: dict[Use, Recipe] = {}
+    for use, rule in zip(uses, map(rules.get, keys), strict=True):
         if rule is None:
             continue
         of_rule, recipe = ownership.recipes.get(use, (None, None))
         if of_rule is not rule:
-            recipe = rule(Site(tape, node, use.slot, ownership.layouts, seed.shape[0]))
+            recipe = rule(Site(tape, nodes[use.node], use.slot, ownership.layouts, n_examples))
             if recipe is not None and recipe.saved is not None:
                 ownership.recipes[use] = (rule, recipe)
         if recipe is not None:
-            recipes[use] = recipe
-            saved[use] = [_strided(node.saved(name)) for name in recipe.saved] if recipe.saved else []
-    places = ownership.places
-    if len(recipes) < len(ownership.frontier.uses):
-        places = {use: place for use, place in places.items() if use in recipes}
-    return Plan(ownership, recipes, places, saved)
+            found[use] = recipe
+    if len(found) == len(uses) and all(recipe.saved is not None for recipe in found.values()):
+        ownership.ready = _Ready(keys, list(map(rules.get, keys)), found)
+    return found
 
 
 def _ownership(tape: Tape, seed: Tensor, leaves: Mapping[int, str], verify: str) -> Ownership:
@@ -201,7 +230,19 @@ class _Proof:
             by_node.setdefault(use.node, []).append(use)
         nodes = [self.tape.nodes[i] for i in sorted(by_node)]
         watch = self.tape.watch([(n.index, nr) for n in nodes for nr in range(n.n_outputs) if n.is_traced(nr)])
-        return Ownership(frontier, layouts, places, proof, by_node, watch)
+        n_uses = Counter(place.leaf for place in places.values())
+        is_loose = len(places) < len(frontier.uses)
+        alone = frozenset(
+            use
+            for use, place in places.items()
+            if not is_loose and n_uses[place.leaf] == 1 and place.numel == self._variable(place.leaf).numel()
+        )
+        return Ownership(frontier, layouts, places, proof, by_node, watch, alone)
+
+    def _variable(self, leaf: int) -> Tensor:
+        variable = self.tape.nodes[leaf].variable
+        assert variable is not None
+        return variable
 
 
 def _lasting(ownership: Ownership, settled: Mapping[Edge, Axis]) -> Ownership | None:
@@ -209,4 +250,4 @@ def _lasting(ownership: Ownership, settled: Mapping[Edge, Axis]) -> Ownership | 
     above = {e: layout for e, layout in ownership.layouts.items() if not ownership.frontier.tainted[e[0]]}
     if any(e not in settled for e in above):
         return None
-    return replace(ownership, layouts=above, proof=f"{ownership.proof}, kept", told={}, recipes={})
+    return replace(ownership, layouts=above, proof=f"{ownership.proof}, kept", told={}, recipes={}, ready=None)
