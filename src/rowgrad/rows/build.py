@@ -651,7 +651,8 @@ class _Arrivals:
             self._small[name] = block
 
     def finished(self) -> tuple[dict[str, Tensor], dict[str, Block]]:
-        for leaf, parts in self._reading.pushed_down(self._seeds).items():
+        below = self._reading.pushed_down(self._seeds) if self._seeds else {}
+        for leaf, parts in below.items():
             self._parts.setdefault(leaf, []).extend(parts)
         for leaf, n_open in self._open.items():
             if n_open:  # held, or a use that no cotangent reached

@@ -54,11 +54,16 @@ def clip_weights(norms: Tensor | Sequence[float], max_norm: float | Tensor, *, m
     >>> rowgrad.clip_weights(torch.tensor([0.5, 2.0, torch.inf]), max_norm=1.0)
     tensor([1.0000, 0.5000, 0.0000])
     """
-    if mode not in ("clip", "normalize"):
-        raise ValueError(f'mode={mode!r}: expected "clip" or "normalize"')
     norms = _numbers(norms)
     if (norms < 0).any():
         raise ValueError(f"norms: the smallest is {float(norms[norms < 0].min()):g}; norms are not negative")
+    return _weights(norms, max_norm, mode)
+
+
+def _weights(norms: Tensor, max_norm: float | Tensor, mode: str) -> Tensor:
+    """As `clip_weights`, of norms that need no check."""
+    if mode not in ("clip", "normalize"):
+        raise ValueError(f'mode={mode!r}: expected "clip" or "normalize"')
     if not _is_bound(max_norm, norms, may_be_inf=mode == "clip"):
         raise ValueError(f"max_norm={max_norm!r}: expected a positive number" + (", finite" if mode != "clip" else ""))
     bound = max_norm.to(norms) if isinstance(max_norm, Tensor) else max_norm
@@ -148,7 +153,7 @@ def clipped_loss(
     if not isinstance(max_norm, Mapping):
         norms = J.norms()
         bound = _bound(max_norm, norms)
-        weights, shares = clip_weights(norms, bound, mode=mode) / size, share_clipped(norms, bound)
+        weights, shares = _weights(norms, bound, mode) / size, share_clipped(norms, bound)
     else:
         weights, shares = _by_group(J, max_norm, mode, size, drop_nonfinite=nonfinite == "zero")
     # of no examples the gradients are zeros, as of the plain loss: other processes may wait for them
@@ -184,7 +189,7 @@ def _by_group(
             )
     by_group = J.norms(by=names)
     bounds = {group: _bound(bound, by_group[group]) for group, bound in max_norm.items()}
-    weights = {group: clip_weights(by_group[group], bound, mode=mode) / size for group, bound in bounds.items()}
+    weights = {group: _weights(by_group[group], bound, mode) / size for group, bound in bounds.items()}
     shares = {group: share_clipped(by_group[group], bound) for group, bound in bounds.items()}
     if drop_nonfinite:
         finite = J.norms().isfinite()
