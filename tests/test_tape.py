@@ -165,13 +165,28 @@ def test_graphs_that_differ_do_not(name: str) -> None:
 
 
 def test_the_structures_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tape, "KNOWN_STRUCTURES", 3)
+    monkeypatch.setattr(tape, "KNOWN_NODES", 6)  # three structures of two
     structures = [Tape(data(n, D) @ weight(D)).structure for n in (1, 2, 3)]
     Tape(data(1, D) @ weight(D))
     assert [s for _, s in tape._recent] == [structures[i] for i in (0, 2, 1)]
     newest = Tape(data(9, D) @ weight(D)).structure
     assert [s for _, s in tape._recent] == [newest, *(structures[i] for i in (0, 2, 1))][: tape.TRIED_STRUCTURES]
-    assert list(tape._known.values()) == [structures[1], structures[2], newest]
+    assert list(tape._known.values()) == [structures[2], structures[0], newest]
+
+
+def test_a_structure_larger_than_all_that_is_kept_is_kept_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "KNOWN_NODES", 1)
+    for n in (1, 2):
+        structure = Tape(data(n, D) @ weight(D)).structure
+        assert list(tape._known.values()) == [structure]
+
+
+def test_structures_of_equal_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "hash", lambda _: 0, raising=False)
+    one, other = (Tape(data(n, D) @ weight(D)).structure for n in (1, 2))
+    assert one is not other
+    tape._recall(())
+    assert Tape(data(2, D) @ weight(D)).structure is other
 
 
 def test_a_function_defined_in_a_step_is_let_go() -> None:
@@ -204,7 +219,7 @@ def test_among_many_a_structure_is_found_by_its_signature() -> None:
 
 
 def test_threads_may_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tape, "KNOWN_STRUCTURES", 3)
+    monkeypatch.setattr(tape, "KNOWN_NODES", 6)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
 

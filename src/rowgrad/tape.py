@@ -29,9 +29,9 @@ from rowgrad.errors import FreedGraphError, GraphError, OpaqueGraphError
 
 _T = TypeVar("_T")
 ACCUMULATE = "torch::autograd::AccumulateGrad"
-KNOWN_STRUCTURES = 64  # kept, the ones last read node by node
+KNOWN_NODES = 2**17  # of all structures that are kept, about 1 kB each: several hundred lengths of a text's batch
 TRIED_STRUCTURES = 4  # used last: a graph is compared with them before it is read node by node
-WAITING_BYTES = 4 * 2**20  # of cotangents that a pass collects before it hands them over
+WAITING_BYTES = 2**20  # of cotangents that a pass collects before it hands them over
 COPY_SLICES = "torch::autograd::CopySlices"
 INDEX = "IndexBackward0"
 _PYTHON_NODE = torch.autograd.function.BackwardCFunction
@@ -222,9 +222,14 @@ class Structure:
     """Everything about a graph but the contents of its tensors; there is one for all graphs that are alike in it.
 
     Each parameter has one leaf, so that the slots also tell where one is used again. Holds no part of a graph.
+
+    Attributes:
+        kept: what else is to be kept for graphs of this structure, as long as it is.
     """
 
-    def __init__(self, facts: Sequence[_Facts]) -> None:
+    def __init__(self, facts: Sequence[_Facts], key: int) -> None:
+        self.kept: dict[Any, Any] = {}
+        self.key = key
         self.kinds = [f.kind for f in facts]
         self.slots = [f.slots for f in facts]
         self._steps: list[tuple[Any, ...]] = [(*f, f.kind == ACCUMULATE) for f in facts]
@@ -267,7 +272,7 @@ class Structure:
         return (fns, variables) if len(set(fns)) == n else None
 
 
-_known: OrderedDict[tuple, Structure] = OrderedDict()  # by root and signature
+_known: OrderedDict[int, Structure] = OrderedDict()  # by the hash of root and signature, the one used last at the end
 _recent: tuple[tuple[int, Structure], ...] = ()  # with the root's output, the one used last first; replaced as a whole
 
 
@@ -290,8 +295,23 @@ def _recognized(output: Tensor) -> tuple[Structure, list[Any], list[Tensor | Non
         if found is not None:
             if i:
                 _recall((recent[i], *recent[:i], *recent[i + 1 :]))
+                _use(structure)
             return structure, *found
     return None
+
+
+def _use(structure: Structure) -> None:
+    with suppress(KeyError):  # another thread dropped it
+        _known.move_to_end(structure.key)
+
+
+def _remember(structure: Structure) -> None:
+    """And let go of those used long ago, if they are too many."""
+    _known[structure.key] = structure
+    _use(structure)
+    n_nodes = sum([len(s.kinds) for s in list(_known.values())])
+    while n_nodes > KNOWN_NODES and len(_known) > 1:
+        n_nodes -= len(_known.popitem(last=False)[1].kinds)
 
 
 class Watch(NamedTuple):
@@ -336,13 +356,15 @@ class Tape:
         """Of a graph with one output. Further graphs of the structure are recognized by it, which is quicker."""
         if self._structure is None:
             facts = [_Facts.of(node) for node in self.nodes]
-            key = (self.root_slot[1], tuple([f.signature for f in facts]))
-            self._structure = _known.setdefault(key, Structure(facts))
-            with suppress(KeyError):  # another thread dropped it
-                _known.move_to_end(key)
-            _recall([(key[0], self._structure), *(r for r in _recent if r[1] is not self._structure)])
-            while len(_known) > KNOWN_STRUCTURES:
-                _known.popitem(last=False)
+            key = hash((self.root_slot[1], *[f.signature for f in facts]))
+            found = _known.get(key)
+            if found is not None and found.found_in(self.nodes[0].fn) is not None:
+                _use(found)
+            else:
+                found = Structure(facts, key)
+                _remember(found)
+            self._structure = found
+            _recall([(self.root_slot[1], found), *(r for r in _recent if r[1] is not found)])
         return self._structure
 
     @property

@@ -512,10 +512,38 @@ def passes_of(
     return counts
 
 
+def everything_kept() -> list[plan._Kept]:
+    return [kept for structure in rg.tape._known.values() for kept in structure.kept.values()]
+
+
 def test_a_settled_graph_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 1))
     counts = passes_of(lambda: model(torch.randn(B, D)).squeeze(1), model, monkeypatch)
     assert counts == [4, 1, 1, 1]  # as it is, two halves silent, and the rows themselves
+
+
+def test_texts_of_many_lengths_are_proved_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, taken = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 1)), counted_passes(monkeypatch)
+    for expected in (4, 1):
+        for length in range(1, 101):
+            taken.clear()
+            rg.grad_norms(model(torch.randn(B, length, D)).sum((1, 2)), model)
+            assert len(taken) == expected
+    assert len(everything_kept()) == 100
+
+
+def test_of_many_choices_of_parameters_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "KEPT_CHOICES", 2)
+    model, taken = nn.Sequential(*(nn.Linear(D, D) for _ in range(3))), counted_passes(monkeypatch)
+
+    def passes(i: int) -> int:
+        taken.clear()
+        rg.grad_norms(model(torch.randn(B, D)).sum(1), model[i])
+        return len(taken)
+
+    counts = [passes(i) for i in (0, 1, 2, 2, 1, 0)]
+    assert [n > 1 for n in counts] == [True, True, True, False, False, True]
+    assert len(everything_kept()) == 2
 
 
 def test_a_parameter_that_all_examples_share_needs_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -543,7 +571,7 @@ def test_a_structure_read_wrongly_is_not_believed(monkeypatch: pytest.MonkeyPatc
             warnings.simplefilter("ignore", rg.RowgradWarning)
             found = rg.jacobian(graph, model).dense(as_dict=True)
         assert_rows_close(found, expected)
-    assert not [kept.settled for kept in plan._kept.values() if kept.settled or kept.ownership]
+    assert not [kept.settled for kept in everything_kept() if kept.settled or kept.ownership]
 
 
 def test_always_means_always(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -589,10 +617,9 @@ def test_the_cache_holds_no_tensor() -> None:
             return tensors([cell.cell_contents for cell in thing.__closure__ or ()], seen)
         return any(tensors(v, seen) for v in vars(thing).values()) if hasattr(thing, "__dict__") else False
 
-    (kept,) = plan._kept.values()
+    (kept,) = everything_kept()
     assert kept.ownership is not None
     assert len(kept.ownership.recipes) == 10
-    assert not tensors(plan._kept, set())
     assert not tensors([rg.tape._known, rg.tape._recent], set())
 
 

@@ -18,7 +18,7 @@ def _outer(site: Site, saved: str, scale: str | None, *, data_left: bool) -> Rec
     def build(cotangents: Cotangents, data: Tensor) -> Form:
         z = only(cotangents)
         h, z = (data, z) if data_left else (data.mT, z.mT)
-        h, z = wide(group(h)).unsqueeze(1), wide(group(z)).unsqueeze(1)
+        h, z = wide(group.positions_of(h)), wide(group.positions_of(z))
         if factor != 1:
             z = z * factor
         left, right = (h, z) if data_left else (z, h)

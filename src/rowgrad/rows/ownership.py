@@ -528,8 +528,6 @@ class Grouping:
         if self._split is None:
             return t.reshape(1, 1, *t.shape)
         dim, outer, inner, n_positions = self._split
-        if inner == outer == n_positions == 1:  # the examples as they lie
-            return t.unsqueeze(1)
         features = t.shape[n_positions:]
         if self._index is not None:
             flat = t.reshape(prod(t.shape[:n_positions]), *features)
@@ -542,3 +540,11 @@ class Grouping:
             return t.reshape(self.n_examples, inner * prod(t.shape[1:n_positions]), *features)
         t = t.reshape(*t.shape[:dim], outer, self.n_examples, inner, *t.shape[dim + 1 :])
         return t.movedim(dim + 1, 0).flatten(1, n_positions + 1)
+
+    def positions_of(self, t: Tensor) -> Tensor:
+        """(B, 1, T, *features): as a side of an outer product has them, in one group."""
+        if self._split is not None and self._index is None:
+            dim, outer, inner, n_positions = self._split
+            if dim == 0 and outer == 1:
+                return t.reshape(self.n_examples, 1, inner * prod(t.shape[1:n_positions]), *t.shape[n_positions:])
+        return self(t).unsqueeze(1)

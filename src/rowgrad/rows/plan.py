@@ -12,9 +12,8 @@ Note [what may be kept]
 from __future__ import annotations
 
 import os
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -31,7 +30,7 @@ from rowgrad.rows.site import Cotangents, Recipe, Rule, Site
 from rowgrad.rows.structure import infer
 from rowgrad.tape import Tape, Watch, forget_structures
 
-KEPT_SIGNATURES = 64
+KEPT_CHOICES = 64  # of parameters, for each structure
 PROVE_EVERY = 200  # calls; a proof costs about one and a half plain steps, so under 1% of the time
 
 
@@ -122,12 +121,8 @@ def _spent(cotangents: Cotangents) -> Form:
     raise AssertionError("bug in rowgrad, please report: a form was asked for twice")
 
 
-_kept: OrderedDict[tuple, _Kept] = OrderedDict()
-
-
 def forget() -> None:
     """Drop everything kept from earlier calls."""
-    _kept.clear()
     forget_structures()
 
 
@@ -175,20 +170,20 @@ def _recipes(
 def _ownership(tape: Tape, seed: Tensor, leaves: Mapping[int, str], verify: str) -> Ownership:
     if verify == "always" or seed.shape[0] == 1:
         return _Proof(tape, seed, leaves).ownership({})
-    key = (tape.structure, tuple(sorted(leaves)), seed.dtype)
-    kept = _kept.get(key)
+    key = (tuple(sorted(leaves)), seed.dtype)
+    of_structure: dict[tuple, _Kept] = tape.structure.kept
+    kept = of_structure.get(key)
     if kept is not None:
-        with suppress(KeyError):  # another thread dropped it
-            _kept.move_to_end(key)
         kept.calls += 1
         if not kept.is_due:
             return kept.ownership or _Proof(tape, seed, leaves).ownership(kept.settled)
     proof = _Proof(tape, seed, leaves)
     settled, mixed = proof.confirmed(infer(tape, seed.shape[0]))
     ownership = proof.ownership(settled, mixed)
-    _kept[key] = _Kept(_lasting(ownership, settled), settled, kept.calls if kept is not None else 0)
-    while len(_kept) > KEPT_SIGNATURES:
-        _kept.popitem(last=False)
+    n_calls = kept.calls if kept is not None else 0
+    of_structure[key] = _Kept(_lasting(ownership, settled), settled, n_calls)
+    while len(of_structure) > KEPT_CHOICES:
+        of_structure.pop(next(iter(of_structure)), None)
     return ownership
 
 
