@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.utils import checkpoint
 
 from rowgrad.errors import FreedGraphError, GraphError, OpaqueGraphError
 
@@ -31,7 +32,7 @@ _T = TypeVar("_T")
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 KNOWN_NODES = 2**17  # of all structures that are kept, about 1 kB each: several hundred lengths of a text's batch
 TRIED_STRUCTURES = 4  # used last: a graph is compared with them before it is read node by node
-WAITING_BYTES = 2**20  # of cotangents that a pass collects before it hands them over
+WAITING_BYTES = 2**20  # of cotangents, and what is recomputed for them, that a pass collects before it hands them over
 COPY_SLICES = "torch::autograd::CopySlices"
 INDEX = "IndexBackward0"
 _PYTHON_NODE = torch.autograd.function.BackwardCFunction
@@ -91,13 +92,25 @@ class Node:
         try:
             found = getattr(self.fn, f"_saved_{name}")
         except RuntimeError as error:
-            raise FreedGraphError(
-                f"the saved tensors of {self!r} were already freed ({error}). Call rowgrad before any backward pass, "
-                "or keep the graph with retain_graph=True"
-            ) from error
+            told = _told_by(error)
+            if told is None or isinstance(told, FreedGraphError):
+                told = FreedGraphError(
+                    f"the saved tensors of {self!r} were already freed ({error}). Call rowgrad before any backward "
+                    "pass, or keep the graph with retain_graph=True"
+                )
+            raise told from error
         if isinstance(found, (tuple, list)):
             return [t.detach() if isinstance(t, Tensor) else t for t in found]
         return found.detach() if isinstance(found, Tensor) else found
+
+    def unpacks(self, name: str) -> bool:
+        """Whether code runs to read it: a checkpointed region is recomputed, an offloaded tensor fetched.
+
+        False where this PyTorch has no way to read it in the middle of a pass that reads it, too.
+        """
+        if _set_group is None:
+            return False
+        return getattr(getattr(self.fn, f"_raw_saved_{name}", None), "unpack_hook", None) is not None
 
     def has_saved(self, name: str) -> bool:
         return hasattr(type(self.fn), f"_saved_{name}")
@@ -441,6 +454,7 @@ class Tape:
         arrived: Callable[[int, list[Tensor | None]], None],
         *,
         retain_graph: bool,
+        passing: Callable[[int], int] | None = None,
     ) -> None:
         """As `cotangents`, but hands over each node's cotangents soon after they come and keeps none of them.
 
@@ -449,9 +463,11 @@ class Tape:
 
         Args:
             watch: of this graph, or of another with the same signature.
+            passing: called right before the pass executes a node, when it still has what it saved. Returns how many
+                bytes it took for what is to be done with the node's cotangents.
         """
         root: Tensor | None = None
-        arrivals = _Arrivals(arrived)
+        arrivals = _Arrivals(arrived, passing)
         handles = []
         try:
             if watch.passed:
@@ -502,7 +518,7 @@ class Tape:
                 f"asked in the middle of a backward pass (from a hook, or a custom Function's backward), where "
                 f"{node!r} answers only what that pass asks of it. Ask before the pass, or after it"
             )
-        with torch.set_grad_enabled(differentiable), engine_errors():
+        with torch.set_grad_enabled(differentiable), engine_errors(), RecomputedOnce():
             if node.is_python:
                 return self._call_python(node, cotangents)
             result = node.fn(*cotangents)
@@ -548,8 +564,10 @@ class _Arrivals:
     """Cotangents of one pass on their way, handed over a few at a time: where there is little to do, to change between
     the engine and Python at every node takes longer than either."""
 
-    def __init__(self, arrived: Callable[[int, list[Tensor | None]], None]) -> None:
-        self._arrived = arrived
+    def __init__(
+        self, arrived: Callable[[int, list[Tensor | None]], None], passing: Callable[[int], int] | None
+    ) -> None:
+        self._arrived, self._passing = arrived, passing
         self._pass = _NO_PASS
         self._waiting: list[tuple[int, list[Tensor | None]]] = []
         self._n_bytes = 0
@@ -562,6 +580,8 @@ class _Arrivals:
         others at the same time."""
         if _running() != self._pass:
             return
+        if self._passing is not None:
+            self._n_bytes += self._passing(node)
         self._waiting.append((node, list(cotangents)))
         for z in cotangents:
             if z is not None:
@@ -576,6 +596,26 @@ class _Arrivals:
             self._arrived(*waiting.pop())
 
 
+class RecomputedOnce:
+    """Within, a checkpointed region is recomputed once for all that is read of it, each saved value at most once.
+
+    Outside of passes PyTorch recomputes it for each value, and holds all of it as long as the graph lives.
+    """
+
+    def __init__(self) -> None:
+        self._group = checkpoint.GraphExecGroup() if _set_group is not None else None
+        self._around: Any = None
+
+    def __enter__(self) -> None:
+        if _set_group is not None:
+            self._around = torch._C._get_graph_exec_group()  # pyright: ignore[reportAttributeAccessIssue]
+            _set_group(self._group)
+
+    def __exit__(self, *_: object) -> None:
+        if _set_group is not None:
+            _set_group(self._around)
+
+
 class engine_errors:
     """Turn autograd's complaint about a freed graph, or one that cannot be kept, into ours."""
 
@@ -583,25 +623,30 @@ class engine_errors:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if not isinstance(error, RuntimeError):
-            return
-        text = str(error)
-        if "second time" in text or "already been freed" in text:
-            raise FreedGraphError(
-                "the graph behind the losses was already freed by an earlier backward pass. Call rowgrad first, or "
-                "keep the graph with retain_graph=True"
-            ) from error
-        if "backward an extra time" in text:
-            raise OpaqueGraphError(
-                "a selectively checkpointed region of the graph (context_fn=...) answers one backward pass, and "
-                "separating the examples needs several. Checkpoint that region as a whole"
-            ) from error
-        if "donated buffers" in text:
-            raise OpaqueGraphError(
-                "a compiled region of the graph frees its buffers after one backward pass, and separating the examples "
-                "needs several. Set torch._functorch.config.donated_buffer = False before compiling, or leave that "
-                "region eager"
-            ) from error
+        told = _told_by(error) if isinstance(error, RuntimeError) else None
+        if told is not None:
+            raise told from error
+
+
+def _told_by(error: RuntimeError) -> GraphError | None:
+    text = str(error)
+    if "second time" in text or "already been freed" in text:
+        return FreedGraphError(
+            "the graph behind the losses was already freed by an earlier backward pass. Call rowgrad first, or keep "
+            "the graph with retain_graph=True"
+        )
+    if "backward an extra time" in text:
+        return OpaqueGraphError(
+            "a selectively checkpointed region of the graph (context_fn=...) answers one backward pass, and separating "
+            "the examples needs several. Checkpoint that region as a whole"
+        )
+    if "donated buffers" in text:
+        return OpaqueGraphError(
+            "a compiled region of the graph frees its buffers after one backward pass, and separating the examples "
+            "needs several. Set torch._functorch.config.donated_buffer = False before compiling, or leave that region "
+            "eager"
+        )
+    return None
 
 
 def gradients(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -618,6 +663,7 @@ def _pass(
     return run(outputs, seeds, retain_graph, False, inputs, allow_unreachable=True, accumulate_grad=False)
 
 
+_set_group: Callable[[Any], None] | None = getattr(torch._C, "_set_graph_exec_group", None)
 _running = torch._C._current_graph_task_id  # pyright: ignore[reportPrivateImportUsage]
 _NO_PASS = -1
 

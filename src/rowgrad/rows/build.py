@@ -171,6 +171,8 @@ class Prepared:
     def __init__(self, losses: Tensor, params: Params, scale: float = 1.0) -> None:
         with _reading(losses, params, "cached", RULES, scale) as self._reading:
             plan = self._reading.plan
+            if plan is not None:
+                plan.read_all()
         self.meeting: tuple[int, ...] = () if plan is None else plan.ownership.frontier.couplings
         is_cheap = plan is not None and self._reading.streams(KEPT_BYTES)
         self.edges: list[Edge] | None = list(plan.ownership.watch.edges) if plan is not None and is_cheap else None
@@ -364,7 +366,9 @@ class _Reading:
                 else:
                     take(use, plan.form(use, cotangents))
 
-        self.tape.stream(plan.ownership.watch, self.seed, arrived, retain_graph=retain_graph or plan.needs_graph)
+        keep = retain_graph or plan.needs_graph
+        passing = plan.read if plan.unread else None
+        self.tape.stream(plan.ownership.watch, self.seed, arrived, retain_graph=keep, passing=passing)
         for node, cotangents in waiting.items():
             for use in uses[node]:
                 if use in plan.recipes and plan.recipes[use].needs_graph:

@@ -530,18 +530,12 @@ class Rows:
 
     def sq_norms(self, keep: bool = False) -> Tensor:
         """Rows at different ids are orthogonal: only examples that repeat an id need theirs added up first."""
-        ids, order = self.ids.sort(1)
-        is_repeated = ids[:, 1:] == ids[:, :-1]
+        ids = self.ids.sort(1)[0]
+        repeats = (ids[:, 1:] == ids[:, :-1]).any(1).nonzero().squeeze(1)
         found = energies(self.rows)
-        repeats = is_repeated.nonzero()[:, 0]
         if len(repeats):
-            repeats = repeats.unique_consecutive()
-            n, t, rows = len(repeats), ids.shape[1], self.rows[repeats]
-            nth = F.pad(is_repeated[repeats].logical_not_(), (1, 0)).cumsum(1)  # of the ids that an example has
-            nth = torch.empty_like(nth).scatter_(1, order[repeats], nth)
-            place = nth.add_(torch.arange(0, n * t, t, device=ids.device).unsqueeze(1)).reshape(-1)
-            merged = torch.zeros_like(rows).view(n * t, -1).index_add_(0, place, rows.view(n * t, -1))
-            found[repeats] = energies(merged.view_as(rows))
+            owner, _, rows = self.select(repeats).coalesced()
+            found[repeats] = rows.new_zeros(len(repeats)).index_add_(0, owner, energies(rows))
         return found
 
     def weighted_sum(self, c: Tensor) -> Tensor:

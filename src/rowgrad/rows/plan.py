@@ -28,7 +28,7 @@ from rowgrad.rows.ownership import MIXED, Axis, Edge, Layout, Prover
 from rowgrad.rows.placement import Place, place_of
 from rowgrad.rows.site import Cotangents, Recipe, Rule, Site
 from rowgrad.rows.structure import infer
-from rowgrad.tape import Tape, Watch, forget_structures
+from rowgrad.tape import RecomputedOnce, Tape, Watch, forget_structures
 
 KEPT_CHOICES = 64  # of parameters, for each structure
 PROVE_EVERY = 200  # calls; a proof costs about one and a half plain steps, so under 1% of the time
@@ -82,7 +82,10 @@ class Plan:
     ownership: Ownership
     recipes: dict[Use, Recipe]
     places: dict[Use, Place]
-    saved: dict[Use, list[Any]]  # read for the recipes
+    tape: Tape
+    saved: dict[Use, list[Any]] = field(default_factory=dict)  # read for the recipes
+    unread: set[int] = field(default_factory=set)  # nodes of which to read when they are passed
+    _once: RecomputedOnce = field(default_factory=RecomputedOnce)
 
     @property
     def uses(self) -> list[Use]:
@@ -101,8 +104,40 @@ class Plan:
         """
         return not self.is_ruled or any(r.needs_graph for r in self.recipes.values())
 
+    def read_before(self) -> None:
+        """What the nodes saved, but where it is recomputed or fetched, which is done when they are passed."""
+        nodes = self.tape.nodes
+        for use, recipe in self.recipes.items():
+            if recipe.saved and any(map(nodes[use.node].unpacks, recipe.saved)):
+                self.unread.add(use.node)
+        for use in self.recipes:
+            if use.node not in self.unread:
+                self._read(use)
+
+    def read(self, node: int) -> int:
+        """What a node saved, where it is not read yet; returns its bytes."""
+        if node not in self.unread:
+            return 0
+        self.unread.remove(node)
+        with self._once:
+            return sum([self._read(use) for use in self.ownership.by_node[node]])
+
+    def read_all(self) -> None:
+        """For cotangents that come when the graph may be gone."""
+        for node in list(self.unread):
+            self.read(node)
+
+    def _read(self, use: Use) -> int:
+        recipe, node = self.recipes.get(use), self.tape.nodes[use.node]
+        if recipe is None:
+            return 0
+        found = [_strided(node.saved(name)) for name in recipe.saved] if recipe.saved else []
+        self.saved[use] = found
+        return sum([t.nbytes for t in found if isinstance(t, Tensor)])
+
     def form(self, use: Use, cotangents: Cotangents) -> Form | None:
         """The form, to be asked for once; None where no cotangent arrived. Lets go of what the node saved."""
+        self.read(use.node)
         recipe, saved = self.recipes[use], self.saved.pop(use)
         if recipe.saved is None:
             self.recipes[use] = replace(recipe, build=_spent)
@@ -131,18 +166,16 @@ def make_plan(
 ) -> Plan:
     """Find the uses, how the examples lie there, and a recipe for each where the rules have one."""
     ownership = _ownership(tape, seed, leaves, verify)
-    uses, nodes, places = ownership.frontier.uses, tape.nodes, ownership.places
+    uses, places = ownership.frontier.uses, ownership.places
     if ownership.ready is not None and ownership.ready.fits(rules):
         recipes = ownership.ready.recipes
     else:
         recipes = _recipes(tape, ownership, rules, seed.shape[0])
-    saved: dict[Use, list[Any]] = {}
-    for use, recipe in recipes.items():
-        node = nodes[use.node]
-        saved[use] = [_strided(node.saved(name)) for name in recipe.saved] if recipe.saved else []
     if len(recipes) < len(uses):
         places = {use: place for use, place in places.items() if use in recipes}
-    return Plan(ownership, recipes, places, saved)
+    plan = Plan(ownership, recipes, places, tape)
+    plan.read_before()
+    return plan
 
 
 def _recipes(

@@ -1,0 +1,142 @@
+"""Checkpointed regions and offloaded tensors: what is saved is unpacked when the pass comes by, once for all of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.reference import assert_rows_close, rows_by_grad
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import GraphExecGroup, checkpoint
+
+import rowgrad as rg
+from rowgrad import tape
+from rowgrad.rows.build import Prepared
+
+B, D, REGIONS = 4, 5, 6
+
+
+class Held:
+    """How many of some tensors' values are in memory."""
+
+    def __init__(self) -> None:
+        self._storages: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def add(self, t: Tensor) -> int:
+        """With this one."""
+        self._storages.append(weakref.ref(t.untyped_storage()))
+        return len([s for s in self._storages if s() is not None])
+
+
+class Watched(nn.Module):
+    """Regions in a row; counts how often each is run, and how many are held at once."""
+
+    def __init__(self, n_regions: int = REGIONS) -> None:
+        super().__init__()
+        self.regions = nn.ModuleList(
+            nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.LayerNorm(D), nn.Linear(D, D)) for _ in range(n_regions)
+        )
+        self.runs = [0] * n_regions
+        self.most_held = 0
+        self._values = Held()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(len(self.regions)):
+            x = checkpoint(self._region, x, i, use_reentrant=False)  # type: ignore[assignment]
+        return x.square().sum(1)
+
+    def _region(self, x: Tensor, i: int) -> Tensor:
+        self.runs[i] += 1
+        linear, tanh, norm, last = self.regions[i]
+        h = tanh(linear(x))
+        self.most_held = max(self.most_held, self._values.add(h))
+        return last(norm(h))
+
+
+@pytest.fixture
+def model() -> Watched:
+    torch.manual_seed(0)
+    return Watched().double()
+
+
+def x() -> Tensor:
+    return torch.randn(B, D, dtype=torch.float64)
+
+
+def clip(losses: Tensor, model: nn.Module) -> None:
+    rg.clipped_loss(losses, model, 0.5).backward()
+
+
+@pytest.mark.parametrize("ask", [rg.grad_norms, rg.jacobian, clip])
+def test_a_region_is_recomputed_once_for_its_values_and_once_by_the_pass(
+    ask: Callable[..., object], model: Watched
+) -> None:
+    ask(model(x()), model)  # proves
+    losses = model(x())
+    model.runs = [0] * REGIONS
+    ask(losses, model)
+    assert model.runs == [2] * REGIONS
+
+
+def test_norms_hold_few_regions_at_once(model: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "WAITING_BYTES", 0)
+    rg.grad_norms(model(x()), model)
+    losses = model(x())
+    model.most_held = 0
+    rg.grad_norms(losses, model)
+    assert 1 <= model.most_held <= 2
+
+
+def test_rows_of_regions_within_a_group_of_the_users(model: Watched) -> None:
+    """Each saved value is read once in a group; ours is another."""
+    for _ in range(2):
+        losses = model(x())
+        expected = rows_by_grad(losses, dict(model.named_parameters()))
+        rg.grad_norms(losses, model, retain_graph=True)
+        with GraphExecGroup():
+            assert_rows_close(rg.jacobian(losses, model, retain_graph=True).dense(as_dict=True), expected)
+
+
+def test_a_graph_that_is_kept_can_be_asked_again(model: Watched) -> None:
+    losses = model(x())
+    first = rg.grad_norms(losses, model, retain_graph=True)
+    for _ in range(3):
+        assert torch.equal(rg.grad_norms(losses, model, retain_graph=True), first)
+    torch.testing.assert_close(rg.jacobian(losses, model).norms(), first)
+
+
+def test_cotangents_may_come_when_the_graph_is_gone(model: Watched) -> None:
+    losses = model(x())
+    expected = rg.grad_norms(losses, model, retain_graph=True)
+    prepared = Prepared(losses, model)
+    assert prepared.edges is not None
+    flow = rg.Graph(losses, model).backward({losses: torch.ones_like(losses)})
+    cotangents = {edge: flow.cotangents.get(edge) for edge in prepared.edges}
+    losses.sum().backward()
+    torch.testing.assert_close(prepared.norms(cotangents), expected)
+
+
+def test_offloaded_tensors_are_fetched_as_the_pass_comes_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "WAITING_BYTES", 0)
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(D, D), nn.Tanh()) for _ in range(REGIONS))).double()
+    fetched, held = Held(), []
+
+    def unpack(kept: Tensor) -> Tensor:
+        copy = kept.clone()
+        held.append(fetched.add(copy))
+        return copy
+
+    def losses() -> Tensor:
+        with saved_tensors_hooks(lambda t: t.detach(), unpack):
+            return layers(x()).square().sum(1)
+
+    asked = losses()
+    expected = rows_by_grad(asked, dict(layers.named_parameters()))
+    assert_rows_close(rg.jacobian(asked, layers, retain_graph=True).dense(as_dict=True), expected)
+    held.clear()
+    rg.grad_norms(losses(), layers)
+    assert len(held) > 2 * REGIONS
+    assert max(held) < REGIONS
