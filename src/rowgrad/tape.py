@@ -89,6 +89,13 @@ class Node:
 
     def saved(self, name: str) -> Any:
         """A value the forward operation kept. Under checkpointing each access recomputes: read once."""
+        if not self.unpacks(name) or _is_own(_group()):
+            return self.saved_as_it_is(name)
+        with RecomputedOnce():  # in somebody's pass, or a group of the user's, it would be taken from them
+            return self.saved_as_it_is(name)
+
+    def saved_as_it_is(self, name: str) -> Any:
+        """As `saved`, where it does not unpack, or within `RecomputedOnce`."""
         try:
             found = getattr(self.fn, f"_saved_{name}")
         except RuntimeError as error:
@@ -110,7 +117,8 @@ class Node:
         """
         if _set_group is None:
             return False
-        return getattr(getattr(self.fn, f"_raw_saved_{name}", None), "unpack_hook", None) is not None
+        raw = getattr(self.fn, f"_raw_saved_{name}", None)
+        return any(map(_unpacks, raw)) if isinstance(raw, (tuple, list)) else _unpacks(raw)
 
     def has_saved(self, name: str) -> bool:
         return hasattr(type(self.fn), f"_saved_{name}")
@@ -121,6 +129,10 @@ class Node:
     def dim(self, name: str, ndim: int) -> int:
         """A saved dimension, wrapped to 0..ndim-1 (autograd shows negative ones as unsigned)."""
         return signed(self.attribute(name)) % max(ndim, 1)
+
+
+def _unpacks(raw: Any) -> bool:
+    return getattr(raw, "unpack_hook", None) is not None
 
 
 def signed(value: int) -> int:
@@ -154,7 +166,9 @@ def index_pattern(fn: Any) -> tuple[tuple[int, torch.dtype, int] | None, ...]:
     Nothing for a graph that was freed, which the pass complains of.
     """
     try:
-        return tuple([None if ids is None else (ids.ndim, ids.dtype, _counted(ids)) for ids in fn._saved_indices])
+        with RecomputedOnce():
+            found = fn._saved_indices
+        return tuple([None if ids is None else (ids.ndim, ids.dtype, _counted(ids)) for ids in found])
     except RuntimeError:
         return ()
 
@@ -247,6 +261,10 @@ class Structure:
         self.slots = [f.slots for f in facts]
         self._steps: list[tuple[Any, ...]] = [(*f, f.kind == ACCUMULATE) for f in facts]
         self.runs_python = any(_may_run_python(f.cls, f.kind) for f in facts)
+
+    def is_of(self, facts: Sequence[_Facts]) -> bool:
+        known = [(cls, kind, slots, attributes, meta) for cls, kind, slots, _, attributes, meta, _ in self._steps]
+        return known == [(f.cls, f.kind, f.slots, f.attributes, f.metadata) for f in facts]
 
     def found_in(self, root: Any) -> tuple[list[Any], list[Tensor | None]] | None:
         """The nodes of a graph and the variables of its leaves, by index; None if its structure is another."""
@@ -371,7 +389,7 @@ class Tape:
             facts = [_Facts.of(node) for node in self.nodes]
             key = hash((self.root_slot[1], *[f.signature for f in facts]))
             found = _known.get(key)
-            if found is not None and found.found_in(self.nodes[0].fn) is not None:
+            if found is not None and found.is_of(facts):
                 _use(found)
             else:
                 found = Structure(facts, key)
@@ -467,19 +485,19 @@ class Tape:
                 bytes it took for what is to be done with the node's cotangents.
         """
         root: Tensor | None = None
-        arrivals = _Arrivals(arrived, passing)
+        waiting = _Waiting(arrived, passing)
         handles = []
         try:
             if watch.passed:
                 root, node = _above(self.output)
-                handles.append(node.register_prehook(arrivals.begin))
+                handles.append(node.register_prehook(waiting.begin))
                 for i in watch.passed:
-                    handles.append(self.nodes[i].fn.register_prehook(partial(arrivals.take, i)))
+                    handles.append(self.nodes[i].fn.register_prehook(partial(waiting.take, i)))
             cotangents = self.cotangents(watch.ends, seed, retain_graph=retain_graph, root=root)
         finally:
             for handle in handles:
                 handle.remove()
-        arrivals.hand_over()
+        waiting.hand_over()
         found = dict(zip(watch.ends, cotangents, strict=True))
         for i, n_outputs in watch.lowest:
             arrived(i, [found.get((i, nr)) for nr in range(n_outputs)])
@@ -560,7 +578,7 @@ class Tape:
         return gradient.to(dtype)
 
 
-class _Arrivals:
+class _Waiting:
     """Cotangents of one pass on their way, handed over a few at a time: where there is little to do, to change between
     the engine and Python at every node takes longer than either."""
 
@@ -569,7 +587,7 @@ class _Arrivals:
     ) -> None:
         self._arrived, self._passing = arrived, passing
         self._pass = _NO_PASS
-        self._waiting: list[tuple[int, list[Tensor | None]]] = []
+        self._waiting: list[tuple[int, list[Tensor | None], list[int]]] = []
         self._n_bytes = 0
 
     def begin(self, _: object) -> None:
@@ -582,7 +600,7 @@ class _Arrivals:
             return
         if self._passing is not None:
             self._n_bytes += self._passing(node)
-        self._waiting.append((node, list(cotangents)))
+        self._waiting.append((node, list(cotangents), list(map(version, cotangents))))
         for z in cotangents:
             if z is not None:
                 self._n_bytes += z.numel() * z.element_size()
@@ -593,27 +611,61 @@ class _Arrivals:
         waiting, self._waiting, self._n_bytes = self._waiting, [], 0
         waiting.reverse()
         while waiting:  # none of them is kept longer than it takes
-            self._arrived(*waiting.pop())
+            node, cotangents, versions = waiting.pop()
+            if list(map(version, cotangents)) != versions:
+                raise written_to()
+            self._arrived(node, cotangents)
+
+
+def version(t: Tensor | None) -> int:
+    """Larger once a tensor, or one that shares its memory, was written to."""
+    return 0 if t is None or t.is_inference() else t._version
+
+
+def written_to() -> OpaqueGraphError:
+    """What to raise where a cotangent that the pass handed over is no longer what it was."""
+    return OpaqueGraphError(
+        "the gradient that arrived at a layer was written to in the middle of the pass: a hook, or the backward of a "
+        "custom autograd Function, changes in place what it is given, and others were given it, too. Let it return a "
+        "new tensor"
+    )
 
 
 class RecomputedOnce:
     """Within, a checkpointed region is recomputed once for all that is read of it, each saved value at most once.
 
-    Outside of passes PyTorch recomputes it for each value, and holds all of it as long as the graph lives.
+    Outside of passes PyTorch recomputes it for each value. What is recomputed and not read stays until the pass frees
+    the node that saved it, or with the graph.
     """
 
     def __init__(self) -> None:
-        self._group = checkpoint.GraphExecGroup() if _set_group is not None else None
+        self._own = _Group() if _set_group is not None else None
         self._around: Any = None
 
     def __enter__(self) -> None:
         if _set_group is not None:
-            self._around = torch._C._get_graph_exec_group()  # pyright: ignore[reportAttributeAccessIssue]
-            _set_group(self._group)
+            self._around = _group()
+            _set_group(self._own)
 
     def __exit__(self, *_: object) -> None:
         if _set_group is not None:
             _set_group(self._around)
+
+
+_ExecGroup: Any = getattr(checkpoint, "GraphExecGroup", object)
+
+
+class _Group(_ExecGroup):
+    """One of ours."""
+
+
+def _group() -> Any:
+    """The group whose members recompute a checkpointed region once; None outside of one."""
+    return None if _set_group is None else torch._C._get_graph_exec_group()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_own(group: Any) -> bool:
+    return isinstance(group, _Group)
 
 
 class engine_errors:
@@ -660,7 +712,14 @@ def _pass(
 ) -> tuple[Tensor | None, ...]:
     """What `torch.autograd.grad` does once it has looked at its arguments, which takes it as long as a small pass."""
     run = torch.autograd.graph._engine_run_backward
-    return run(outputs, seeds, retain_graph, False, inputs, allow_unreachable=True, accumulate_grad=False)
+    around = _group()
+    if around is None:
+        return run(outputs, seeds, retain_graph, False, inputs, allow_unreachable=True, accumulate_grad=False)
+    _set_group(None)  # type: ignore[misc]  # a group answers one pass, and that is the user's
+    try:
+        return run(outputs, seeds, retain_graph, False, inputs, allow_unreachable=True, accumulate_grad=False)
+    finally:
+        _set_group(around)  # type: ignore[misc]
 
 
 _set_group: Callable[[Any], None] | None = getattr(torch._C, "_set_graph_exec_group", None)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import GraphExecGroup, checkpoint
 
 import rowgrad as rg
 from rowgrad import tape
+from rowgrad.errors import GraphError
 from rowgrad.rows.build import Prepared
 
 B, D, REGIONS = 4, 5, 6
@@ -92,12 +93,49 @@ def test_norms_hold_few_regions_at_once(model: Watched, monkeypatch: pytest.Monk
 
 def test_rows_of_regions_within_a_group_of_the_users(model: Watched) -> None:
     """Each saved value is read once in a group; ours is another."""
-    for _ in range(2):
+    for _ in range(2):  # proved in the group, then known
         losses = model(x())
         expected = rows_by_grad(losses, dict(model.named_parameters()))
-        rg.grad_norms(losses, model, retain_graph=True)
         with GraphExecGroup():
+            rg.grad_norms(losses, model, retain_graph=True)
             assert_rows_close(rg.jacobian(losses, model, retain_graph=True).dense(as_dict=True), expected)
+            losses.sum().backward()
+
+
+IDS = torch.tensor([3, 1, 0, 2, 2])
+LAYERS: dict[str, nn.Module] = {
+    "ids": nn.Linear(D, D),
+    "lstm": nn.LSTM(D, D, batch_first=True),
+    "linear": nn.Linear(D, D),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_region_may_be_asked_of_in_the_middle_of_a_pass(name: str) -> None:
+    """What is read there is not taken from the pass around."""
+    layer = LAYERS[name]
+
+    def region(t: Tensor) -> Tensor:
+        h = layer(t)
+        return h[..., IDS].tanh() if name == "ids" else h[0] if name == "lstm" else h.tanh()
+
+    out = checkpoint(region, torch.randn(B, 3, D), use_reentrant=False)
+    assert isinstance(out, Tensor)
+    losses = out.square().sum((1, 2))
+    expected = rg.grad_norms(losses, layer, retain_graph=True)
+    found: list[Tensor] = []
+    total = losses.sum()  # a hook on something that our own pass goes by would ask again and again
+    total.register_hook(lambda _: found.append(rg.grad_norms(losses, layer, retain_graph=True)))
+    total.backward(retain_graph=True)
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_recomputation_in_inference_mode_is_refused(model: Watched) -> None:
+    rg.grad_norms(model(x()), model)
+    losses = model(x())
+    with torch.inference_mode(), pytest.raises(GraphError, match=r"inference mode.*Ask outside"):
+        rg.grad_norms(losses, model)
+    assert torch.isfinite(rg.grad_norms(losses, model)).all()
 
 
 def test_a_graph_that_is_kept_can_be_asked_again(model: Watched) -> None:

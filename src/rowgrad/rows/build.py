@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from rowgrad.rows.plan import Plan, make_plan
 from rowgrad.rows.push import push, written_out_bytes
 from rowgrad.rows.rules import RULES
 from rowgrad.rows.site import Cotangents, Rule
-from rowgrad.tape import Node, Tape
+from rowgrad.tape import Node, Tape, version, written_to
 
 SLOW_ROWS = 2**20  # numbers in the rows of a parameter, from which it takes time to write them out
 
@@ -322,14 +323,15 @@ class _Reading:
         direct: dict[Use, tuple[Form, Place]] = {}
         computed: dict[Use, Form] = {}  # at computed parameters
 
-        def take(use: Use, form: Form | None) -> None:
+        def take(use: Use, form: Form | None) -> bool:
             if form is None:
-                return
+                return False
             if use not in places:
                 computed[use] = form
-                return
+                return True
             form, place = self.placed(form, places[use])
             direct[use] = (form.condensed() if condense else form, place)
+            return True
 
         left = self.read(retain_graph, take)
         by_leaf: dict[int, list[tuple[Form, Place]]] = {}
@@ -350,25 +352,36 @@ class _Reading:
         forms = computed | {use: form for use, (form, _) in direct.items()}
         return self._finished(by_leaf, general, self._explanation(forms, stuck), max_bytes)
 
-    def read(self, retain_graph: bool, take: Callable[[Use, Form | None], None]) -> dict[int, Cotangents]:
+    def read(self, retain_graph: bool, take: Callable[[Use, Form | None], bool]) -> dict[int, Cotangents]:
         """The pass. Hands over the form at each use with a recipe as soon as its cotangents arrive.
+
+        take: tells whether it keeps the form.
 
         Returns the cotangents of the nodes where other uses are.
         """
         assert self.plan is not None
         plan, uses = self.plan, self.plan.ownership.by_node
         waiting: dict[int, Cotangents] = {}
+        held: list[tuple[weakref.ref[Tensor], int]] = []  # what is kept, with its version
+
+        def keep(tensors: Iterable[Tensor | None]) -> None:
+            held.extend([(weakref.ref(t), version(t)) for t in tensors if t is not None])
 
         def arrived(node: int, cotangents: Cotangents) -> None:
             for use in uses[node]:
                 if use not in plan.recipes or plan.recipes[use].needs_graph:
                     waiting[node] = cotangents  # a node called during the pass answers only what the pass asks
-                else:
-                    take(use, plan.form(use, cotangents))
+                    keep(cotangents)
+                    continue
+                form = plan.form(use, cotangents)
+                if take(use, form) and form is not None:
+                    keep(form.held)
 
-        keep = retain_graph or plan.needs_graph
+        retain_graph = retain_graph or plan.needs_graph
         passing = plan.read if plan.unread else None
-        self.tape.stream(plan.ownership.watch, self.seed, arrived, retain_graph=keep, passing=passing)
+        self.tape.stream(plan.ownership.watch, self.seed, arrived, retain_graph=retain_graph, passing=passing)
+        if any(version(t) != v for of, v in held if (t := of()) is not None):
+            raise written_to()
         for node, cotangents in waiting.items():
             for use in uses[node]:
                 if use in plan.recipes and plan.recipes[use].needs_graph:
@@ -620,30 +633,32 @@ class _Arrivals:
         for leaf in reading.held:
             self._open[leaf] = self._open.get(leaf, 0) + 1  # closed at the end
 
-    def take(self, use: Use, form: Form | None) -> None:
+    def take(self, use: Use, form: Form | None) -> bool:
+        """Whether it keeps the form."""
         place = self._places.get(use)
         if place is None:
             if form is not None:
                 self._seeds[use] = form
-            return
+            return True
         leaf = place.leaf
         if use in self._alone:
-            if form is not None:
-                self._take_alone(leaf, form, place)
-            return
+            return form is not None and self._take_alone(leaf, form, place)
         if form is not None:
             self._parts.setdefault(leaf, []).append(self._reading.placed(form, place))
         self._open[leaf] -= 1
         if not self._open[leaf]:
             self._close(leaf)
+        return True
 
-    def _take_alone(self, leaf: int, form: Form, place: Place) -> None:
+    def _take_alone(self, leaf: int, form: Form, place: Place) -> bool:
         form, place = settle(form, place)
         if is_small(form):
             self._close(leaf, [(form, place)])
-        else:  # norms do not depend on where the entries lie
-            name = self._reading.leaves[leaf]
-            self._sq_norms[name] = in_type(form.sq_norms(), products_dtype(self._reading.parameters.by_name[name]))
+            return True
+        # norms do not depend on where the entries lie
+        name = self._reading.leaves[leaf]
+        self._sq_norms[name] = in_type(form.sq_norms(), products_dtype(self._reading.parameters.by_name[name]))
+        return False
 
     def _close(self, leaf: int, parts: list[tuple[Form, Place]] | None = None) -> None:
         name = self._reading.leaves[leaf]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowgrad.errors import GraphError
 from rowgrad.rows.explain import Explanation
 from rowgrad.rows.factors import Form
 from rowgrad.rows.frontier import Frontier, Use, edges_to_prove, find_uses, needed_nodes, static_nodes
@@ -110,6 +111,10 @@ class Plan:
         for use, recipe in self.recipes.items():
             if recipe.saved and any(map(nodes[use.node].unpacks, recipe.saved)):
                 self.unread.add(use.node)
+        if self.unread and torch.is_inference_mode_enabled():
+            raise GraphError(
+                "asked in inference mode, in which checkpointed regions of the graph cannot be recomputed. Ask outside"
+            )
         for use in self.recipes:
             if use.node not in self.unread:
                 self._read(use)
@@ -131,7 +136,7 @@ class Plan:
         recipe, node = self.recipes.get(use), self.tape.nodes[use.node]
         if recipe is None:
             return 0
-        found = [_strided(node.saved(name)) for name in recipe.saved] if recipe.saved else []
+        found = [_strided(node.saved_as_it_is(name)) for name in recipe.saved] if recipe.saved else []
         self.saved[use] = found
         return sum([t.nbytes for t in found if isinstance(t, Tensor)])
 
