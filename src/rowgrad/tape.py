@@ -89,23 +89,15 @@ class Node:
 
     def saved(self, name: str) -> Any:
         """A value the forward operation kept. Under checkpointing each access recomputes: read once."""
-        if not self.unpacks(name) or _is_own(_group()):
+        if not self.unpacks(name) or isinstance(_group(), _Group):
             return self.saved_as_it_is(name)
         with RecomputedOnce():  # in somebody's pass, or a group of the user's, it would be taken from them
             return self.saved_as_it_is(name)
 
     def saved_as_it_is(self, name: str) -> Any:
         """As `saved`, where it does not unpack, or within `RecomputedOnce`."""
-        try:
+        with engine_errors():
             found = getattr(self.fn, f"_saved_{name}")
-        except RuntimeError as error:
-            told = _told_by(error)
-            if told is None or isinstance(told, FreedGraphError):
-                told = FreedGraphError(
-                    f"the saved tensors of {self!r} were already freed ({error}). Call rowgrad before any backward "
-                    "pass, or keep the graph with retain_graph=True"
-                )
-            raise told from error
         if isinstance(found, (tuple, list)):
             return [t.detach() if isinstance(t, Tensor) else t for t in found]
         return found.detach() if isinstance(found, Tensor) else found
@@ -115,7 +107,7 @@ class Node:
 
         False where this PyTorch has no way to read it in the middle of a pass that reads it, too.
         """
-        if _set_group is None:
+        if _ExecGroup is object:
             return False
         raw = getattr(self.fn, f"_raw_saved_{name}", None)
         return any(map(_unpacks, raw)) if isinstance(raw, (tuple, list)) else _unpacks(raw)
@@ -631,7 +623,31 @@ def written_to() -> OpaqueGraphError:
     )
 
 
-class RecomputedOnce:
+_ExecGroup: Any = getattr(checkpoint, "GraphExecGroup", object)  # older PyTorch has none
+_group: Callable[[], Any] = getattr(torch._C, "_get_graph_exec_group", lambda: None)
+_set_group: Callable[[Any], None] = getattr(torch._C, "_set_graph_exec_group", lambda _: None)
+
+
+class _Group(_ExecGroup):
+    """A group of ours: what it reads of a checkpointed region is recomputed once."""
+
+
+class _Within:
+    """In this group, None for none, and then in the one around again, which may be the user's."""
+
+    def __init__(self, group: _Group | None) -> None:
+        self._group = group
+        self._around: Any = None
+
+    def __enter__(self) -> None:
+        self._around = _group()
+        _set_group(self._group)
+
+    def __exit__(self, *_: object) -> None:
+        _set_group(self._around)
+
+
+class RecomputedOnce(_Within):
     """Within, a checkpointed region is recomputed once for all that is read of it, each saved value at most once.
 
     Outside of passes PyTorch recomputes it for each value. What is recomputed and not read stays until the pass frees
@@ -639,33 +655,7 @@ class RecomputedOnce:
     """
 
     def __init__(self) -> None:
-        self._own = _Group() if _set_group is not None else None
-        self._around: Any = None
-
-    def __enter__(self) -> None:
-        if _set_group is not None:
-            self._around = _group()
-            _set_group(self._own)
-
-    def __exit__(self, *_: object) -> None:
-        if _set_group is not None:
-            _set_group(self._around)
-
-
-_ExecGroup: Any = getattr(checkpoint, "GraphExecGroup", object)
-
-
-class _Group(_ExecGroup):
-    """One of ours."""
-
-
-def _group() -> Any:
-    """The group whose members recompute a checkpointed region once; None outside of one."""
-    return None if _set_group is None else torch._C._get_graph_exec_group()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _is_own(group: Any) -> bool:
-    return isinstance(group, _Group)
+        super().__init__(_Group())
 
 
 class engine_errors:
@@ -675,30 +665,25 @@ class engine_errors:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        told = _told_by(error) if isinstance(error, RuntimeError) else None
-        if told is not None:
-            raise told from error
-
-
-def _told_by(error: RuntimeError) -> GraphError | None:
-    text = str(error)
-    if "second time" in text or "already been freed" in text:
-        return FreedGraphError(
-            "the graph behind the losses was already freed by an earlier backward pass. Call rowgrad first, or keep "
-            "the graph with retain_graph=True"
-        )
-    if "backward an extra time" in text:
-        return OpaqueGraphError(
-            "a selectively checkpointed region of the graph (context_fn=...) answers one backward pass, and separating "
-            "the examples needs several. Checkpoint that region as a whole"
-        )
-    if "donated buffers" in text:
-        return OpaqueGraphError(
-            "a compiled region of the graph frees its buffers after one backward pass, and separating the examples "
-            "needs several. Set torch._functorch.config.donated_buffer = False before compiling, or leave that region "
-            "eager"
-        )
-    return None
+        if not isinstance(error, RuntimeError):
+            return
+        text = str(error)
+        if "second time" in text or "already been freed" in text:
+            raise FreedGraphError(
+                "the graph behind the losses was already freed by an earlier backward pass. Call rowgrad first, or "
+                "keep the graph with retain_graph=True"
+            ) from error
+        if "backward an extra time" in text:
+            raise OpaqueGraphError(
+                "a selectively checkpointed region of the graph (context_fn=...) answers one backward pass, and "
+                "separating the examples needs several. Checkpoint that region as a whole"
+            ) from error
+        if "donated buffers" in text:
+            raise OpaqueGraphError(
+                "a compiled region of the graph frees its buffers after one backward pass, and separating the examples "
+                "needs several. Set torch._functorch.config.donated_buffer = False before compiling, or leave that "
+                "region eager"
+            ) from error
 
 
 def gradients(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -712,17 +697,10 @@ def _pass(
 ) -> tuple[Tensor | None, ...]:
     """What `torch.autograd.grad` does once it has looked at its arguments, which takes it as long as a small pass."""
     run = torch.autograd.graph._engine_run_backward
-    around = _group()
-    if around is None:
+    with _Within(None):  # a group answers one pass, and that is the user's
         return run(outputs, seeds, retain_graph, False, inputs, allow_unreachable=True, accumulate_grad=False)
-    _set_group(None)  # type: ignore[misc]  # a group answers one pass, and that is the user's
-    try:
-        return run(outputs, seeds, retain_graph, False, inputs, allow_unreachable=True, accumulate_grad=False)
-    finally:
-        _set_group(around)  # type: ignore[misc]
 
 
-_set_group: Callable[[Any], None] | None = getattr(torch._C, "_set_graph_exec_group", None)
 _running = torch._C._current_graph_task_id  # pyright: ignore[reportPrivateImportUsage]
 _NO_PASS = -1
 

@@ -24,6 +24,7 @@ from rowgrad.rows.factors import (
     energies,
     formed,
     handed_out,
+    in_type,
     let_go,
     reshaped,
 )
@@ -191,7 +192,7 @@ class Block:
         """What the regions contribute, in the dtype of products; (B,) where there are none."""
         if not parts:
             return self._zeros()
-        return sum_of(part if part.dtype == self.dtype else part.to(self.dtype) for part in parts)
+        return sum_of(in_type(part, self.dtype) for part in parts)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         """Shape of the parameter; sparse where all its uses are sparse embeddings."""

@@ -647,7 +647,7 @@ class _Arrivals:
             self._parts.setdefault(leaf, []).append(self._reading.placed(form, place))
         self._open[leaf] -= 1
         if not self._open[leaf]:
-            self._close(leaf)
+            self._close(leaf, self._parts.pop(leaf, []))
         return True
 
     def _take_alone(self, leaf: int, form: Form, place: Place) -> bool:
@@ -660,9 +660,8 @@ class _Arrivals:
         self._sq_norms[name] = in_type(form.sq_norms(), products_dtype(self._reading.parameters.by_name[name]))
         return False
 
-    def _close(self, leaf: int, parts: list[tuple[Form, Place]] | None = None) -> None:
+    def _close(self, leaf: int, parts: list[tuple[Form, Place]]) -> None:
         name = self._reading.leaves[leaf]
-        parts = self._parts.pop(leaf, []) if parts is None else parts
         block = Block.of(self._reading.parameters.by_name[name], parts, self._reading.n_examples)
         if small_form(block) is None:
             self._sq_norms[name] = block.sq_norms()
@@ -675,5 +674,5 @@ class _Arrivals:
             self._parts.setdefault(leaf, []).extend(parts)
         for leaf, n_open in self._open.items():
             if n_open:  # held, or a use that no cotangent reached
-                self._close(leaf)
+                self._close(leaf, self._parts.pop(leaf, []))
         return self._sq_norms, self._small

@@ -74,9 +74,9 @@ def lengths(t: Tensor, n_kept: int = 1) -> Tensor:
 
     `vector_norm` reads once and keeps nothing, but adds up plainly: piece by piece, so that few are added at a time.
     """
-    n = t.shape[n_kept:].numel()
     if t.ndim == n_kept:
         return t.abs()
+    n = t.shape[n_kept:].numel()
     if n <= PIECE:
         return torch.linalg.vector_norm(t, dim=tuple(range(n_kept, t.ndim)))
     flat, piece = t.flatten(n_kept), gcd(n, PIECE)
@@ -351,9 +351,6 @@ class Outer:
         if g == 1 and FEW_ROWS * n * t <= a <= b and torch.get_num_threads() > 1:
             moved = (matrix @ self.right.reshape(n * t, b).t()).mul_(self.left.reshape(n * t, a).t())
             return moved.sum(0) if t == 1 else moved.view(a, n, t).sum((0, 2))
-        if g == t == 1:
-            wide, thin, matrix = (self.right, self.left, matrix.t()) if a < b else (self.left, self.right, matrix)
-            return (wide.flatten(1) @ matrix).mul_(thin.flatten(1)).sum(1)
         wide, thin, matrix = (self.right, self.left, matrix.mT) if a < b else (self.left, self.right, matrix)
         many, few = max(a, b), min(a, b)
         if g > 1:

@@ -18,6 +18,7 @@ from rowgrad.parameters import Parameters
 from rowgrad.rows import memory
 from rowgrad.rows.block import Block, sum_of
 from rowgrad.rows.explain import Explanation
+from rowgrad.rows.factors import in_type
 from rowgrad.rows.index import positions, shown
 from rowgrad.rows.loss import weighted_rows
 from rowgrad.rows.pack import Blocks, Pack
@@ -254,7 +255,7 @@ class Jacobian:
     def _in_own_dtypes(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """In the order of the parameters."""
         parameters = {n: p for n, p in self._parameters.by_name.items() if n in found}
-        return {n: found[n] if found[n].dtype == p.dtype else found[n].to(p.dtype) for n, p in parameters.items()}
+        return {n: in_type(found[n], p.dtype) for n, p in parameters.items()}
 
     def _weights(self, c: Any) -> dict[str, Tensor]:
         if isinstance(c, Mapping):

@@ -48,19 +48,6 @@ class Ownership:
     alone: frozenset[Use]  # of parameters that have no other, and are seen whole
     told: dict[tuple, Explanation] = field(default_factory=dict)
     recipes: dict[Use, tuple[Rule, Recipe]] = field(default_factory=dict)  # that hold nothing of a graph
-    ready: _Ready | None = None
-
-
-@dataclass
-class _Ready:
-    """Recipes of all uses, none of which holds anything of a graph, and the rules that made them."""
-
-    keys: list[tuple[str, int]]
-    rules: list[Rule | None]
-    recipes: dict[Use, Recipe]
-
-    def fits(self, rules: Mapping[tuple[str, int], Rule]) -> bool:
-        return list(map(rules.get, self.keys)) == self.rules
 
 
 @dataclass
@@ -108,9 +95,8 @@ class Plan:
     def read_before(self) -> None:
         """What the nodes saved, but where it is recomputed or fetched, which is done when they are passed."""
         nodes = self.tape.nodes
-        for use, recipe in self.recipes.items():
-            if recipe.saved and any(map(nodes[use.node].unpacks, recipe.saved)):
-                self.unread.add(use.node)
+        saved = [(use.node, recipe.saved or ()) for use, recipe in self.recipes.items()]
+        self.unread = {node for node, names in saved if any(map(nodes[node].unpacks, names))}
         if self.unread and torch.is_inference_mode_enabled():
             raise GraphError(
                 "asked in inference mode, in which checkpointed regions of the graph cannot be recomputed. Ask outside"
@@ -124,21 +110,20 @@ class Plan:
         if node not in self.unread:
             return 0
         self.unread.remove(node)
+        uses = [use for use in self.ownership.by_node[node] if use in self.recipes]
         with self._once:
-            return sum([self._read(use) for use in self.ownership.by_node[node]])
+            for use in uses:
+                self._read(use)
+        return sum([t.nbytes for use in uses for t in self.saved[use] if isinstance(t, Tensor)])
 
     def read_all(self) -> None:
         """For cotangents that come when the graph may be gone."""
         for node in list(self.unread):
             self.read(node)
 
-    def _read(self, use: Use) -> int:
-        recipe, node = self.recipes.get(use), self.tape.nodes[use.node]
-        if recipe is None:
-            return 0
-        found = [_strided(node.saved_as_it_is(name)) for name in recipe.saved] if recipe.saved else []
-        self.saved[use] = found
-        return sum([t.nbytes for t in found if isinstance(t, Tensor)])
+    def _read(self, use: Use) -> None:
+        node = self.tape.nodes[use.node]
+        self.saved[use] = [_strided(node.saved_as_it_is(name)) for name in self.recipes[use].saved or ()]
 
     def form(self, use: Use, cotangents: Cotangents) -> Form | None:
         """The form, to be asked for once; None where no cotangent arrived. Lets go of what the node saved."""
@@ -172,10 +157,7 @@ def make_plan(
     """Find the uses, how the examples lie there, and a recipe for each where the rules have one."""
     ownership = _ownership(tape, seed, leaves, verify)
     uses, places = ownership.frontier.uses, ownership.places
-    if ownership.ready is not None and ownership.ready.fits(rules):
-        recipes = ownership.ready.recipes
-    else:
-        recipes = _recipes(tape, ownership, rules, seed.shape[0])
+    recipes = _recipes(tape, ownership, rules, seed.shape[0])
     if len(recipes) < len(uses):
         places = {use: place for use, place in places.items() if use in recipes}
     plan = Plan(ownership, recipes, places, tape)
@@ -187,21 +169,19 @@ def _recipes(
     tape: Tape, ownership: Ownership, rules: Mapping[tuple[str, int], Rule], n_examples: int
 ) -> dict[Use, Recipe]:
     """Of all uses for which there are some. What holds nothing of the graph is kept for the next one."""
-    uses, nodes = ownership.frontier.uses, tape.nodes
-    keys = [(nodes[use.node].kind, use.slot) for use in uses]
     found: dict[Use, Recipe] = {}
-    for use, rule in zip(uses, map(rules.get, keys), strict=True):
+    for use in ownership.frontier.uses:
+        node = tape.nodes[use.node]
+        rule = rules.get((node.kind, use.slot))
         if rule is None:
             continue
         of_rule, recipe = ownership.recipes.get(use, (None, None))
         if of_rule is not rule:
-            recipe = rule(Site(tape, nodes[use.node], use.slot, ownership.layouts, n_examples))
+            recipe = rule(Site(tape, node, use.slot, ownership.layouts, n_examples))
             if recipe is not None and recipe.saved is not None:
                 ownership.recipes[use] = (rule, recipe)
         if recipe is not None:
             found[use] = recipe
-    if len(found) == len(uses) and all(recipe.saved is not None for recipe in found.values()):
-        ownership.ready = _Ready(keys, list(map(rules.get, keys)), found)
     return found
 
 
@@ -220,8 +200,8 @@ def _ownership(tape: Tape, seed: Tensor, leaves: Mapping[int, str], verify: str)
     ownership = proof.ownership(settled, mixed)
     n_calls = kept.calls if kept is not None else 0
     of_structure[key] = _Kept(_lasting(ownership, settled), settled, n_calls)
-    while len(of_structure) > KEPT_CHOICES:
-        of_structure.pop(next(iter(of_structure)), None)
+    for oldest in list(of_structure)[:-KEPT_CHOICES]:
+        of_structure.pop(oldest, None)
     return ownership
 
 
@@ -283,4 +263,4 @@ def _lasting(ownership: Ownership, settled: Mapping[Edge, Axis]) -> Ownership | 
     above = {e: layout for e, layout in ownership.layouts.items() if not ownership.frontier.tainted[e[0]]}
     if any(e not in settled for e in above):
         return None
-    return replace(ownership, layouts=above, proof=f"{ownership.proof}, kept", told={}, recipes={}, ready=None)
+    return replace(ownership, layouts=above, proof=f"{ownership.proof}, kept", told={}, recipes={})
