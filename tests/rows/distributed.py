@@ -38,6 +38,20 @@ def run_on_two_processes(what: str, module: str = "tests.rows.distributed") -> N
         assert process.returncode == 0, f"process {rank} failed:\n{error}"
 
 
+def as_one_of_two(parts: dict[str, Callable[[int], None]]) -> None:
+    """What each of the two programs does: join the other, run its part and leave.
+
+    It leaves without Python's own end. DistributedDataParallel keeps gloo's threads past `destroy_process_group`, and
+    one that lets go of a collective's last tensor while Python ends aborts the process (PyTorch 2.13).
+    """
+    torch.set_num_threads(1)
+    what, store, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    parts[what](rank)
+    dist.destroy_process_group()
+    os._exit(0)
+
+
 def build() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3)).double()
@@ -115,7 +129,4 @@ def _alone(rank: int) -> nn.Module:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[3]), world_size=2)
-    {"ddp": ddp}[sys.argv[1]](int(sys.argv[3]))
-    dist.destroy_process_group()
+    as_one_of_two({"ddp": ddp})

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from tests.rows.distributed import as_one_of_two
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -124,7 +123,4 @@ def overflow(rank: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[3]), world_size=2)
-    {"audit": audit, "flips": flips, "refusals": refusals, "overflow": overflow}[sys.argv[1]](int(sys.argv[3]))
-    dist.destroy_process_group()
+    as_one_of_two({"audit": audit, "flips": flips, "refusals": refusals, "overflow": overflow})

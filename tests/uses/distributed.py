@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from tests.rows.distributed import build
+from tests.rows.distributed import as_one_of_two, build
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -98,11 +96,12 @@ def errors(rank: int) -> None:
     assert bound.update((ones * (rank + 1)).to(dtype)) == 1.5
 
 
+def everything(rank: int) -> None:
+    noise(rank)
+    clipping(rank)
+    sampling(rank)
+    errors(rank)
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[3]), world_size=2)
-    noise(int(sys.argv[3]))
-    clipping(int(sys.argv[3]))
-    sampling(int(sys.argv[3]))
-    errors(int(sys.argv[3]))
-    dist.destroy_process_group()
+    as_one_of_two({"all": everything})

@@ -139,7 +139,7 @@ def test_options_of_another_kind_are_refused(options: dict) -> None:
 
 def test_two_processes_measure_and_clip_as_one_does() -> None:
     """The noise scale too; and what is refused in one process is refused in both."""
-    run_on_two_processes("both", "tests.uses.distributed")
+    run_on_two_processes("all", "tests.uses.distributed")
 
 
 def test_nothing_is_left_behind(leaves_nothing_behind) -> None:
