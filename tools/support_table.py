@@ -24,12 +24,12 @@ the rules (`python tools/support_table.py`). Each line is a way in which a param
 autograd's graph at which that happens and which of their inputs the parameter is.
 
 Not in the tables: views, slices, splits, transposes, reshapes and casts between a parameter and its use; they are
-followed. Parameters that are computed from others (weight norm, merged low-rank updates) use the rule of the place
-where the computed weight meets the data, and are pushed down from there. Where a step in between keeps no factors
-(masks of pruned weights, softplus, quantization, normalized rows) the rows are written out and taken through it one by
-one: exact, with a warning where a parameter's rows hold a million numbers or more. Activations, pooling, dropout,
-attention and losses have no parameters and need no rule. Whatever is not covered goes the general path: exact, one
-partial backward pass an example, with a warning.
+followed. Parameters that are computed from others (weight norm, merged low-rank updates, masks of pruned weights,
+functions of single entries such as softplus and fake quantization) use the rule of the place where the computed weight
+meets the data, and are pushed down from there. Where a step in between keeps no factors (normalized rows, cumulative
+sums) the rows are written out and taken through it one by one: exact, with a warning where a parameter's rows hold a
+million numbers or more. Activations, pooling, dropout, attention and losses have no parameters and need no rule.
+Whatever is not covered goes the general path: exact, one partial backward pass an example, with a warning.
 """
 
 # The module of a family of rules: title and what it is in a model.

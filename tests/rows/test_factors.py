@@ -12,6 +12,7 @@ from tests.rows.sizes import Largest
 import rowgrad as rg
 from rowgrad.rows import factors, pairs
 from rowgrad.rows.factors import Dense, Form, Multiples, Outer, Rows
+from rowgrad.rows.hadamard import times
 from rowgrad.rows.pairs import gram, inner, of_itself, product, remembering
 
 B, G, P, D = 4, 1, 5, 3
@@ -28,6 +29,9 @@ FORMS: dict[str, Callable[[], Form]] = {
     "outer, many positions": lambda: outer(9),
     "outer, no position": lambda: outer(0),
     "rows": lambda: Rows(torch.randint(P, (B, 6)), torch.randn(B, 6, D, dtype=torch.float64), torch.Size((P, D))),
+    "outer, one position, times a tensor": lambda: times(outer(1), torch.randn(P, D, dtype=torch.float64)),
+    "outer, few positions, times a tensor": lambda: times(outer(2), torch.randn(P, D, dtype=torch.float64)),
+    "outer, many positions, times a tensor": lambda: times(outer(9), torch.randn(P, D, dtype=torch.float64)),
     "dense": lambda: Dense(torch.randn(B, P, D, dtype=torch.float64)),
     "multiples": lambda: Multiples(torch.randn(B, dtype=torch.float64), torch.randn(P, D, dtype=torch.float64)),
 }
@@ -85,12 +89,15 @@ def test_dot_products_whichever_side_is_wide(t: int, threads: int, monkeypatch: 
     torch.testing.assert_close(form.transposed().dot(v.T.contiguous()), expected)
 
 
+@pytest.mark.parametrize("chunk", [1, 64 * 2**20], ids=["one at a time", "at once"])
 @pytest.mark.parametrize(("f", "g"), list(itertools.product(FORMS, FORMS)))
-def test_products_of_two_forms(f: str, g: str) -> None:
+def test_products_of_two_forms(f: str, g: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "CHUNK_BYTES", chunk)
     one, other = FORMS[f](), FORMS[g]()
     left, right = one.dense().flatten(1), other.dense().flatten(1)
     torch.testing.assert_close(inner(one, other), (left * right).sum(1))
     torch.testing.assert_close(gram(one, other), left @ right.T)
+    torch.testing.assert_close(gram(one, one), left @ left.T)
     torch.testing.assert_close(inner(one.select(torch.arange(B)), other), (left * right).sum(1))
 
 

@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.nn.utils import parametrizations, prune
 
 import rowgrad as rg
+from rowgrad.errors import StaleJacobianError
 from rowgrad.rows.general import GeneralPath
 
 P = dict[str, Tensor]
 SHAPES = {"W": (4, 3), "A": (4, 2), "B": (2, 3), "g": (4, 1), "k": (3,), "s": (), "U": (5, 3), "V": (5, 4)}
 IDS = torch.tensor([0, 2, 2, 4])
+MASK = (torch.arange(12).view(4, 3) % 5 > 1).double()
+NOISE = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
@@ -46,6 +49,23 @@ WEIGHTS: dict[str, Callable[[P], Tensor]] = {
     "looked up, sparse":            lambda p: F.embedding(IDS, p["U"], padding_idx=2, sparse=True),
     "indexed":                      lambda p: p["U"][IDS],
     "indexed twice":                lambda p: (p["U"] @ p["W"].T)[IDS[:, None], torch.tensor([0, -1, 3])],
+    "masked":                       lambda p: p["W"] * MASK,
+    "masked twice":                 lambda p: MASK * (p["W"] * MASK.T.reshape(4, 3)),
+    "masked update":                lambda p: (p["W"] + p["A"] @ p["B"]).masked_fill(MASK == 0, 0.5),
+    "masked weight norm":           lambda p: _weight_norm(p["W"], p["g"], 0) * MASK,
+    "masked, looked up":            lambda p: F.embedding(IDS, p["U"] * MASK.repeat(2, 1)[:5]),
+    "masked after looking up":      lambda p: F.embedding(IDS, p["U"]) * MASK,
+    "entry by entry":               lambda p: p["W"] * p["V"].T[:, :3],
+    "divided entry by entry":       lambda p: p["W"] / (2 + MASK),
+    "divided row by row":           lambda p: p["W"] / torch.arange(1.0, 5.0, dtype=torch.float64).unsqueeze(1),
+    "divided column by column":     lambda p: p["W"] / torch.arange(1.0, 4.0, dtype=torch.float64),
+    "squashed":                     lambda p: F.softplus(p["W"]),
+    "squashed and scaled":          lambda p: p["s"] * (p["W"].tanh().exp() * p["k"]),
+    "drawn around a mean":          lambda p: p["W"] + NOISE * F.softplus(p["U"][1:]),
+    "lower triangle":               lambda p: p["W"].tril(-1) + p["A"] @ p["B"].triu(),
+    "chosen":                       lambda p: torch.where(MASK > 0, p["W"], -p["U"][:4] ** 2),
+    "clamped":                      lambda p: p["W"].clamp(-0.5, 0.5),
+    "quantized":                    lambda p: torch.fake_quantize_per_tensor_affine(p["W"], 0.1, 0, -20, 20),
     "negated, reshaped, copied":    lambda p: (-p["A"] @ p["B"]).clone().view(2, 2, 3).reshape(4, 3),
 }
 # fmt: on
@@ -181,16 +201,72 @@ def test_spectral_norm(no_general_path: None) -> None:
         torch.testing.assert_close(assert_rows[name], torch.stack(rows), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("positions", [1, 2])
+def test_stack_of_masked_matrices(positions: int) -> None:
+    torch.manual_seed(0)
+    w = torch.randn(2, 3, 4, dtype=torch.float64).requires_grad_()
+    x = torch.randn(2, positions * 5, 3, dtype=torch.float64)  # experts, positions of examples
+    losses = energy((x @ (w * NOISE.T)).tanh().transpose(0, 1)).view(positions, 5).sum(0)
+    J = assert_laws(losses, {"w": w})
+    assert J.explain().entries[0].stuck is None
+
+
+@pytest.mark.parametrize("model", [
+    lambda: torch.nn.Conv1d(2, 3, 2),
+    lambda: torch.nn.Conv2d(4, 4, 2, groups=2, stride=2),
+    lambda: torch.nn.ConvTranspose1d(2, 3, 2),
+    lambda: torch.nn.Linear(5, 3),
+], ids=["convolution", "groups", "transposed", "linear"])  # fmt: skip
+def test_pruned_layers(model: Callable[[], torch.nn.Module]) -> None:
+    torch.manual_seed(0)
+    layer = model().double()
+    for name in ("weight", "bias"):
+        prune.random_unstructured(layer, name, 0.5)
+    shape = (3, 4, 5, 5) if isinstance(layer, torch.nn.Conv2d) else (3, 2, 5)
+    losses = energy(layer(torch.randn(shape, dtype=torch.float64)).tanh())
+    J = assert_laws(losses, dict(layer.named_parameters()))
+    assert not any(entry.stuck for entry in J.explain().entries)
+
+
+def test_masks_that_are_changed_are_noticed() -> None:
+    mask, w = torch.ones(4, 3), torch.randn(4, 3).requires_grad_()
+    J = rg.jacobian(energy(torch.randn(5, 3) @ (w * mask).T), {"w": w})
+    mask[0] = 0
+    with pytest.raises(StaleJacobianError):
+        J.norms()
+
+
+@pytest.mark.parametrize("max_bytes", [0, None])
+def test_rows_of_masked_weights_stay_where_there_is_room(max_bytes: int | None) -> None:
+    w = torch.randn(4, 3, dtype=torch.float64).requires_grad_()
+    losses = energy((torch.randn(5, 9, 3, dtype=torch.float64) @ (w * NOISE).T).tanh())
+    rows = torch.stack(_rows(losses, {"w": w})["w"])
+    J = rg.jacobian(losses, {"w": w}, max_bytes=max_bytes)
+    assert J._blocks is not None
+    for _ in range(2):
+        torch.testing.assert_close(J.sq_norms("parameter")["w"], rows.flatten(1).square().sum(1))
+        torch.testing.assert_close(J.weighted_sum(1.0)["w"], rows.sum(0))
+        assert bool(J._blocks.by_name["w"].formed_bytes) == (max_bytes is None)
+    torch.testing.assert_close(J.dense(as_dict=True)["w"], rows)
+    assert J._blocks.by_name["w"].formed_bytes == 0
+
+
+def test_function_of_a_parameter_that_is_broadcast() -> None:
+    params = _params()
+    losses = energy(torch.randn(5, 3, dtype=torch.float64) @ torch.where(MASK > 0, params["W"], params["k"]).T)
+    assert_laws(losses, _reached(losses, params))
+
+
 @pytest.mark.parametrize("width", [4, 600])
 def test_a_weight_that_keeps_no_factors_is_told(width: int) -> None:
-    layer = prune.random_unstructured(torch.nn.Linear(width, width), "weight", 0.5)
-    losses = energy(layer(torch.randn(3, width)))
+    layer = torch.nn.Linear(width, width)
+    losses = energy(F.linear(torch.randn(3, width), layer.weight.cumsum(1)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         told = rg.jacobian(losses, layer).explain()
-    assert [str(w.message)[:21] for w in caught] == ([] if width == 4 else ["weight_orig at MulBac"])
+    assert [str(w.message)[:21] for w in caught] == ([] if width == 4 else ["weight at CumsumBackw"])
     assert "pushed down" in str(told)
-    assert "example by example from MulBackward0#" in str(told)
-    (entry,) = (e for e in told.entries if e.name == "weight_orig")
+    assert "example by example from CumsumBackward0#" in str(told)
+    (entry,) = (e for e in told.entries if e.name == "weight")
     assert entry.stuck is not None
     assert told.slow_uses() == []

@@ -6,6 +6,7 @@ is cheapest. Letters: B examples, T positions, G groups, a and b the two sides o
     Outer   row j = left_j^T right_j per group     left (B, G, T, a), right (B, G, T, b)     linear
     Convolved  an Outer whose right side is patches of images (rows/patches.py)              convolution
     Projected  an Outer less its part along fixed directions (rows/projected.py)            weight norm
+    Hadamard   another form times a tensor, entry by entry (rows/hadamard.py)               masks, softplus
     Rows    row j = zeros with rows added at ids   ids (B, T), rows (B, T, d)                embedding
     Dense   row j itself                           (B, *shape)                               bias, scale, general path
     Multiples  row j = weights_j times one tensor  weights (B,), tensor of the shape         penalty on the weights
@@ -272,7 +273,7 @@ class Outer:
             return self._formed[examples]
         b, g, _, a, d = self.sizes
         n = len(range(*examples.indices(b)))
-        return self._written_out(examples, memory.empty((n, g, a, d), self.left))
+        return self.write_out(examples, memory.empty((n, g, a, d), self.left))
 
     def sq_norms(self, keep: bool = False) -> Tensor:
         b, g, t, _, _ = self.sizes
@@ -318,10 +319,11 @@ class Outer:
         found = self.left.new_empty(b)
         for s in self.chunks(self.formed_bytes // max(1, b), step_bytes(self.left.device)):
             with memory.scratch((len(self.left[s]), g, a, d), self.left) as piece:
-                found[s] = energies(self._written_out(s, piece))
+                found[s] = energies(self.write_out(s, piece))
         return found
 
-    def _written_out(self, examples: slice, out: Tensor) -> Tensor:
+    def write_out(self, examples: slice, out: Tensor) -> Tensor:
+        """The rows of some examples, written to (n, G, a, b)."""
         left, right = self.left[examples].transpose(-1, -2), self.right[examples]
         if left.shape[-1] == 1:  # a product over one position is slower as one
             return torch.mul(left, right, out=out)

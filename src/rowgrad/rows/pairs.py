@@ -220,12 +220,12 @@ def _gram_outer_outer(f: Outer, g: Outer) -> Tensor:
     found = f.left.new_zeros(b, other)
     step = max(1, step_bytes(f.left.device) // (max(b, other) * groups * d * f.left.element_size()))
     for i in range(0, a, step):
-        found += product_of_lent(_formed_part(f, i, step), None if g is f else _formed_part(g, i, step))
+        found += product_of_lent(formed_part(f, i, step), None if g is f else formed_part(g, i, step))
     return found
 
 
 @contextmanager
-def _formed_part(f: Outer, start: int, step: int) -> Iterator[Tensor]:
+def formed_part(f: Outer, start: int, step: int) -> Iterator[Tensor]:
     """Some rows of each row's matrix, written out: (B, G * step * d)."""
     left = f.left[..., start : start + step].mT
     with memory.scratch((*left.shape[:-1], f.sizes[4]), left) as formed:

@@ -2,8 +2,9 @@
 
 Where a weight is computed (a merged low-rank update, a scaled or normalized weight) a rule knows its rows at the
 weight. Every node below is linear in the cotangent and the same for all examples, and some turn factors into factors:
-a product multiplies one side of an outer product, a scale along the rows or columns one side of it. What a node does
-not take in factors is left for the general path, from that node on.
+a product multiplies one side of an outer product, a scale along the rows or columns one side of it, and a mask or a
+function of single entries all entries (rows/hadamard.py). What a node does not take in factors is left for the general
+path, from that node on.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from rowgrad.rows.factors import Dense, Form, Outer, Rows, handed_out, let_go, wide
+from rowgrad.rows.hadamard import times
 from rowgrad.rows.lookup import NO_PADDING, flat_ids, leading_ids
 from rowgrad.rows.ownership import Edge
 from rowgrad.rows.placement import Place, place_of
 from rowgrad.rows.projected import Projected
+from rowgrad.rows.structure import ELEMENTWISE
 from rowgrad.tape import Node, Tape, signed
 
 
@@ -97,7 +100,7 @@ def _through(arrival: Arrival, needed: Sequence[bool]) -> dict[Edge, Form] | Non
         return None  # the rules below are those of real numbers
     found: dict[Edge, Form] = {}
     for slot, target in slots:
-        rule = PUSHES.get((node.kind, slot))
+        rule = PUSHES.get((node.kind, slot), _entrywise if node.kind in ELEMENTWISE else None)
         part = rule(arrival, slot) if rule is not None and target not in found else None
         if part is None:
             return None
@@ -156,7 +159,7 @@ def _times(form: Form, number: float | Tensor) -> Form:
 
 
 def _factor(arrival: Arrival, slot: int) -> Form | None:
-    """One side of an elementwise product, of which the other is a number, or a scale of the rows or columns."""
+    """One side of an elementwise product: a mask, a scale of all, of the rows or of the columns."""
     node, shape = arrival.node, arrival.target_shape(slot)
     other = wide(node.saved("self" if slot else "other"))
     if shape.numel() == 1 and arrival.form.shape.numel() != 1:
@@ -166,18 +169,17 @@ def _factor(arrival: Arrival, slot: int) -> Form | None:
     return _along(arrival, other)
 
 
-def _along(arrival: Arrival, other: Tensor) -> Form | None:
+def _along(arrival: Arrival, other: Tensor) -> Form:
+    form, shape = arrival.form, arrival.form.shape
     if other.numel() == 1:
-        return _times(arrival.form, other.reshape(()))
-    form = _as_outer(arrival)
-    if not isinstance(form, Outer) or form.sizes[1] != 1 or len(form.shape) != 2:
-        return None
-    other = other.reshape((1,) * (2 - other.ndim) + tuple(other.shape))
-    if other.shape[1] == 1:
-        return replace(form, left=form.left * other.T, _formed=None, _cancels=None)
-    if other.shape[0] == 1:
-        return replace(form, right=form.right * other, _formed=None, _cancels=None)
-    return None
+        return _times(form, other.reshape(()))
+    if isinstance(form, Outer) and form.sizes[1] == 1 and len(shape) == 2:
+        other = other.reshape((1,) * (2 - other.ndim) + tuple(other.shape))
+        if other.shape[1] == 1:
+            return replace(form, left=form.left * other.T, _formed=None, _cancels=None)
+        if other.shape[0] == 1:
+            return replace(form, right=form.right * other, _formed=None, _cancels=None)
+    return times(form, other.expand(shape))
 
 
 def _contracted(arrival: Arrival, other: Tensor, shape: torch.Size) -> Form | None:
@@ -194,16 +196,27 @@ def _contracted(arrival: Arrival, other: Tensor, shape: torch.Size) -> Form | No
     return None
 
 
+def _entrywise(arrival: Arrival, slot: int) -> Form | None:
+    """An input of a function of single entries: times its derivative there."""
+    node, shape = arrival.node, arrival.form.shape
+    traced = [node.is_traced(nr) for nr in range(node.n_outputs)]  # others are masks for the node itself
+    if traced.count(True) != 1 or arrival.target_shape(slot) != shape:
+        return None
+    ones = torch.ones(shape, dtype=node.dtype(traced.index(True)), device=arrival.form.held[0].device)
+    derivative = arrival.tape.raw_local_gradients(node, [ones if is_traced else None for is_traced in traced])[slot]
+    return None if derivative is None else times(arrival.form, wide(derivative))
+
+
 def _numerator(arrival: Arrival, slot: int) -> Form | None:
     other = wide(arrival.node.saved("other"))
-    if other.numel() != 1 or arrival.target_shape(slot) != arrival.form.shape:
+    if arrival.target_shape(slot) != arrival.form.shape:
         return None
-    return _times(arrival.form, _as_wide(other.reshape(()), arrival.form).reciprocal())
+    return _along(arrival, _as_wide(other, arrival.form).reciprocal())
 
 
-def _as_wide(number: Tensor, form: Form) -> Tensor:
-    """In the dtype of the rows at least: a number may be narrower than the tensor that it divides."""
-    return number.to(torch.promote_types(number.dtype, form.held[0].dtype))
+def _as_wide(other: Tensor, form: Form) -> Tensor:
+    """In the dtype of the rows at least: what divides a tensor may be narrower than it."""
+    return other.to(torch.promote_types(other.dtype, form.held[0].dtype))
 
 
 def _denominator(arrival: Arrival, slot: int) -> Form | None:

@@ -324,19 +324,22 @@ def _numbered(names: str, transfer: Transfer, numbers: int = 4) -> dict[str, Tra
 
 
 # fmt: off
+# With broadcasting: each entry of an output depends on the entries of the inputs in its place.
+ELEMENTWISE = frozenset(_numbered(
+    "Abs Acos Acosh Add Addcdiv Addcmul Asin Asinh Atan Atan2 Atanh Bernoulli Celu Ceil Clamp ClampMax ClampMin"
+    " Clone Copy Copysign Cos Cosh Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Fill Floor Fmod Frac Gelu"
+    " Hardsigmoid Hardswish Hardtanh Hypot LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid LogAddExp"
+    " Logaddexp Logit MaskedFill Maximum Minimum Mish Mul NanToNum NativeDropout Neg Pow PreluKernel Reciprocal"
+    " Relu Relu6 Remainder Round Rrelu RreluWithNoise Rsqrt Rsub Selu Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus"
+    " Softshrink Hardshrink Sqrt Square Sub Tan Tanh Threshold ToCopy Tril Triu Where Xlogy Expand Alias"
+    " Real Imag Conj Complex Polar Angle"
+    " FakeQuantizePerTensorAffineCachemask FakeQuantizePerTensorAffineCachemaskTensorQparams"
+    # of gradients that are part of the loss
+    " TanhBackward SigmoidBackward SoftplusBackward SiluBackward GeluBackward EluBackward LeakyReluBackward"
+    " MishBackward HardtanhBackward LogSigmoidBackward ThresholdBackward", _same))
+
 TRANSFERS: dict[str, Transfer] = {
-    **_numbered(
-        "Abs Acos Acosh Add Addcdiv Addcmul Asin Asinh Atan Atan2 Atanh Bernoulli Celu Ceil Clamp ClampMax ClampMin"
-        " Clone Copy Copysign Cos Cosh Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Fill Floor Fmod Frac Gelu"
-        " Hardsigmoid Hardswish Hardtanh Hypot LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid LogAddExp"
-        " Logaddexp Logit MaskedFill Maximum Minimum Mish Mul NanToNum NativeDropout Neg Pow PreluKernel Reciprocal"
-        " Relu Relu6 Remainder Round Rrelu RreluWithNoise Rsqrt Rsub Selu Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus"
-        " Softshrink Hardshrink Sqrt Square Sub Tan Tanh Threshold ToCopy Tril Triu Where Xlogy Expand Alias"
-        " Real Imag Conj Complex Polar Angle"
-        " FakeQuantizePerTensorAffineCachemask FakeQuantizePerTensorAffineCachemaskTensorQparams"
-        # of gradients that are part of the loss
-        " TanhBackward SigmoidBackward SoftplusBackward SiluBackward GeluBackward EluBackward LeakyReluBackward"
-        " MishBackward HardtanhBackward LogSigmoidBackward ThresholdBackward", _same),
+    **dict.fromkeys(ELEMENTWISE, _same),
     **_numbered("ViewAsReal ViewAsComplex", _parts),
     **_numbered("FftR2C FftC2C FftC2R", _transformed),
     **_numbered("View UnsafeView ReshapeAlias Unsqueeze Squeeze", _reshape),
