@@ -109,7 +109,8 @@ class Node:
         """
         if _ExecGroup is object:
             return False
-        raw = getattr(self.fn, f"_raw_saved_{name}", None)
+        with engine_errors():
+            raw = getattr(self.fn, f"_raw_saved_{name}", None)
         return any(map(_unpacks, raw)) if isinstance(raw, (tuple, list)) else _unpacks(raw)
 
     def has_saved(self, name: str) -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import rowgrad as rg
 from rowgrad.errors import FreedGraphError
-from rowgrad.rows.ownership import MIXED, Prover
+from rowgrad.rows.listed import laid_out
+from rowgrad.rows.ownership import MIXED, Axis, Prover
 from rowgrad.rows.plan import forget
 from rowgrad.rows.structure import infer
 from rowgrad.tape import Tape
@@ -169,7 +170,7 @@ def test_what_is_settled_holds(name: str) -> None:
     tape = Tape(L)
     settled = infer(tape, B)
     prover = Prover(tape, torch.ones_like(L.detach()), torch.Generator().manual_seed(1), allow_rounding=False)
-    assert MIXED not in prover.look(list(settled), settled).values()
+    assert MIXED not in prover.look(list(settled), {e: laid_out(tape, e, a) for e, a in settled.items()}).values()
 
 
 def rolled_by_slices() -> Tensor:
@@ -226,13 +227,17 @@ def after_a_constant() -> Tensor:
     ],
 )
 @pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8 is now deprecated")
-def test_what_moves_the_examples_settles_nothing(losses: Losses) -> None:
+def test_what_moves_the_examples_settles_nothing_for_other_calls(losses: Losses) -> None:
+    """At most a list of owners, which is right."""
     torch.manual_seed(0)
     L = losses()
     tape = Tape(L)
     lowest = [n for n in tape.nodes if n.kind == "AddmmBackward0"]
     assert lowest
-    assert all((n.index, 0) not in infer(tape, B) for n in lowest)
+    settled = infer(tape, len(L))
+    assert not any(isinstance(settled.get((n.index, 0)), Axis) for n in lowest)
+    prover = Prover(tape, torch.ones_like(L.detach()), torch.Generator().manual_seed(1), allow_rounding=False)
+    assert MIXED not in prover.look(list(settled), {e: laid_out(tape, e, a) for e, a in settled.items()}).values()
 
 
 @pytest.mark.parametrize("name", ["low-rank update of nothing", "gate closed", "head of zeros"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.cases import CASES
 
+from rowgrad.rows.listed import laid_out
 from rowgrad.rows.ownership import MIXED, Prover, scaled_by_power_of_two
 from rowgrad.rows.structure import infer
 from rowgrad.tape import Tape
@@ -19,7 +20,7 @@ def test_every_settled_layout_holds(name: str) -> None:
     tape = Tape(losses)
     settled = infer(tape, len(losses))
     prover = Prover(tape, torch.ones_like(losses.detach()), torch.Generator().manual_seed(1), allow_rounding=False)
-    found = prover.look(list(settled), settled)
+    found = prover.look(list(settled), {e: laid_out(tape, e, layout) for e, layout in settled.items()})
     assert not {repr(tape.nodes[i]): str(settled[i, nr]) for (i, nr), layout in found.items() if layout is MIXED}
 
 

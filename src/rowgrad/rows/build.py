@@ -368,6 +368,7 @@ class _Reading:
             held.extend([(weakref.ref(t), version(t)) for t in tensors if t is not None])
 
         def arrived(node: int, cotangents: Cotangents) -> None:
+            plan.check_nobody(node, cotangents)
             for use in uses[node]:
                 if use not in plan.recipes or plan.recipes[use].needs_graph:
                     waiting[node] = cotangents  # a node called during the pass answers only what the pass asks

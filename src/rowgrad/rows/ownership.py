@@ -21,7 +21,8 @@ Note [layouts]
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from math import prod
 
@@ -58,12 +59,21 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """An owner for every entry, shape of the cotangent; -1 where the entry was zero in every pass."""
+    """An owner for every entry, shape of the cotangent; -1 where the entry was zero in every pass.
+
+    groupings: made of them; layouts that tell the same of tensors of other widths share them.
+    """
 
     owner: Tensor
+    groupings: dict[tuple, Grouping | None] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return "by entry"
+
+    @cached_property
+    def told(self) -> Tensor:
+        """The owners once, where they are the same all along a dimension, to be broadcast."""
+        return self.owner[tuple([slice(0, 1) if stride == 0 else slice(None) for stride in self.owner.stride()])]
 
 
 class _Mark:
@@ -111,7 +121,7 @@ def mask(cotangent: Tensor, layout: Layout, example: int, n_examples: int) -> Te
     if layout is ZERO:
         return cotangent
     if isinstance(layout, Entries):
-        return torch.where(layout.owner == example, cotangent, torch.zeros_like(cotangent))
+        return cotangent.clone().masked_fill_(layout.told != example, 0)  # as it lies in memory
     if cotangent.ndim == 0:
         return cotangent
     assert isinstance(layout, Axis)
@@ -214,11 +224,21 @@ class Prover:
         self.tape = tape
         self.seed = seed
         self.n_examples = seed.shape[0]
-        dtypes = {n.dtype(nr) for n in tape.nodes for nr in range(n.n_outputs) if n.is_traced(nr)}
         self._generator = generator
-        self.codes = self._codebook(dtypes)
-        self.allow_rounding = allow_rounding or torch.float16 in dtypes
+        self._allow_rounding = allow_rounding
         self.rounded: set[Edge] = set()
+
+    @cached_property
+    def _dtypes(self) -> set[torch.dtype]:
+        return {n.dtype(nr) for n in self.tape.nodes for nr in range(n.n_outputs) if n.is_traced(nr)}
+
+    @cached_property
+    def allow_rounding(self) -> bool:
+        return self._allow_rounding or torch.float16 in self._dtypes
+
+    @cached_property
+    def codes(self) -> Codebook:
+        return self._codebook(self._dtypes)
 
     def _codebook(self, dtypes: Iterable[torch.dtype]) -> Codebook:
         return codebook(self.n_examples, dtypes, self.seed, self._generator)
@@ -232,7 +252,7 @@ class Prover:
             self._prove(block, found)
         return found
 
-    def look(self, edges: Sequence[Edge], expected: Mapping[Edge, Axis]) -> dict[Edge, Layout]:
+    def look(self, edges: Sequence[Edge], expected: Mapping[Edge, Axis | Entries]) -> dict[Edge, Layout]:
         """What three passes show: whether the expected layouts hold, else ZERO or MIXED, and which others are MIXED.
 
         Two examples are told apart by a zero in both passes with probability 1/2, and by powers of two else: enough to
@@ -241,7 +261,7 @@ class Prover:
         found: dict[Edge, Layout] = {}
         for block in self._blocks(edges):
             base = zip(block, self._cotangents(block, self.seed), strict=True)
-            attempts = {e: _AxisTest(z, [expected[e]], self) if e in expected else _Attempt(z, self) for e, z in base}
+            attempts = {e: _LayoutTest(z, [expected[e]], self) if e in expected else _Attempt(z, self) for e, z in base}
             for k, code in enumerate(self.codes.halves):
                 self._see(attempts, k, code)
             found.update({e: layout for e, attempt in attempts.items() if (layout := attempt.result()) is not None})
@@ -273,7 +293,7 @@ class Prover:
             below = self._below_mixed(found)
             found.update({e: MIXED for e in remaining if e[0] in below})
             attempts = {
-                e: _AxisTest(base[e], axes, self) if (axes := candidates.pop(e, None)) else _Decoding(base[e], self)
+                e: _LayoutTest(base[e], axes, self) if (axes := candidates.pop(e, None)) else _Decoding(base[e], self)
                 for e in remaining
                 if e not in found
             }
@@ -351,23 +371,30 @@ class _Attempt:
         return False
 
 
-class _AxisTest(_Attempt):
-    """The hypothesis that the examples lie along one of some dimensions, the likeliest first."""
+class _LayoutTest(_Attempt):
+    """The hypothesis that the examples lie in one of some ways, the likeliest first."""
 
-    def __init__(self, base: Tensor, axes: Sequence[Axis], prover: Prover) -> None:
+    def __init__(self, base: Tensor, layouts: Sequence[Axis | Entries], prover: Prover) -> None:
         super().__init__(base, prover)
-        self.owners = {axis: self._owner(axis) for axis in axes}
+        self.owners = {layout: self._owner(layout) for layout in layouts if self._is_zero_elsewhere(layout)}
         self.mixed = False
 
     def see(self, k: int, code: Code, z: Tensor) -> None:
         seed = code.seed.to(_real(self.base.dtype))
-        self.owners = {axis: owner for axis, owner in self.owners.items() if self.agrees(z, seed[owner])}
+        seed = torch.cat([seed, seed.new_zeros(1)])  # the last for nobody, -1
+        self.owners = {layout: owner for layout, owner in self.owners.items() if self.agrees(z, seed[owner])}
         self.alive = bool(self.owners)
         self.mixed = not self.alive and self.mixes(z)
 
-    def _owner(self, axis: Axis) -> Tensor:
-        owner = owners_along(axis, self.base.shape, self.prover.n_examples, self.base.device)
-        return owner.reshape([-1 if d == axis.dim else 1 for d in range(self.base.ndim)])
+    def _is_zero_elsewhere(self, layout: Axis | Entries) -> bool:
+        """Whether entries of nobody are zero, and not what zero times infinity gives."""
+        return isinstance(layout, Axis) or not bool(((layout.told < 0) & (self.base != 0)).any())
+
+    def _owner(self, layout: Axis | Entries) -> Tensor:
+        if isinstance(layout, Entries):
+            return layout.told
+        owner = owners_along(layout, self.base.shape, self.prover.n_examples, self.base.device)
+        return owner.reshape([-1 if d == layout.dim else 1 for d in range(self.base.ndim)])
 
     def result(self) -> Layout | None:
         """None: along none of these dimensions."""
@@ -499,8 +526,13 @@ class Grouping:
             outer = shape[layout.dim] // (n_examples * layout.inner)
             return cls(n_examples, (layout.dim, outer, layout.inner, n_positions), None)
         if isinstance(layout, Entries):
-            owner = layout.owner.reshape(prod(shape[:n_positions]), prod(shape[n_positions:]))
-            return cls._by_entry(owner, n_positions, n_examples)
+            told, positions = layout.told, tuple(shape[:n_positions])
+            key = (positions, told.shape, told.device, n_examples)
+            if key not in layout.groupings:
+                told = told.expand((*positions, *told.shape[n_positions:])) if prod(shape) else layout.owner
+                told = told.reshape(prod(positions), prod(told.shape[n_positions:]))
+                layout.groupings[key] = cls._by_entry(told, n_positions, n_examples)
+            return layout.groupings[key]
         return None
 
     @classmethod
@@ -533,9 +565,8 @@ class Grouping:
             flat = t.reshape(prod(t.shape[:n_positions]), *features)
             if not len(flat):
                 return t.new_zeros(*self._index.shape, *features)
-            picked = flat[self._index.clamp(min=0)]
-            present = (self._index >= 0).reshape(*self._index.shape, *[1] * len(features))
-            return torch.where(present, picked, torch.zeros_like(picked))
+            picked = flat.index_select(0, self._index.clamp(min=0).view(-1)).view(*self._index.shape, *features)
+            return picked.masked_fill_((self._index < 0).view(*self._index.shape, *[1] * len(features)), 0)
         if dim == 0 and outer == 1:
             return t.reshape(self.n_examples, inner * prod(t.shape[1:n_positions]), *features)
         t = t.reshape(*t.shape[:dim], outer, self.n_examples, inner, *t.shape[dim + 1 :])

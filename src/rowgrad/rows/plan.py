@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowgrad.errors import GraphError
+from rowgrad.errors import GraphError, NonFiniteError
 from rowgrad.rows.explain import Explanation
 from rowgrad.rows.factors import Form
 from rowgrad.rows.frontier import Frontier, Use, edges_to_prove, find_uses, needed_nodes, static_nodes
-from rowgrad.rows.ownership import MIXED, Axis, Edge, Layout, Prover
+from rowgrad.rows.listed import Listed, laid_out
+from rowgrad.rows.ownership import MIXED, ZERO, Axis, Edge, Entries, Layout, Prover
 from rowgrad.rows.placement import Place, place_of
 from rowgrad.rows.site import Cotangents, Recipe, Rule, Site
-from rowgrad.rows.structure import infer
+from rowgrad.rows.structure import infer, opaque
 from rowgrad.tape import RecomputedOnce, Tape, Watch, forget_structures
 
 KEPT_CHOICES = 64  # of parameters, for each structure
@@ -46,6 +47,7 @@ class Ownership:
     by_node: dict[int, list[Use]]
     watch: Watch  # of the nodes with uses
     alone: frozenset[Use]  # of parameters that have no other, and are seen whole
+    nobody: dict[int, list[tuple[int, int, Tensor]]]  # node -> (output, dimension, indices) that no example reaches
     told: dict[tuple, Explanation] = field(default_factory=dict)
     recipes: dict[Use, tuple[Rule, Recipe]] = field(default_factory=dict)  # that hold nothing of a graph
 
@@ -54,6 +56,7 @@ class Ownership:
 class _Kept:
     ownership: Ownership | None  # None: to be proved at every call
     settled: dict[Edge, Axis]  # proved once and settled by structure
+    listed: frozenset[Edge]  # proved once and settled by structure with the ids of a graph
     calls: int = 0
 
     @property
@@ -128,6 +131,7 @@ class Plan:
     def form(self, use: Use, cotangents: Cotangents) -> Form | None:
         """The form, to be asked for once; None where no cotangent arrived. Lets go of what the node saved."""
         self.read(use.node)
+        self.check_nobody(use.node, cotangents)
         recipe, saved = self.recipes[use], self.saved.pop(use)
         if recipe.saved is None:
             self.recipes[use] = replace(recipe, build=_spent)
@@ -135,6 +139,17 @@ class Plan:
             if z is not None:
                 return recipe.build(cotangents, *saved)
         return None
+
+    def check_nobody(self, node: int, cotangents: Cotangents) -> None:
+        """What no example reaches was not looked at in this call."""
+        for nr, dim, indices in self.ownership.nobody.pop(node, ()):
+            z = cotangents[nr]
+            if z is not None and bool(z.index_select(dim, indices).any()):
+                raise NonFiniteError(
+                    f"{self.tape.nodes[node]!r}: the gradient is not zero where no example reaches it (zero times "
+                    "infinity in a padded row, or a hook that adds to it), and would be part of every example's row. "
+                    'Mask such rows before what makes them infinite, or ask with verify="always"'
+                )
 
 
 def _strided(value: Any) -> Any:
@@ -194,12 +209,13 @@ def _ownership(tape: Tape, seed: Tensor, leaves: Mapping[int, str], verify: str)
     if kept is not None:
         kept.calls += 1
         if not kept.is_due:
-            return kept.ownership or _Proof(tape, seed, leaves).ownership(kept.settled)
+            return kept.ownership or _Proof(tape, seed, leaves).again(kept)
     proof = _Proof(tape, seed, leaves)
-    settled, mixed = proof.confirmed(infer(tape, seed.shape[0]))
-    ownership = proof.ownership(settled, mixed)
+    told, mixed = proof.confirmed(proof.inferred())
+    ownership = proof.ownership(told, mixed)
     n_calls = kept.calls if kept is not None else 0
-    of_structure[key] = _Kept(_lasting(ownership, settled), settled, n_calls)
+    settled = {e: layout for e, layout in told.items() if isinstance(layout, Axis)}
+    of_structure[key] = _Kept(_lasting(ownership, settled), settled, frozenset(told.keys() - settled.keys()), n_calls)
     for oldest in list(of_structure)[:-KEPT_CHOICES]:
         of_structure.pop(oldest, None)
     return ownership
@@ -213,27 +229,58 @@ class _Proof:
         self.n_examples = seed.shape[0]
         self.static, self.needed = static_nodes(tape), needed_nodes(tape, leaves)
         generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7)))
+        self._proved: dict[Edge, Layout] = {}  # beyond what structure tells
         self.prover = Prover(tape, seed, generator, allow_rounding=seed.device.type != "cpu")
 
-    def _edges(self, settled: Mapping[Edge, Axis]) -> list[Edge]:
+    def _edges(self, settled: Mapping[Edge, Axis | Listed]) -> list[Edge]:
         return edges_to_prove(self.tape, self.static, self.needed, settled)
 
-    def confirmed(self, inferred: Mapping[Edge, Axis]) -> tuple[dict[Edge, Axis], dict[Edge, Layout]]:
+    def _told(self, edges: Iterable[Edge], settled: Mapping[Edge, Axis | Listed]) -> dict[Edge, Axis | Entries]:
+        """Of some edges, as far as they are settled."""
+        return {e: laid_out(self.tape, e, settled[e]) for e in edges if e in settled}
+
+    def inferred(self) -> dict[Edge, Axis | Listed]:
+        """What follows from structure and ids; beyond nodes of kinds not listed, from what numbers show below them."""
+        found = infer(self.tape, self.n_examples)
+        if all(e in found for e in self._edges(found)):
+            return found
+        edges = [e for e in opaque(self.tape) if self.needed[e[0]] and not self.static[e[0]]]
+        edges = [e for e in edges if self.tape.nodes[e[0]].is_traced(e[1])]
+        known: dict[Edge, Listed] = {}
+        self._proved = self.prover.layouts(edges)
+        for (i, nr), layout in self._proved.items():
+            listed = Listed.of_proved(layout, self.tape.nodes[i].shape(nr), self.n_examples)
+            if listed is not None:
+                known[i, nr] = listed
+        return infer(self.tape, self.n_examples, known) if known else found
+
+    def again(self, kept: _Kept) -> Ownership:
+        """With what was settled for the structure, and what this graph's ids make of it."""
+        if not kept.listed:
+            return self.ownership(kept.settled)
+        inferred = self.inferred()
+        return self.ownership(kept.settled | {e: layout for e, layout in inferred.items() if e in kept.listed})
+
+    def confirmed(self, inferred: Mapping[Edge, Axis | Listed]) -> tuple[dict[Edge, Axis | Listed], dict[Edge, Layout]]:
         """What is settled by structure and confirmed by numbers, nothing if they contradict; and what surely mixes."""
         settled = dict(inferred)
         found: dict[Edge, Layout | None] = {}
         while edges := [e for e in self._edges(settled) if e not in found]:  # again where a zero settles nothing
-            found |= self.prover.look(edges, settled)
+            found |= self.prover.look(edges, self._told(edges, settled))
             if any(layout is MIXED and e in settled for e, layout in found.items()):
                 return {}, {}
             found |= {e: None for e in edges if e not in found}
-            settled = {e: axis for e, axis in settled.items() if found.get(e, axis) == axis}
+            settled = {e: layout for e, layout in settled.items() if found.get(e) is not ZERO}
         return settled, {e: MIXED for e, layout in found.items() if layout is MIXED}
 
-    def ownership(self, settled: Mapping[Edge, Axis], known: Mapping[Edge, Layout] = MappingProxyType({})) -> Ownership:
+    def ownership(
+        self, settled: Mapping[Edge, Axis | Listed], known: Mapping[Edge, Layout] = MappingProxyType({})
+    ) -> Ownership:
         """Prove the layout of every edge that matters and is neither settled nor known, and find the uses."""
         edges = self._edges(settled)
-        layouts = {e: layout for e in edges if (layout := settled.get(e) or known.get(e)) is not None}
+        layouts: dict[Edge, Layout] = {e: layout for e in edges if (layout := known.get(e)) is not None}
+        layouts |= {e: self._proved[e] for e in edges if e in self._proved}
+        layouts |= self._told([e for e in edges if e not in layouts], settled)
         layouts |= self.prover.layouts([e for e in edges if e not in layouts])
         frontier = find_uses(self.tape, layouts, self.static, self.needed, self.n_examples)
         places = {use: place for use in frontier.uses if (place := place_of(self.tape, use.target)) is not None}
@@ -250,7 +297,19 @@ class _Proof:
             for use, place in places.items()
             if not is_loose and n_uses[place.leaf] == 1 and place.numel == self._variable(place.leaf).numel()
         )
-        return Ownership(frontier, layouts, places, proof, by_node, watch, alone)
+        return Ownership(frontier, layouts, places, proof, by_node, watch, alone, self._nobody(by_node, settled))
+
+    def _nobody(
+        self, nodes: Iterable[int], settled: Mapping[Edge, Axis | Listed]
+    ) -> dict[int, list[tuple[int, int, Tensor]]]:
+        found: dict[int, list[tuple[int, int, Tensor]]] = {}
+        for node in nodes:
+            for nr in range(self.tape.nodes[node].n_outputs):
+                layout = settled.get((node, nr))
+                if isinstance(layout, Listed) and len(indices := layout.nobody):
+                    device = self.tape.nodes[node].device(nr)
+                    found.setdefault(node, []).append((nr, layout.dim, indices.to(device)))
+        return found
 
     def _variable(self, leaf: int) -> Tensor:
         variable = self.tape.nodes[leaf].variable

@@ -85,7 +85,7 @@ def grouping_of(
     """The grouping of a tensor of this layout and shape once its dimensions are permuted to `order`."""
     if isinstance(layout, Axis) and n_examples > 1:
         layout = Axis(list(order).index(layout.dim), layout.inner)
-    elif isinstance(layout, Entries):
+    elif isinstance(layout, Entries) and tuple(order) != tuple(range(len(order))):
         layout = Entries(layout.owner.permute(tuple(order)))
     return Grouping.of(layout, [shape[d] for d in order], n_positions, n_examples, device)
 

@@ -2,9 +2,9 @@
 
 The proof by codes (rows/ownership.py) speaks of one call. It may be kept for later calls only where no tensor's
 contents could make it false: where the layout of every cotangent above the uses follows from the losses' own layout
-by kinds, shapes and saved attributes. `infer` derives those layouts, one kind at a time, from an allow-list. A kind
-that is not listed, or is used along the examples' own dimension, settles nothing, and the graph is proved again at
-every call.
+by kinds, shapes and saved attributes. `infer` derives those layouts, one kind at a time, from an allow-list. Where ids
+move the examples, it reads them and derives for this call which entry is whose (rows/listed.py). A kind that is not
+listed settles nothing, and the graph is proved again at every call.
 
 Note [flat layouts]
     `Axis(dim, inner)` says that entry f in row-major order belongs to (f // stride) % B, stride = inner * (product of
@@ -16,10 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
+from types import MappingProxyType
 
 import torch
 
-from rowgrad.rows.ownership import Axis, Edge
+from rowgrad.rows.listed import MOVES, Listed
+from rowgrad.rows.ownership import Axis, Edge, owners_along
 from rowgrad.tape import INDEX, Node, Tape, index_pattern, signed
 
 Shape = Sequence[int]
@@ -27,53 +29,108 @@ Transfer = Callable[[Node, int, Axis, Shape, Shape, int], Axis | None]
 # (node, slot, layout of the output's cotangent, output shape, input shape, B) -> layout of the input's cotangent
 
 
-def infer(tape: Tape, n_examples: int) -> dict[Edge, Axis]:
-    """Layouts that follow from structure; edges that are missing are not settled."""
-    senders: dict[Edge, list[tuple[int, int]]] = {}
-    for node in tape.nodes:
-        for slot, target in enumerate(node.slots):
-            if target is not None:
-                senders.setdefault(target, []).append((node.index, slot))
-    found: dict[Edge, Axis] = {}
-    if tape.root_slot not in senders:
-        found[tape.root_slot] = Axis(0)
-    for node in tape.nodes:
-        for nr in range(node.n_outputs):
-            edge = (node.index, nr)
-            if edge in senders and node.is_traced(nr):
-                layouts = {_sent(tape, found, senders, i, slot, n_examples) for i, slot in senders[edge]}
-                if len(layouts) == 1 and (layout := layouts.pop()) is not None:
-                    found[edge] = layout
-    return found
+def infer(
+    tape: Tape, n_examples: int, known: Mapping[Edge, Listed] = MappingProxyType({})
+) -> dict[Edge, Axis | Listed]:
+    """Layouts that follow from structure, and those that follow from it with the ids in the graph: lists of owners.
+    Edges that are missing are not settled.
+
+    known: what was proved of this graph, as lists, so that no more than a list follows from it.
+    """
+    return _Inference(tape, n_examples, known).found
 
 
-def _sent(
-    tape: Tape, found: Mapping[Edge, Axis], senders: Mapping[Edge, object], index: int, slot: int, n: int
-) -> Axis | None:
-    """Layout in which one node sends a cotangent to one of its inputs, whatever outputs of it are read."""
-    node = tape.nodes[index]
-    transfer = partial(SEEING[node.kind], tape) if node.kind in SEEING else TRANSFERS.get(node.kind)
-    target = node.slots[slot]
-    if transfer is None or target is None:
-        return None
-    shape = tape.nodes[target[0]].shape(target[1])
-    sent = set()
-    for nr in range(node.n_outputs):
-        if (index, nr) in found:
-            sent.add(_transferred(transfer, node, slot, found[index, nr], node.shape(nr), shape, n))
-        elif (index, nr) in senders or (index, nr) == tape.root_slot:
+def opaque(tape: Tape) -> list[Edge]:
+    """Edges of which structure tells nothing, since a node of a kind that is not listed sends to them."""
+    return list(dict.fromkeys(t for node in tape.nodes if not _is_known(node) for t in node.slots if t is not None))
+
+
+def _is_known(node: Node) -> bool:
+    return node.kind in TRANSFERS or node.kind in SEEING or node.kind in MOVES
+
+
+class _Inference:
+    """From the losses down, each node once all that is sent to it is known."""
+
+    def __init__(self, tape: Tape, n_examples: int, known: Mapping[Edge, Listed]) -> None:
+        self._tape, self._n = tape, n_examples
+        self._shapes = [
+            [node.shape(nr) if node.is_traced(nr) else () for nr in range(node.n_outputs)] for node in tape.nodes
+        ]
+        self._senders: dict[Edge, list[tuple[int, int]]] = {}
+        for node in tape.nodes:
+            for slot, target in enumerate(node.slots):
+                if target is not None:
+                    self._senders.setdefault(target, []).append((node.index, slot))
+        self.found: dict[Edge, Axis | Listed] = {**known}
+        if tape.root_slot not in self._senders:
+            self.found[tape.root_slot] = Axis(0)
+        for node in tape.nodes:
+            for nr, shape in enumerate(self._shapes[node.index]):
+                edge = (node.index, nr)
+                if edge in self._senders and edge not in known and node.is_traced(nr):
+                    parts = [self._sent(tape.nodes[i], slot, shape) for i, slot in self._senders[edge]]
+                    layout = self._of_sum(parts, shape)
+                    if layout is not None:
+                        self.found[edge] = layout
+
+    def _sent(self, node: Node, slot: int, into: Shape) -> Axis | Listed | None:
+        """Layout in which one node sends a cotangent to one of its inputs, whatever outputs of it are read."""
+        if not _is_known(node):
             return None
-    layout = sent.pop() if len(sent) == 1 else None
-    if layout is None or layout.dim >= len(shape) or shape[layout.dim] % (n * layout.inner):
+        parts: list[Axis | Listed | None] = []
+        for nr, out in enumerate(self._shapes[node.index]):
+            edge = (node.index, nr)
+            if edge in self.found:
+                parts.append(self._moved(node, nr, slot, self.found[edge], out, into))
+            elif edge in self._senders or edge == self._tape.root_slot:
+                return None
+        return self._of_sum(parts, into)
+
+    def _of_sum(self, parts: Sequence[Axis | Listed | None], shape: Shape) -> Axis | Listed | None:
+        """Layout of a sum of cotangents; None where one is not known or they do not lie alike."""
+        total, *rest = parts or [None]
+        for part in rest:
+            if total is None or part is None:
+                return None
+            if part != total:
+                total = Listed.of(total, shape, self._n).merged(Listed.of(part, shape, self._n))
+        return total
+
+    def _moved(
+        self, node: Node, nr: int, slot: int, layout: Axis | Listed, out: Shape, into: Shape
+    ) -> Axis | Listed | None:
+        """Layout of an input's cotangent, as far as one output's goes."""
+        transfer = partial(SEEING[node.kind], self._tape) if node.kind in SEEING else TRANSFERS.get(node.kind)
+        if transfer is not None and isinstance(layout, Axis):
+            axis = _transferred(transfer, node, slot, layout, out, into, self._n)
+            if axis is not None:
+                return axis
+        listed = Listed.of(layout, out, self._n)
+        move = MOVES.get(node.kind)
+        moved = move(self._tape, node, nr, slot, listed, out, into) if move is not None else None
+        if moved is None and transfer is not None:
+            moved = _carried(transfer, node, slot, listed, out, into)
+        return moved
+
+
+def _carried(transfer: Transfer, node: Node, slot: int, a: Listed, out: Shape, into: Shape) -> Listed | None:
+    """Where a transfer takes each single index of the list's dimension, it takes its owner."""
+    n = len(a.owners)
+    axis = _transferred(transfer, node, slot, Axis(a.dim), out, into, n) if n else None
+    if axis is None:
         return None
-    return layout
+    if axis.inner == 1 and into[axis.dim] == n:
+        return a if axis.dim == a.dim else Listed(axis.dim, a.owners)
+    return Listed(axis.dim, a.owners[owners_along(axis, into, n, torch.device("cpu"))])
 
 
 def _transferred(transfer: Transfer, node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
     try:
-        return transfer(node, slot, a, out, into, n)
+        found = transfer(node, slot, a, out, into, n)
     except AttributeError:
         return None  # this version of torch saves other attributes for the kind: nothing is settled
+    return found if found and found.dim < len(into) and into[found.dim] % (n * found.inner) == 0 else None
 
 
 def _stride(layout: Axis, shape: Shape) -> int:
