@@ -109,6 +109,12 @@ def test_products_of_long_rows(length: int) -> None:
     torch.testing.assert_close(product(left[:0], right), left[:0] @ right.T)
 
 
+def test_very_long_rows_are_added_up_in_parts() -> None:
+    rows = torch.randn(2, 2**22 + 3)
+    expected = rows.double() @ rows.double().T
+    torch.testing.assert_close(product(rows, rows).double(), expected, rtol=0, atol=2e-5 * float(expected.max()))
+
+
 def test_what_is_remembered_is_not_taken_for_another() -> None:
     with remembering():
         for i in range(20):  # the memory of the one before would be used again if it were free

@@ -14,12 +14,15 @@ from torch.nn.utils import parametrizations, prune
 
 import rowgrad as rg
 from rowgrad.errors import StaleJacobianError
+from rowgrad.rows import factors
 from rowgrad.rows.general import GeneralPath
+from rowgrad.rows.hadamard import Hadamard
 
 P = dict[str, Tensor]
 SHAPES = {"W": (4, 3), "A": (4, 2), "B": (2, 3), "g": (4, 1), "k": (3,), "s": (), "U": (5, 3), "V": (5, 4)}
 IDS = torch.tensor([0, 2, 2, 4])
 MASK = (torch.arange(12).view(4, 3) % 5 > 1).double()
+ROWS, COLUMNS = torch.arange(1.0, 5.0, dtype=torch.float64).unsqueeze(1), torch.arange(1.0, 4.0, dtype=torch.float64)
 NOISE = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -57,8 +60,8 @@ WEIGHTS: dict[str, Callable[[P], Tensor]] = {
     "masked after looking up":      lambda p: F.embedding(IDS, p["U"]) * MASK,
     "entry by entry":               lambda p: p["W"] * p["V"].T[:, :3],
     "divided entry by entry":       lambda p: p["W"] / (2 + MASK),
-    "divided row by row":           lambda p: p["W"] / torch.arange(1.0, 5.0, dtype=torch.float64).unsqueeze(1),
-    "divided column by column":     lambda p: p["W"] / torch.arange(1.0, 4.0, dtype=torch.float64),
+    "divided row by row":           lambda p: p["W"] / ROWS,
+    "divided column by column":     lambda p: p["W"] / COLUMNS,
     "squashed":                     lambda p: F.softplus(p["W"]),
     "squashed and scaled":          lambda p: p["s"] * (p["W"].tanh().exp() * p["k"]),
     "drawn around a mean":          lambda p: p["W"] + NOISE * F.softplus(p["U"][1:]),
@@ -66,6 +69,9 @@ WEIGHTS: dict[str, Callable[[P], Tensor]] = {
     "chosen":                       lambda p: torch.where(MASK > 0, p["W"], -p["U"][:4] ** 2),
     "clamped":                      lambda p: p["W"].clamp(-0.5, 0.5),
     "quantized":                    lambda p: torch.fake_quantize_per_tensor_affine(p["W"], 0.1, 0, -20, 20),
+    "divided by a number of Python": lambda p: p["W"] / 1.7,
+    "rows scaled, then reshaped":   lambda p: (p["W"] * ROWS).view(3, 4).T,
+    "columns scaled, then reshaped": lambda p: (p["W"] / COLUMNS).view(12, 1).view(2, 6).reshape(4, 3),
     "negated, reshaped, copied":    lambda p: (-p["A"] @ p["B"]).clone().view(2, 2, 3).reshape(4, 3),
 }
 # fmt: on
@@ -226,6 +232,89 @@ def test_pruned_layers(model: Callable[[], torch.nn.Module]) -> None:
     losses = energy(layer(torch.randn(shape, dtype=torch.float64)).tanh())
     J = assert_laws(losses, dict(layer.named_parameters()))
     assert not any(entry.stuck for entry in J.explain().entries)
+
+
+@pytest.mark.parametrize("shape", [(1, 12), (12, 1), (2, 6), (6, 2), (3, 4)])
+@pytest.mark.parametrize("scale", [
+    lambda p: p["W"] * ROWS, lambda p: p["W"] / ROWS, lambda p: p["W"] * COLUMNS, lambda p: p["W"] / COLUMNS,
+    lambda p: p["W"] * p["g"], lambda p: p["W"] * p["k"],
+], ids=["rows", "by rows", "columns", "by columns", "learned rows", "learned columns"])  # fmt: skip
+def test_scaled_in_another_shape_than_used(scale: Callable[[P], Tensor], shape: tuple[int, int]) -> None:
+    params = _params()
+    weight = scale(params).view(shape)
+    losses = energy((torch.randn(5, shape[1], dtype=torch.float64) @ weight.T).tanh())
+    assert_laws(losses, _reached(losses, params))
+
+
+@pytest.mark.parametrize("weight", [
+    lambda p: (p["A"] @ p["B"]) * MASK,
+    lambda p: torch.where(MASK > 0, p["A"] @ p["B"], MASK),
+    lambda p: (p["A"] @ p["B"]) / (MASK + 1),
+    lambda p: torch.add(MASK, p["A"] @ p["B"]),
+], ids=["masked", "chosen", "divided", "added"])  # fmt: skip
+def test_factors_narrower_than_what_is_made_of_them(weight: Callable[[P], Tensor]) -> None:
+    params = {name: p for name, p in _params(torch.float32).items() if name in "AB"}
+    losses = energy((torch.randn(5, 3, dtype=torch.float64) @ weight(params).T).tanh())
+    assert_laws(losses, params, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("of_data", "of_losses"), [(1e10, 1e-24), (1e-24, 1e12), (1e-12, 1e12)])
+def test_sides_whose_squares_are_out_of_range(of_data: float, of_losses: float) -> None:
+    torch.manual_seed(0)
+    w, x = torch.randn(4, 3).requires_grad_(), torch.randn(5, 3) * of_data
+    losses = (x @ (w * NOISE.float()).T).sum(1) * of_losses
+    rows = torch.stack(_rows(losses, {"w": w})["w"]).double()
+    torch.testing.assert_close(rg.grad_norms(losses, {"w": w}).double(), rows.flatten(1).norm(dim=1), rtol=1e-5, atol=0)
+
+
+def test_derivatives_out_of_the_range_of_half_precision() -> None:
+    w = torch.full((4, 3), 1e-5).half().requires_grad_()
+    losses = ((torch.randn(2, 3) * 0.1).half() @ w.log().T * 0.1).sum(1)
+    rows = torch.stack(_rows(losses, {"w": w})["w"]).double()
+    norms = rg.jacobian(losses, {"w": w}, loss_scale=1.0).norms().double()
+    torch.testing.assert_close(norms, rows.flatten(1).norm(dim=1), rtol=2e-3, atol=0)
+
+
+def test_a_masked_weight_used_often_takes_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uses are put together before they pass the mask."""
+    asked: list[int] = []
+    written_out = Hadamard.dense
+    monkeypatch.setattr(Hadamard, "dense", lambda self: asked.append(self.n_examples) or written_out(self))
+    w = torch.randn(4, 4, dtype=torch.float64).requires_grad_()
+    h = torch.randn(5, 2, 4, dtype=torch.float64)
+    masked = w * NOISE[:, :1]  # scales keep factors
+    masked = masked * (torch.arange(16).view(4, 4) % 3 > 0)
+    for _ in range(6):
+        h = torch.tanh(h @ masked)
+    losses = energy(h)
+    rows = torch.stack(_rows(losses, {"w": w})["w"])
+    torch.testing.assert_close(rg.grad_norms(losses, {"w": w}), rows.flatten(1).norm(dim=1))
+    assert asked == []
+
+
+def test_with_rows_of_the_same_weight_in_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "CHUNK_BYTES", 1)
+    w = torch.randn(4, 3, dtype=torch.float64).requires_grad_()
+    one = energy(torch.randn(5, 3, dtype=torch.float64) @ (w * MASK).T)
+    other = energy(torch.randn(2, 6, dtype=torch.float64) @ (w * MASK).view(2, 6).T)
+    left, right = (torch.stack(_rows(losses, {"w": w})["w"]).flatten(1) for losses in (one, other))
+    torch.testing.assert_close(rg.jacobian(one, {"w": w}).gram(rg.jacobian(other, {"w": w})), left @ right.T)
+
+
+def test_factors_of_a_masked_weight_lie_as_the_parameter_does() -> None:
+    w = torch.randn(5, 2, dtype=torch.float64).requires_grad_()
+    losses = energy(torch.randn(3, 5, dtype=torch.float64) @ (w.T * torch.rand(2, 5, dtype=torch.float64)).T)
+    J = assert_laws(losses, {"w": w})
+    ((_, rows, _),) = J.factors("w")
+    torch.testing.assert_close(rows, torch.stack(_rows(losses, {"w": w})["w"]))
+
+
+@pytest.mark.parametrize("layer", [torch.nn.LayerNorm(5), torch.nn.GroupNorm(1, 5), torch.nn.RMSNorm(5)], ids=str)
+def test_weight_norm_of_single_entries(layer: torch.nn.Module) -> None:
+    torch.nn.init.normal_(layer.double().weight)
+    parametrizations.weight_norm(layer)
+    losses = energy(layer(torch.randn(3, 5, dtype=torch.float64)).sin())
+    assert_laws(losses, dict(layer.named_parameters()))
 
 
 def test_masks_that_are_changed_are_noticed() -> None:

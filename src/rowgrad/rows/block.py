@@ -271,18 +271,29 @@ def _joined(forms: list[Form]) -> list[Form]:
     dense = [f for f in forms if isinstance(f, Dense)]
     multiples: list[Form] = [f for f in forms if isinstance(f, Multiples)]
     by_table: dict[torch.Size, list[Rows]] = {}
-    by_split: dict[tuple, list[Outer]] = {}
     for f in forms:
-        if isinstance(f, Outer):
-            _, g, _, a, b = f.sizes
-            by_split.setdefault((g, a, b, f.cotangent_left, f.left.dtype), []).append(f)
         if isinstance(f, Rows):
             by_table.setdefault(f.shape, []).append(f)
-    found: list[Form] = [_cat_outer(group) for group in by_split.values()]
+    found = joined_outers([f for f in forms if isinstance(f, Outer)])
     found += [_cat_rows(group) for group in by_table.values()]
     if dense:
         found.append(Dense(sum_of(f.values.reshape(f.n_examples, *dense[0].shape) for f in dense)))
     return found + multiples
+
+
+def joined_outers(forms: list[Form]) -> list[Form]:
+    """Fewer forms with the same sum: positions of outer products alike concatenated, others as they are."""
+    if len(forms) == 1:
+        return forms
+    alike: dict[tuple, list[Outer]] = {}
+    others: list[Form] = []
+    for f in forms:
+        if isinstance(f, Outer):
+            _, g, _, a, b = f.sizes
+            alike.setdefault((g, a, b, f.shape, f.cotangent_left, f.left.dtype, f.right.dtype), []).append(f)
+        else:
+            others.append(f)
+    return [*(_cat_outer(group) for group in alike.values()), *others]
 
 
 def _cat_outer(forms: list[Outer]) -> Outer:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rowgrad.rows import memory
 from rowgrad.rows.factors import KEEP_BYTES, Dense, Form, Outer, Rows, energies, formed, step_bytes
-from rowgrad.rows.pairs import GRAM, formed_part, gram, product_of_lent
+from rowgrad.rows.pairs import GRAM, INNER, formed_part, gram, product_of_lent
 from rowgrad.rows.patches import Convolved
 
 
@@ -96,10 +96,19 @@ class Hadamard:
         return isinstance(whole, (Outer, Convolved)) and not whole.prefers_gram and whole.formed_bytes <= KEEP_BYTES
 
     def _sq_norms_of_vectors(self) -> Tensor:
+        """Each side is divided by its largest entry first: the square of each may be out of range where that of their
+        product is not."""
         assert isinstance(self.whole, Outer)
+        if not self.whole.left.numel() or not self.whole.right.numel():
+            return self.factor.new_zeros(self.n_examples)
         _, groups, _, a, b = self.whole.sizes
-        left, right = (side[:, :, 0].transpose(0, 1).square() for side in (self.whole.left, self.whole.right))
-        return (left @ self.factor.reshape(groups, a, b).square()).mul_(right).sum((0, 2))
+        factor, largest = _in_range(self.factor.reshape(groups, a, b), (0, 1, 2))
+        left, of_left = _in_range(self.whole.left[:, :, 0], (1, 2))
+        right, of_right = _in_range(self.whole.right[:, :, 0], (1, 2))
+        left, right = (side.transpose(0, 1).square() for side in (left, right))
+        found = (left @ factor.square()).mul_(right).sum((0, 2))
+        scale = (of_left.double() * of_right.double() * largest.double()).reshape(-1)
+        return (found.double() * scale.square()).to(found.dtype)
 
     def _pieces(self) -> Iterator[slice]:
         """Examples, so few at a time that their rows may be written out."""
@@ -138,19 +147,37 @@ class Hadamard:
         return f"{self.whole.route()}, times a tensor"
 
 
+def _in_range(t: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Divided by the largest magnitude along some dimensions, and that."""
+    largest = t.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(t.dtype).tiny)
+    return t / largest, largest
+
+
+def _inner(f: Hadamard, g: Hadamard) -> Tensor:
+    index = torch.arange(f.n_examples, device=f.factor.device)
+    parts = [(f.select(index[s]).dense() * g.select(index[s]).dense()).flatten(1).sum(1) for s in f._pieces()]
+    return torch.cat(parts)
+
+
 def _gram(f: Hadamard, g: Hadamard) -> Tensor:
     """From a few rows of the matrices at a time, where they are outer products."""
     one, other = f.whole, g.whole
-    if not (isinstance(one, Outer) and isinstance(other, Outer) and one.sizes[1] == other.sizes[1] == 1):
-        left = f.plain()
-        return gram(left, left if g is f else g.plain())
-    _, _, _, a, b = one.sizes
+    if not (isinstance(one, Outer) and isinstance(other, Outer) and one.sizes[1:2] == other.sizes[1:2] == (1,)):
+        return _gram_written_out(f, g)
+    if one.sizes[3:] != other.sizes[3:]:
+        return _gram_written_out(f, g)
+    a, b = one.sizes[3:]
     n_largest = max(f.n_examples, g.n_examples)
     step = max(1, step_bytes(f.factor.device) // (n_largest * b * f.factor.element_size()))
     found = f.factor.new_zeros(f.n_examples, g.n_examples)
     for i in range(0, a, step):
         found += product_of_lent(_part(f, one, i, step), None if g is f else _part(g, other, i, step))
     return found
+
+
+def _gram_written_out(f: Hadamard, g: Hadamard) -> Tensor:
+    left = f.plain()
+    return gram(left, left if g is f else g.plain())
 
 
 @contextmanager
@@ -161,4 +188,5 @@ def _part(f: Hadamard, whole: Outer, start: int, step: int) -> Iterator[Tensor]:
         yield rows.mul_(factor.reshape(-1))
 
 
+INNER[Hadamard, Hadamard] = _inner
 GRAM[Hadamard, Hadamard] = _gram

@@ -45,12 +45,14 @@ def inner(f: Form, g: Form) -> Tensor:
     for one, other in ((f, g), (g, f)):
         if isinstance(one, Multiples):
             return one.weights * other.dot(one.direction.reshape(other.shape))
+    if (type(f), type(g)) in INNER and _same_split(f, g):
+        return INNER[type(f), type(g)](f, g)
     f, g = f.plain(), g.plain()
     if _same_split(f, g):
-        if (type(f), type(g)) in _INNER:
-            return _INNER[type(f), type(g)](f, g)
-        if (type(g), type(f)) in _INNER:
-            return _INNER[type(g), type(f)](g, f)
+        if (type(f), type(g)) in INNER:
+            return INNER[type(f), type(g)](f, g)
+        if (type(g), type(f)) in INNER:
+            return INNER[type(g), type(f)](g, f)
     return (Dense(f.dense()).flat * Dense(g.dense()).flat).sum(1)
 
 
@@ -98,10 +100,12 @@ def _in_parts(left: Tensor, right: Tensor) -> Tensor:
     """left right^T. Of long rows, which are read once, threads take a part each."""
     length = left.shape[1]
     n_bytes = PARTS * len(left) * len(right) * left.element_size()  # of what the parts give
-    if length < LONG_ROW or length % PARTS or n_bytes > CHUNK_BYTES or left.device.type != "cpu":
+    if length < LONG_ROW or n_bytes > CHUNK_BYTES or left.device.type != "cpu":
         return left @ right.T
-    left, right = (side.unflatten(1, (PARTS, -1)).transpose(0, 1) for side in (left, right))
-    return (left @ right.mT).sum(0)
+    whole = length - length % PARTS
+    parts = [side[:, :whole].unflatten(1, (PARTS, -1)).transpose(0, 1) for side in (left, right)]
+    found = (parts[0] @ parts[1].mT).sum(0)
+    return found if whole == length else found.addmm_(left[:, whole:], right[:, whole:].T)
 
 
 def product_of_lent(left: Lent, right: Lent | None) -> Tensor:
@@ -350,7 +354,7 @@ def _gram_by_ids(f: Rows, g: Rows, ids: Tensor) -> Tensor:
     return found
 
 
-_INNER: dict[tuple[type, type], Callable] = {
+INNER: dict[tuple[type, type], Callable] = {
     (Outer, Outer): _inner_outer_outer,
     (Outer, Rows): _inner_outer_rows,
     (Rows, Rows): _inner_rows_rows,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rowgrad.rows.factors import Dense, Form, Outer
+from rowgrad.rows.hadamard import Hadamard
 from rowgrad.tape import Node, Tape, signed
 
 
@@ -170,6 +171,11 @@ def settle(form: Form, place: Place) -> tuple[Form, Place]:
     """The same rows with the form turned so that its memory order follows the parameter's, where it can be."""
     if isinstance(form, Outer):
         return _settle_outer(form, place)
+    if isinstance(form, Hadamard) and isinstance(form.whole, Outer):
+        whole, turned = _settle_outer(form.whole, place)
+        if whole is not form.whole:
+            form = Hadamard(whole, form.factor.reshape((*whole.shape[:-2], whole.shape[-1], whole.shape[-2])).mT)
+        return form, turned
     if isinstance(form, Dense) and place.reorder is not None:
         order, reordered = place.reorder
         return Dense(form.values.permute(0, *(d + 1 for d in order))), reordered

@@ -16,7 +16,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import Dense, Form, Outer, Rows, handed_out, let_go, wide
+from rowgrad.rows.block import joined_outers
+from rowgrad.rows.factors import Dense, Form, Outer, Rows, handed_out, in_type, let_go, wide
 from rowgrad.rows.hadamard import times
 from rowgrad.rows.lookup import NO_PADDING, flat_ids, leading_ids
 from rowgrad.rows.ownership import Edge
@@ -64,7 +65,7 @@ def push(
     left: list[tuple[Edge, Form]] = []
     while inbox:
         edge = min(inbox)
-        forms, place = inbox.pop(edge), place_of(tape, edge)
+        forms, place = joined_outers(inbox.pop(edge)), place_of(tape, edge)
         for form in forms:
             if place is not None:
                 placed.append((place, form))
@@ -127,7 +128,7 @@ def _transposed(arrival: Arrival, slot: int) -> Form | None:
         first, second = (arrival.node.dim(name, len(form.shape)) for name in ("dim0", "dim1"))
         if first == second:
             return form
-    if isinstance(form, Outer) and form.shape == (form.sizes[3], form.sizes[4]):
+    if isinstance(form, Outer) and form.shape == form.sizes[3:]:
         return form.transposed()
     return None
 
@@ -173,7 +174,7 @@ def _along(arrival: Arrival, other: Tensor) -> Form:
     form, shape = arrival.form, arrival.form.shape
     if other.numel() == 1:
         return _times(form, other.reshape(()))
-    if isinstance(form, Outer) and form.sizes[1] == 1 and len(shape) == 2:
+    if isinstance(form, Outer) and shape == form.sizes[3:]:
         other = other.reshape((1,) * (2 - other.ndim) + tuple(other.shape))
         if other.shape[1] == 1:
             return replace(form, left=form.left * other.T, _formed=None, _cancels=None)
@@ -185,7 +186,7 @@ def _along(arrival: Arrival, other: Tensor) -> Form:
 def _contracted(arrival: Arrival, other: Tensor, shape: torch.Size) -> Form | None:
     """Gradient of a scale of the rows (a, 1) or of the columns (b,) or (1, b)."""
     form = _as_outer(arrival)
-    if not isinstance(form, Outer) or form.sizes[1] != 1 or len(form.shape) != 2 or other.shape != form.shape:
+    if not isinstance(form, Outer) or not form.shape == form.sizes[3:] == other.shape:
         return None
     a, b = form.shape
     matrix = other.to(form.left.dtype)
@@ -202,7 +203,10 @@ def _entrywise(arrival: Arrival, slot: int) -> Form | None:
     traced = [node.is_traced(nr) for nr in range(node.n_outputs)]  # others are masks for the node itself
     if traced.count(True) != 1 or arrival.target_shape(slot) != shape:
         return None
-    ones = torch.ones(shape, dtype=node.dtype(traced.index(True)), device=arrival.form.held[0].device)
+    dtype = node.dtype(traced.index(True))
+    if dtype not in (torch.float32, torch.float64):
+        return None  # the derivative may be out of range where its product with a cotangent is not
+    ones = torch.ones(shape, dtype=dtype, device=arrival.form.held[0].device)
     derivative = arrival.tape.raw_local_gradients(node, [ones if is_traced else None for is_traced in traced])[slot]
     return None if derivative is None else times(arrival.form, wide(derivative))
 
@@ -211,6 +215,8 @@ def _numerator(arrival: Arrival, slot: int) -> Form | None:
     other = wide(arrival.node.saved("other"))
     if arrival.target_shape(slot) != arrival.form.shape:
         return None
+    if other.numel() == 1:
+        other = other.reshape(())  # no Python number any longer, of which the reciprocal is in the default dtype
     return _along(arrival, _as_wide(other, arrival.form).reciprocal())
 
 
@@ -232,7 +238,7 @@ def _denominator(arrival: Arrival, slot: int) -> Form | None:
 def _first_of_product(arrival: Arrival, slot: int) -> Form | None:
     """W = X Y: the rows of X are those of W times Y^T."""
     form, shape = _as_outer(arrival), arrival.target_shape(slot)
-    y = wide(arrival.node.saved("mat2"))
+    y = in_type(wide(arrival.node.saved("mat2")), form.held[0].dtype)
     if isinstance(form, Outer) and _is_stack(form):
         return replace(form, right=form.right @ y.mT, shape=shape, _formed=None, _cancels=None)
     if isinstance(form, Rows):
@@ -244,7 +250,7 @@ def _first_of_product(arrival: Arrival, slot: int) -> Form | None:
 def _second_of_product(arrival: Arrival, slot: int) -> Form | None:
     """W = X Y: the rows of Y are X^T times those of W."""
     form, shape = _as_outer(arrival), arrival.target_shape(slot)
-    x = wide(arrival.node.saved("self"))
+    x = in_type(wide(arrival.node.saved("self")), form.held[0].dtype)
     if isinstance(form, Outer) and _is_stack(form):
         return replace(form, left=form.left @ x, shape=shape, _formed=None, _cancels=None)
     if isinstance(form, Rows):
@@ -270,7 +276,7 @@ def _direction(arrival: Arrival, slot: int) -> Form | None:
     if rows is None:
         return None
     dims = [d for d in range(1, rows.ndim) if scale.shape[d - 1] == 1]
-    return Dense(scale * (rows - (rows * unit).sum(dims, keepdim=True) * unit))
+    return Dense(scale * (rows - _summed(rows * unit, dims) * unit))
 
 
 def _length(arrival: Arrival, slot: int) -> Form | None:
@@ -282,7 +288,11 @@ def _length(arrival: Arrival, slot: int) -> Form | None:
     if rows is None:
         return None
     dims = [d for d in range(1, rows.ndim) if scale.shape[d - 1] == 1]
-    return Dense((rows * unit).sum(dims, keepdim=True))
+    return Dense(_summed(rows * unit, dims))
+
+
+def _summed(rows: Tensor, dims: list[int]) -> Tensor:
+    return rows.sum(dims, keepdim=True) if dims else rows
 
 
 def _weight_norm(arrival: Arrival) -> tuple[Tensor, Tensor, Form | None]:
