@@ -85,6 +85,11 @@ CASES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "as they are":            _kept,
     "looked up":              _chosen(IDS),
     "looked up, masked":      lambda h: (h[MASK], OWNER[MASK]),
+    "looked up, then cut":    lambda h: (h[torch.cat([IDS, IDS.flip(0) * 0])][:7], OWNER[IDS]),
+    "apart from each other":  lambda h: (torch.stack([torch.stack([h, h.sin()])] * 2, 3)[:, IDS, :, IDS * 0].sum(1),
+                                         OWNER[IDS]),
+    "one of two":             _with(lambda h: torch.stack([h, h.sin()])[1]),
+    "pairs":                  _with(lambda h: h.repeat_interleave(2, 0).view(N, 2, 5).cumsum(1).view(2 * N, 5)[::2]),
     "looked up twice":        lambda h: (h[IDS][torch.tensor([6, 0, 1])], OWNER[IDS][torch.tensor([6, 0, 1])]),
     "several ids each":       _with(lambda h: h[torch.stack([FIRST, FIRST + 0], 1)[OWNER]].sum(1)),
     "rows and columns":       _with(lambda h: h + h.sin()[torch.arange(N)[:, None], torch.tensor([4, 0, 0, 1, 2])]),
@@ -174,6 +179,39 @@ MEETING: dict[str, Callable[[Tensor], Tensor]] = {
     "summed":             lambda h: h * h.sum(0),
 }
 # fmt: on
+
+
+# name -> with ids for each entry (N, 5), those of the column 0 for whole rows
+WITH_IDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gathered": lambda h, ids: h.gather(0, ids),
+    "scattered and added": lambda h, ids: h.scatter_add(0, ids, h.sin()),
+    "scattered, largest": lambda h, ids: h.scatter_reduce(0, ids, h.sin(), "amax"),
+    "looked up": lambda h, ids: h + h.sin()[ids[:, 0]],
+    "selected": lambda h, ids: h + h.sin().index_select(0, ids[:, 0]),
+    "added": lambda h, ids: h.index_add(0, ids[:, 0], h.sin()),
+    "put and added": lambda h, ids: h.index_put((ids[:, 0],), h.sin(), accumulate=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
+@pytest.mark.parametrize("to", ["entries of their own example", "entries of others", "rows of others"])
+@pytest.mark.parametrize("name", WITH_IDS)
+def test_a_known_structure_of_which_no_number_is_looked_at(name: str, to: str) -> None:
+    """The fourth call reads nothing but the ids."""
+    forget()
+    same = torch.arange(N).unsqueeze(1).expand(-1, 5)
+    ids = same.clone()
+    model = Rows(_with(lambda h: WITH_IDS[name](h, ids)))
+    for call in range(5):
+        losses = model()
+        rows = [torch.autograd.grad(loss, model.first.weight, retain_graph=True)[0] for loss in losses]
+        torch.testing.assert_close(rg.jacobian(losses, model).dense(as_dict=True)["first.weight"], torch.stack(rows))
+        if call == 2:
+            within = torch.tensor([1, 0, 3, 4, 2, 10, 7, 8, 9, 6, 5]).unsqueeze(1)
+            mine = torch.where(torch.arange(5) % 2 == 0, within, same)
+            ids = {"entries of their own example": mine, "entries of others": (same + torch.arange(5)) % N}.get(
+                to, (same + 1) % N
+            )
 
 
 @pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")

@@ -46,13 +46,7 @@ class Listed:
         if isinstance(layout, Axis):
             return cls.of(layout, shape, n_examples)
         assert isinstance(layout, Entries)
-        owners = layout.owner.cpu()
-        for dim, size in enumerate(shape):
-            along = _by_index(owners, dim)
-            told = along.amax(1) if along.numel() else along.new_full((size,), NOBODY)
-            if bool(((along == told.unsqueeze(1)) | (along == NOBODY)).all()):
-                return cls(dim, told)
-        return None
+        return _of_block(layout.owner.cpu(), 0)
 
     def merged(self, other: Listed) -> Listed | None:
         """For the sum of two cotangents; None where an index belongs to two examples."""
@@ -264,10 +258,11 @@ def _along(owners: Tensor, dim: int, shape: Shape) -> Tensor:
 
 def _of_block(owners: Tensor, begin: int) -> Listed | None:
     """Of some dimensions with an owner for each index, where one of them alone tells it."""
-    for dim in range(owners.ndim):
+    for dim, size in enumerate(owners.shape):
         along = _by_index(owners, dim)
-        if along.numel() and bool((along == along[:, :1]).all()):
-            return Listed(begin + dim, along[:, 0])
+        told = along.amax(1) if along.numel() else along.new_full((size,), NOBODY)
+        if bool(((along == told.unsqueeze(1)) | (along == NOBODY)).all()):
+            return Listed(begin + dim, told)
     return None
 
 

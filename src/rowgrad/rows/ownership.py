@@ -15,7 +15,8 @@ Note [ownership by codes]
 Note [layouts]
     What was proved is kept as a layout. `Axis(dim, inner)`: along `dim`, entry i belongs to example (i // inner) % B;
     this covers batch-first, sequence-first, and batch dimensions flattened with others in either order. `Entries`: an
-    owner for each entry (packed or routed tokens). A cotangent that is zero in every pass has any layout: `ZERO`.
+    owner for each entry (packed or routed tokens), decoded from the codes or told by ids (rows/listed.py). A cotangent
+    that is zero in every pass has any layout: `ZERO`.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 Note [what may be kept]
     The layouts at the uses and the frontier are kept for graphs of equal signature (everything but the contents of
     tensors) only if every layout above the uses follows from the structure alone (rows/structure.py), and those at the
-    uses were confirmed by numbers, which a cotangent that is zero throughout cannot be. Any other graph is proved at
-    every call, for the edges that the structure does not settle. If numbers contradict the structure, nothing of it is
-    believed. What is kept is confirmed again at every 200th call, what is not kept is tried again at the first, second,
-    fourth, ... later call: cotangents may be zero only as long as a weight is. The kept part holds no tensor.
+    uses were confirmed by numbers, which a cotangent that is zero throughout cannot be. For any other graph that is
+    found anew at every call: where ids in the graph tell the owners (rows/listed.py), from these, if numbers confirmed
+    it for the structure; for other edges, by a proof. If numbers contradict the structure, nothing of it is believed.
+    What is kept is confirmed again at every 200th call, what is not kept is tried again at the first, second, fourth,
+    ... later call: cotangents may be zero only as long as a weight is. The kept part holds no tensor.
 """
 
 from __future__ import annotations
