@@ -107,8 +107,9 @@ class Hadamard:
         right, of_right = _in_range(self.whole.right[:, :, 0], (1, 2))
         left, right = (side.transpose(0, 1).square() for side in (left, right))
         found = (left @ factor.square()).mul_(right).sum((0, 2))
-        scale = (of_left.double() * of_right.double() * largest.double()).reshape(-1)
-        return (found.double() * scale.square()).to(found.dtype)
+        sizes = [size.reshape(-1).expand(self.n_examples) for size in (of_left, of_right, largest)]
+        least, middle, most = torch.stack(sizes).sort(0)[0]  # a product of all three is in range if it can be
+        return found.sqrt_().mul_(least * most * middle).square_()
 
     def _pieces(self) -> Iterator[slice]:
         """Examples, so few at a time that their rows may be written out."""
