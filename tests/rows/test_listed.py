@@ -257,7 +257,7 @@ def test_time_first(no_decoding: None) -> None:
 
 @pytest.mark.filterwarnings("ignore::rowgrad.RowgradWarning")
 def test_zero_times_infinity_where_no_example_is() -> None:
-    """The gradient of the length of a padded row is part of every row, as autograd has it, and never left out."""
+    """The gradient of the length of a padded row is part of every row, as autograd has it, and not left out."""
     scale = torch.ones(N + 2, 1, dtype=torch.float64)
     model = Rows(lambda h: ((h * scale / (h * scale).norm(dim=1, keepdim=True))[:N], OWNER), N + 2)
     for scale_of_padding in (0.0, 1.0):
@@ -347,6 +347,26 @@ def test_lists_of_what_was_proved() -> None:
     found = Listed.of_proved(ZERO, (3, 4), 2)
     assert found is not None
     assert found.nobody.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_only_ids_on_the_way_to_a_parameter_are_read(call: int) -> None:
+    """What the rest of the graph saved may be gone."""
+    model = Rows(_with(lambda h: h[torch.arange(N).flip(0)].flip(0)))
+    rows = model.first(model.x).tanh()[IDS]
+    losses = torch.zeros(B, dtype=rows.dtype).index_add(0, OWNER[IDS], model.second(rows).sin().square().sum(1))
+    torch.autograd.grad(rows.sum(), model.first.weight)
+    assert_laws(losses, {"weight": model.second.weight})
+
+
+@pytest.mark.parametrize("losses", [
+    lambda w: w.sum().gather(0, torch.zeros(2, dtype=torch.long)) * torch.arange(2),
+    lambda w: torch.ops.aten.slice(torch.ones(4, 3).double() @ w, 0, None, 2, 1).square().sum(1),
+    lambda w: torch.cat([w.sum() * torch.zeros(0), (torch.ones(3, 3).double() @ w).T], 1).square().sum(0),
+], ids=["gathered from a number", "sliced from nowhere", "joined with nothing"])  # fmt: skip
+def test_unusual_operands(losses: Callable[[Tensor], Tensor]) -> None:
+    w = torch.randn(3, 2, dtype=torch.float64).requires_grad_()
+    assert_laws(losses(w), {"w": w}, ruled=False)
 
 
 def test_a_sum_of_lists() -> None:

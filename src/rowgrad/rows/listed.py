@@ -94,7 +94,7 @@ def _part_of(owners: Tensor, size: int, index: Tensor | slice) -> Tensor:
 def _slice(tape: Tape, node: Node, nr: int, slot: int, a: Listed, out: Shape, into: Shape) -> Listed | None:
     if node.dim("dim", len(into)) != a.dim:
         return None
-    start, step, size = signed(node.attribute("start")), signed(node.attribute("step")), into[a.dim]
+    start, step, size = signed(node.attribute("start") or 0), signed(node.attribute("step")), into[a.dim]
     start = min(max(start + size if start < 0 else start, 0), size)
     return Listed(a.dim, _part_of(a.owners, size, slice(start, start + step * out[a.dim], step)))
 
@@ -177,13 +177,15 @@ def _looked_up(owners: Tensor, ids: Tensor, size: int) -> Tensor | None:
 
 def _select(tape: Tape, node: Node, nr: int, slot: int, a: Listed, out: Shape, into: Shape) -> Listed | None:
     """Some of the entries along a dimension, by ids: the entries that were selected."""
-    ids = _ids(node) if slot == 0 and node.dim("dim", len(into)) == a.dim else None
+    is_along = slot == 0 and len(into) == len(out) and node.dim("dim", len(into)) == a.dim
+    ids = _ids(node) if is_along else None
     owners = _looked_up(a.owners, ids.reshape(-1), into[a.dim]) if ids is not None else None
     return None if owners is None else Listed(a.dim, owners)
 
 
 def _gather(tape: Tape, node: Node, nr: int, slot: int, a: Listed, out: Shape, into: Shape) -> Listed | None:
-    ids = _ids_alike(node, a.dim) if slot == 0 and node.dim("dim", len(into)) == a.dim else None
+    is_along = slot == 0 and len(into) == len(out) and node.dim("dim", len(into)) == a.dim
+    ids = _ids_alike(node, a.dim) if is_along else None
     owners = _looked_up(a.owners, ids, into[a.dim]) if ids is not None else None
     return None if owners is None else Listed(a.dim, owners)
 

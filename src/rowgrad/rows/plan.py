@@ -242,18 +242,18 @@ class _Proof:
 
     def inferred(self) -> dict[Edge, Axis | Listed]:
         """What follows from structure and ids; beyond nodes of kinds not listed, from what numbers show below them."""
-        found = infer(self.tape, self.n_examples)
+        wanted = [needed and not static for needed, static in zip(self.needed, self.static, strict=True)]
+        found = infer(self.tape, self.n_examples, wanted)
         if all(e in found for e in self._edges(found)):
             return found
-        edges = [e for e in opaque(self.tape) if self.needed[e[0]] and not self.static[e[0]]]
-        edges = [e for e in edges if self.tape.nodes[e[0]].is_traced(e[1])]
+        edges = [e for e in opaque(self.tape) if wanted[e[0]] and self.tape.nodes[e[0]].is_traced(e[1])]
         known: dict[Edge, Listed] = {}
         self._proved = self.prover.layouts(edges)
         for (i, nr), layout in self._proved.items():
             listed = Listed.of_proved(layout, self.tape.nodes[i].shape(nr), self.n_examples)
             if listed is not None:
                 known[i, nr] = listed
-        return infer(self.tape, self.n_examples, known) if known else found
+        return infer(self.tape, self.n_examples, wanted, known) if known else found
 
     def again(self, kept: _Kept) -> Ownership:
         """With what was settled for the structure, and what this graph's ids make of it."""

@@ -30,14 +30,18 @@ Transfer = Callable[[Node, int, Axis, Shape, Shape, int], Axis | None]
 
 
 def infer(
-    tape: Tape, n_examples: int, known: Mapping[Edge, Listed] = MappingProxyType({})
+    tape: Tape,
+    n_examples: int,
+    wanted: Sequence[bool] | None = None,
+    known: Mapping[Edge, Listed] = MappingProxyType({}),
 ) -> dict[Edge, Axis | Listed]:
     """Layouts that follow from structure, and those that follow from it with the ids in the graph: lists of owners.
     Edges that are missing are not settled.
 
+    wanted: the nodes of which to tell the layouts, all if None; what the others saved may be gone.
     known: what was proved of this graph, as lists, so that no more than a list follows from it.
     """
-    return _Inference(tape, n_examples, known).found
+    return _Inference(tape, n_examples, wanted or [True] * len(tape), known).found
 
 
 def opaque(tape: Tape) -> list[Edge]:
@@ -52,7 +56,7 @@ def _is_known(node: Node) -> bool:
 class _Inference:
     """From the losses down, each node once all that is sent to it is known."""
 
-    def __init__(self, tape: Tape, n_examples: int, known: Mapping[Edge, Listed]) -> None:
+    def __init__(self, tape: Tape, n_examples: int, wanted: Sequence[bool], known: Mapping[Edge, Listed]) -> None:
         self._tape, self._n = tape, n_examples
         self._shapes = [
             [node.shape(nr) if node.is_traced(nr) else () for nr in range(node.n_outputs)] for node in tape.nodes
@@ -68,7 +72,7 @@ class _Inference:
         for node in tape.nodes:
             for nr, shape in enumerate(self._shapes[node.index]):
                 edge = (node.index, nr)
-                if edge in self._senders and edge not in known and node.is_traced(nr):
+                if wanted[edge[0]] and edge in self._senders and edge not in known and node.is_traced(nr):
                     parts = [self._sent(tape.nodes[i], slot, shape) for i, slot in self._senders[edge]]
                     layout = self._of_sum(parts, shape)
                     if layout is not None:
@@ -211,7 +215,7 @@ def _slice(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> A
     """A part of one dimension: of the examples' own it must begin where the first example does."""
     if node.dim("dim", len(into)) != a.dim:
         return a if out[a.dim] == into[a.dim] else None
-    start, size = signed(node.attribute("start")), into[a.dim]
+    start, size = signed(node.attribute("start") or 0), into[a.dim]
     start = min(max(start + size if start < 0 else start, 0), size)
     return a if node.attribute("step") == 1 and start % _period(a, n) == 0 else None
 
@@ -228,7 +232,8 @@ def _joined(tape: Tape, node: Node, slot: int, a: Axis, out: Shape, into: Shape,
     """Concatenation: along the examples' own dimension each part must begin where the first example does."""
     if len(into) != len(out) or node.dim("dim", len(out)) != a.dim:
         return a if len(into) == len(out) and out[a.dim] == into[a.dim] else None
-    before = [t and tape.nodes[t[0]].shape(t[1])[a.dim] for t in node.slots[:slot]]
+    shapes = [t and tape.nodes[t[0]].shape(t[1]) for t in node.slots[:slot]]
+    before = [shape[a.dim] if shape and a.dim < len(shape) else None for shape in shapes]
     return a if all(size is not None and size % _period(a, n) == 0 for size in before) else None
 
 
