@@ -163,10 +163,12 @@ def _inner(f: Hadamard, g: Hadamard) -> Tensor:
 def _gram(f: Hadamard, g: Hadamard) -> Tensor:
     """From a few rows of the matrices at a time, where they are outer products."""
     one, other = f.whole, g.whole
-    if not (isinstance(one, Outer) and isinstance(other, Outer) and one.sizes[1:2] == other.sizes[1:2] == (1,)):
-        return _gram_written_out(f, g)
-    if one.sizes[3:] != other.sizes[3:]:
-        return _gram_written_out(f, g)
+    if not (isinstance(one, Outer) and isinstance(other, Outer)) or (one.sizes[1], *one.sizes[3:]) != (
+        1,
+        *other.sizes[3:],
+    ):
+        left = f.plain()
+        return gram(left, left if g is f else g.plain())
     a, b = one.sizes[3:]
     n_largest = max(f.n_examples, g.n_examples)
     step = max(1, step_bytes(f.factor.device) // (n_largest * b * f.factor.element_size()))
@@ -174,11 +176,6 @@ def _gram(f: Hadamard, g: Hadamard) -> Tensor:
     for i in range(0, a, step):
         found += product_of_lent(_part(f, one, i, step), None if g is f else _part(g, other, i, step))
     return found
-
-
-def _gram_written_out(f: Hadamard, g: Hadamard) -> Tensor:
-    left = f.plain()
-    return gram(left, left if g is f else g.plain())
 
 
 @contextmanager
