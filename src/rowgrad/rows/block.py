@@ -282,7 +282,7 @@ def _joined(forms: list[Form]) -> list[Form]:
 
 
 def joined_outers(forms: list[Form]) -> list[Form]:
-    """Fewer forms with the same sum: positions of outer products alike concatenated, others as they are."""
+    """Fewer forms with the same sum, for forms of the same entries: positions of outer products concatenated."""
     if len(forms) == 1:
         return forms
     alike: dict[tuple, list[Outer]] = {}
@@ -290,7 +290,7 @@ def joined_outers(forms: list[Form]) -> list[Form]:
     for f in forms:
         if isinstance(f, Outer):
             _, g, _, a, b = f.sizes
-            alike.setdefault((g, a, b, f.shape, f.cotangent_left, f.left.dtype, f.right.dtype), []).append(f)
+            alike.setdefault((g, a, b, f.cotangent_left, f.left.dtype), []).append(f)
         else:
             others.append(f)
     return [*(_cat_outer(group) for group in alike.values()), *others]

@@ -186,6 +186,7 @@ class Prepared:
         with torch.no_grad(), _no_autocast(tape.output), _grad_untouched(parameters, tape):
             for node, uses in reading.plan.ownership.by_node.items():
                 own = [cotangents.get((node, nr)) for nr in range(reading.tape.nodes[node].n_outputs)]
+                reading.plan.check_nobody(node, own)
                 for use in uses:
                     waiting.take(use, reading.plan.form(use, own))
             return Jacobian.of_norms(reading.losses, reading.parameters, *waiting.finished()).norms()

@@ -7,7 +7,7 @@ of a node's output to that of an input, reading the node's ids. They speak of on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -69,9 +69,11 @@ def laid_out(tape: Tape, edge: Edge, layout: Axis | Listed) -> Axis | Entries:
     if isinstance(layout, Axis):
         return layout
     node, nr = tape.nodes[edge[0]], edge[1]
-    shape, owners = node.shape(nr), layout.owners.to(node.device(nr))
-    owners = owners.view([-1 if d == layout.dim else 1 for d in range(len(shape))])
-    return Entries(owners.expand(shape), layout.groupings)
+    return Entries(_along(layout.owners.to(node.device(nr)), layout.dim, node.shape(nr)), layout.groupings)
+
+
+def _along(owners: Tensor, dim: int, shape: Shape) -> Tensor:
+    return owners.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(tuple(shape))
 
 
 def _by_index(t: Tensor, dim: int) -> Tensor:
@@ -91,11 +93,22 @@ def _part_of(owners: Tensor, size: int, index: Tensor | slice) -> Tensor:
     return found
 
 
+def slice_start(node: Node, size: int) -> int:
+    """Where a slice of a dimension of this size begins."""
+    start = signed(node.attribute("start") or 0)
+    return min(max(start + size if start < 0 else start, 0), size)
+
+
+def place_of_ids(dims: Collection[int]) -> int:
+    """Where the dimensions of the ids that index some dimensions come in the result."""
+    first = min(dims)
+    return first if max(dims) - first == len(dims) - 1 else 0  # apart from each other: first of all
+
+
 def _slice(tape: Tape, node: Node, nr: int, slot: int, a: Listed, out: Shape, into: Shape) -> Listed | None:
     if node.dim("dim", len(into)) != a.dim:
         return None
-    start, step, size = signed(node.attribute("start") or 0), signed(node.attribute("step")), into[a.dim]
-    start = min(max(start + size if start < 0 else start, 0), size)
+    start, step, size = slice_start(node, into[a.dim]), signed(node.attribute("step")), into[a.dim]
     return Listed(a.dim, _part_of(a.owners, size, slice(start, start + step * out[a.dim], step)))
 
 
@@ -175,49 +188,32 @@ def _looked_up(owners: Tensor, ids: Tensor, size: int) -> Tensor | None:
     return found if torch.equal(found[ids], owners) else None
 
 
+def _ids_along(node: Node, dim: int) -> Tensor | None:
+    """Ids for a dimension: given as such, or for each entry and the same along all other dimensions."""
+    index = _ids(node)
+    if index is None or index.ndim <= 1:
+        return None if index is None else index.reshape(-1)
+    index = _by_index(index, dim)
+    return index[:, 0] if index.numel() and bool((index == index[:, :1]).all()) else None
+
+
 def _select(tape: Tape, node: Node, nr: int, slot: int, a: Listed, out: Shape, into: Shape) -> Listed | None:
     """Some of the entries along a dimension, by ids: the entries that were selected."""
     is_along = slot == 0 and len(into) == len(out) and node.dim("dim", len(into)) == a.dim
-    ids = _ids(node) if is_along else None
-    owners = _looked_up(a.owners, ids.reshape(-1), into[a.dim]) if ids is not None else None
-    return None if owners is None else Listed(a.dim, owners)
-
-
-def _gather(tape: Tape, node: Node, nr: int, slot: int, a: Listed, out: Shape, into: Shape) -> Listed | None:
-    is_along = slot == 0 and len(into) == len(out) and node.dim("dim", len(into)) == a.dim
-    ids = _ids_alike(node, a.dim) if is_along else None
+    ids = _ids_along(node, a.dim) if is_along else None
     owners = _looked_up(a.owners, ids, into[a.dim]) if ids is not None else None
     return None if owners is None else Listed(a.dim, owners)
-
-
-def _ids_alike(node: Node, dim: int) -> Tensor | None:
-    """Ids along a dimension where they are the same along all others."""
-    index = _ids(node)
-    if index is None or not index.numel():
-        return None
-    index = _by_index(index, dim) if index.ndim else index.reshape(1, 1)
-    return index[:, 0] if bool((index == index[:, :1]).all()) else None
 
 
 def _add(tape: Tape, node: Node, nr: int, slot: int, a: Listed, out: Shape, into: Shape) -> Listed | None:
     """Added to, or put in the place of, the entries at some ids: first what was there, then what is added."""
     if slot == 0:
         return a
-    if node.dim("dim", len(out)) != a.dim:
-        return a if len(into) == len(out) and into[a.dim] == out[a.dim] else None
-    ids = _ids(node)
-    return Listed(a.dim, a.owners[ids.reshape(-1)]) if ids is not None and len(into) == len(out) else None
-
-
-def _scatter(tape: Tape, node: Node, nr: int, slot: int, a: Listed, out: Shape, into: Shape) -> Listed | None:
-    """As `_add`, with ids for each entry."""
-    if slot == 0:
-        return a
     if len(into) != len(out):
         return None
     if node.dim("dim", len(out)) != a.dim:
         return a if into[a.dim] == out[a.dim] else None
-    ids = _ids_alike(node, a.dim)
+    ids = _ids_along(node, a.dim)
     return Listed(a.dim, a.owners[ids]) if ids is not None and len(ids) == into[a.dim] else None
 
 
@@ -254,10 +250,6 @@ def _put(tape: Tape, node: Node, nr: int, slot: int, a: Listed, out: Shape, into
     return _of_block(a.owners[ids[a.dim].expand(shape)], begin)
 
 
-def _along(owners: Tensor, dim: int, shape: Shape) -> Tensor:
-    return owners.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(tuple(shape))
-
-
 def _of_block(owners: Tensor, begin: int) -> Listed | None:
     """Of some dimensions with an owner for each index, where one of them alone tells it."""
     for dim, size in enumerate(owners.shape):
@@ -286,9 +278,7 @@ def _block(node: Node, shape: Shape) -> tuple[dict[int, Tensor], int, torch.Size
             dim += 1
     if not ids or any(dim >= len(shape) for dim in ids):
         return None
-    first = min(ids)
-    begin = first if max(ids) - first == len(ids) - 1 else 0  # apart from each other: their dimensions come first
-    return ids, begin, torch.broadcast_shapes(*(t.shape for t in ids.values()))
+    return ids, place_of_ids(ids), torch.broadcast_shapes(*(t.shape for t in ids.values()))
 
 
 def _pack(tape: Tape, node: Node, nr: int, slot: int, a: Listed, out: Shape, into: Shape) -> Listed | None:
@@ -320,14 +310,14 @@ MOVES: dict[str, Move] = {
     "ConstantPadNdBackward0":       _pad,
     INDEX:                          _index,
     "IndexSelectBackward0":         _select,
-    "GatherBackward0":              _gather,
+    "GatherBackward0":              _select,
     "IndexAddBackward0":            _add,
     "IndexCopyBackward0":           _add,
     "IndexPutBackward0":            _put,
     "IndexPutImplBackward0":        _put,
-    "ScatterBackward0":             _scatter,
-    "ScatterAddBackward0":          _scatter,
-    "ScatterReduceBackward0":       _scatter,
+    "ScatterBackward0":             _add,
+    "ScatterAddBackward0":          _add,
+    "ScatterReduceBackward0":       _add,
     "PackPaddedSequenceBackward0":  _pack,
 }
 # fmt: on

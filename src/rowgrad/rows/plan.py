@@ -132,7 +132,6 @@ class Plan:
     def form(self, use: Use, cotangents: Cotangents) -> Form | None:
         """The form, to be asked for once; None where no cotangent arrived. Lets go of what the node saved."""
         self.read(use.node)
-        self.check_nobody(use.node, cotangents)
         recipe, saved = self.recipes[use], self.saved.pop(use)
         if recipe.saved is None:
             self.recipes[use] = replace(recipe, build=_spent)

@@ -20,7 +20,7 @@ from types import MappingProxyType
 
 import torch
 
-from rowgrad.rows.listed import MOVES, Listed
+from rowgrad.rows.listed import MOVES, Listed, place_of_ids, slice_start
 from rowgrad.rows.ownership import Axis, Edge, owners_along
 from rowgrad.tape import INDEX, Node, Tape, index_pattern, signed
 
@@ -215,9 +215,7 @@ def _slice(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> A
     """A part of one dimension: of the examples' own it must begin where the first example does."""
     if node.dim("dim", len(into)) != a.dim:
         return a if out[a.dim] == into[a.dim] else None
-    start, size = signed(node.attribute("start") or 0), into[a.dim]
-    start = min(max(start + size if start < 0 else start, 0), size)
-    return a if node.attribute("step") == 1 and start % _period(a, n) == 0 else None
+    return a if node.attribute("step") == 1 and slice_start(node, into[a.dim]) % _period(a, n) == 0 else None
 
 
 def _split(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) -> Axis | None:
@@ -367,8 +365,7 @@ def _indexed(node: Node, slot: int, a: Axis, out: Shape, into: Shape, n: int) ->
     ids = {d: t for d, t in enumerate(index_pattern(node.fn)) if t is not None}
     if slot != 0 or not ids or any(dtype not in (torch.long, torch.int) for _, dtype, _ in ids.values()):
         return None  # masks
-    first, n_dims = min(ids), max(ndim for ndim, _, _ in ids.values())
-    begin = first if max(ids) - first == len(ids) - 1 else 0  # ids apart from each other: their dimensions come first
+    begin, n_dims = place_of_ids(ids), max(ndim for ndim, _, _ in ids.values())
     if begin <= a.dim < begin + n_dims:
         counting = [d for d, (_, _, n_ids) in ids.items() if n_dims == 1 and n_ids == into[d] == out[a.dim]]
         return Axis(counting[0], a.inner) if counting else None
