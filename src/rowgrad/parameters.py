@@ -52,13 +52,68 @@ class Parameters:
         else:
             found = []
         if not found:
-            shown = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)[:80]
-            raise KeyError(f"{shown} is not among the parameters; known names start with: {self._some_names()}")
+            raise KeyError(f"{shown(key)} is not among the parameters; known names start with: {self._some_names()}")
         return found
+
+    def one_name(self, key: object) -> str:
+        """The name meant by something that stands for one parameter.
+
+        Raises:
+            KeyError: it stands for none.
+            ValueError: it stands for several.
+        """
+        if isinstance(key, str) and key in self.by_name:
+            return key
+        names = self.resolve(key)
+        if len(names) != 1:
+            raise ValueError(f"{key!r} means {len(names)} parameters ({', '.join(names[:4])}), expected one")
+        return names[0]
+
+    def direction(self, given: Any) -> dict[str, Tensor]:
+        """A direction in the space of the parameters, as tensors of their shapes by name.
+
+        Args:
+            given: {name: tensor}, or a sequence of one tensor for each parameter in their order.
+        Raises:
+            KeyError: a name that no parameter has.
+            ValueError: a tensor of another shape, another number of tensors, or one parameter given twice.
+        """
+        parts: dict[str, Tensor] = {}
+        for key, value in self._pairs_of_direction(given):
+            name = self.one_name(key)
+            if name in parts:
+                raise ValueError(f"direction: {name} is given twice, the second time as {shown(key)}")
+            expected = self.by_name[name].shape
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"direction: {name} is a {type(value).__name__}, expected a tensor of shape {tuple(expected)}"
+                )
+            if value.shape != expected:
+                raise ValueError(f"direction: {name} has shape {tuple(value.shape)}, expected {tuple(expected)}")
+            parts[name] = value
+        return parts
+
+    def _pairs_of_direction(self, given: Any) -> Iterable[tuple[Any, Any]]:
+        if isinstance(given, Mapping):
+            return given.items()
+        expected = f"expected {{name: tensor}} or a sequence of tensors for the {len(self.by_name)} parameters"
+        if isinstance(given, Tensor):
+            raise ValueError(f"direction is one tensor of shape {tuple(given.shape)}, {expected}")
+        if not isinstance(given, Iterable):
+            raise ValueError(f"direction is a {type(given).__name__}, {expected}")
+        values = list(given)
+        if len(values) != len(self.by_name):
+            raise ValueError(f"direction has {len(values)} tensors, expected {len(self.by_name)}, one per parameter")
+        return zip(self.by_name, values, strict=True)
 
     def _some_names(self) -> str:
         names = list(self.by_name)
         return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+
+
+def shown(key: Any) -> str:
+    """A key as an error shows it."""
+    return f"tensor of {key.dtype}, shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)[:80]
 
 
 def named(params: Params, *, complex_too: bool = False) -> Parameters:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowgrad.parameters import shown
+
 
 def positions(key: Any, n: int, device: torch.device) -> Tensor:
     """The examples meant, (k,) int64, each in 0 .. n - 1: by a whole number, several of them, a slice or a mask.
@@ -38,11 +40,6 @@ def accepted(n: int) -> str:
         f"Examples are chosen by whole numbers (one, a list or a tensor of them), a slice, or a mask of shape ({n},); "
         "parameters by name, tensor or module, or a list of these"
     )
-
-
-def shown(key: Any) -> str:
-    """A key as an error shows it."""
-    return f"tensor of {key.dtype}, shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)[:80]
 
 
 def _sliced(key: slice, n: int) -> range:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce, wraps
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
@@ -294,7 +294,7 @@ class Jacobian:
             ValueError: a tensor of another shape, another number of tensors, or one parameter given twice.
         """
         blocks = self._live()
-        parts = self._direction(direction)
+        parts = self._parameters.direction(direction)
         pack, rest = blocks.packed(parts)
         dots = [blocks.by_name[n].dot(parts[n].detach()) for n in rest if n not in blocks.general_names]
         if pack is not None:
@@ -306,43 +306,6 @@ class Jacobian:
         return self._total(dots)
 
     __matmul__ = dot
-
-    def _direction(self, direction: Any) -> dict[str, Tensor]:
-        parts: dict[str, Tensor] = {}
-        for key, value in self._direction_pairs(direction):
-            name = self._one_name(key)
-            if name in parts:
-                raise ValueError(f"direction: {name} is given twice, the second time as {shown(key)}")
-            expected = self._parameters.by_name[name].shape
-            if not isinstance(value, Tensor):
-                raise ValueError(
-                    f"direction: {name} is a {type(value).__name__}, expected a tensor of shape {tuple(expected)}"
-                )
-            if value.shape != expected:
-                raise ValueError(f"direction: {name} has shape {tuple(value.shape)}, expected {tuple(expected)}")
-            parts[name] = value
-        return parts
-
-    def _direction_pairs(self, direction: Any) -> Iterable[tuple[Any, Any]]:
-        if isinstance(direction, Mapping):
-            return direction.items()
-        expected = f"expected {{name: tensor}} or a sequence of tensors for the {len(self.names)} parameters"
-        if isinstance(direction, Tensor):
-            raise ValueError(f"direction is one tensor of shape {tuple(direction.shape)}, {expected}")
-        if not isinstance(direction, Iterable):
-            raise ValueError(f"direction is a {type(direction).__name__}, {expected}")
-        values = list(direction)
-        if len(values) != len(self.names):
-            raise ValueError(f"direction has {len(values)} tensors, expected {len(self.names)}, one per parameter")
-        return zip(self.names, values, strict=True)
-
-    def _one_name(self, key: Any) -> str:
-        if isinstance(key, str) and key in self._parameters.by_name:
-            return key
-        names = self._parameters.resolve(key)
-        if len(names) != 1:
-            raise ValueError(f"{key!r} means {len(names)} parameters ({', '.join(names[:4])}), expected one")
-        return names[0]
 
     # -- products of examples -----------------------------------------------------------------------------------------
 
@@ -465,7 +428,7 @@ class Jacobian:
 
         Source: Goodfellow 2015, section 4.
         """
-        block = self._live().by_name[self._one_name(name)]
+        block = self._live().by_name[self._parameters.one_name(name)]
         return [form.factors() for region in block.regions for form in region.forms]
 
     @overload
