@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "rows.structure":   {"errors", "tape", "rows.ownership", "rows.listed"},
     "rows.frontier":    {"errors", "tape", "rows.ownership", "rows.placement"},
     "rows":             {"errors", "tape", "parameters"},
+    "forward":          {"errors", "tape", "parameters"},
     "repeat":           {"errors"},
     "files":            set(),
     "graph":            {"errors", "files", "tape", "parameters"},
@@ -56,14 +57,14 @@ MAY_IMPORT = {
     "report":           {"*"},
     "cli":              {"*"},
     "__main__":         {"cli"},
-    "__init__":         {"errors", "tape", "rows", "graph", "curvature", "checking", "diagnosis", "optim",
+    "__init__":         {"errors", "tape", "rows", "forward", "graph", "curvature", "checking", "diagnosis", "optim",
                          "uses"},
 }
 # fmt: on
 
 BUILT_FROM_RULES = {f"rows.{name}" for name in ("general", "plan", "block", "build", "matrix", "objective")}
 APPLICATION = {"cli", "report", "__main__"}  # what a user runs; no part of the library imports it
-LIBRARY = {"tape", "files", "rows", "graph", "curvature", "repeat", "checking", "diagnosis", "layers", "optim"}
+LIBRARY = {"tape", "files", "rows", "forward", "graph", "curvature", "repeat", "checking", "diagnosis", "layers", "optim"}
 NEEDS_TORCH_ALONE = {"__init__", "errors"} | LIBRARY
 
 PRIVATE_TO_AUTOGRAD = re.compile(

@@ -10,6 +10,7 @@ from rowgrad.diagnosis.limits import Limits
 from rowgrad.diagnosis.monitor import Monitor
 from rowgrad.diagnosis.result import Diagnosis
 from rowgrad.errors import RowgradError, RowgradWarning
+from rowgrad.forward.along import jvp
 from rowgrad.graph.flow import Flow
 from rowgrad.graph.graph import Graph
 from rowgrad.graph.scopes import trace
@@ -53,6 +54,7 @@ __all__ = [
     "grad_norms",
     "hvp",
     "jacobian",
+    "jvp",
     "per_example",
     "quadratic_model",
     "spectrum",

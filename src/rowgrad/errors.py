@@ -8,6 +8,7 @@ RowgradError
 │   └── OpaqueGraphError         part of the graph hides parameters (reentrant checkpointing, compiled regions)
 ├── ParameterError               what was passed as `params` cannot have rows
 │   └── HookedParameterError     a tensor hook on a parameter may change its gradient
+├── ForwardModeError             an operation has no derivative in forward mode
 ├── IndependenceError            examples are mixed where independent ones are needed
 ├── NonFiniteError               a loss, or a derivative of it, is inf or nan
 ├── InputError                   a file, a column or an option given by the user cannot be used
@@ -55,6 +56,10 @@ class ParameterError(RowgradError, ValueError):
 
 class HookedParameterError(ParameterError):
     """A tensor hook on a parameter may change the gradient that rows describe."""
+
+
+class ForwardModeError(RowgradError, NotImplementedError):
+    """Part of a forward pass cannot carry tangents along."""
 
 
 class IndependenceError(RowgradError, ValueError):

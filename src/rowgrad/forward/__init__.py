@@ -1,0 +1,1 @@
+"""Derivatives along a direction, carried along with the forward pass: no graph, no backward pass."""
