@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from rowgrad.errors import ForwardModeError, NotAVectorError, OpaqueGraphError, ParameterError
 from rowgrad.forward.duals import Duals
+from rowgrad.forward.numbers import Dual, enter_level, leave_level, split
 from rowgrad.parameters import Parameters, Params, named
 from rowgrad.tape import Tape
 
@@ -67,48 +67,64 @@ def jvp(closure: Callable[[], Tensor], params: Params, direction: Any) -> tuple[
         losses = _run(closure, _duals(parameters, tangents))
         _check_shape(losses)
         _check_seen(losses, parameters)
-        primal, derivatives = forward_ad.unpack_dual(losses)
+        values, derivatives = split(losses)
         if derivatives is None:
             if len(tangents) == len(parameters.by_name):
                 raise ParameterError(
                     f"the losses depend on none of the {len(tangents)} parameters (first: {next(iter(tangents))}). Is "
                     "this the model that the closure uses, and does it neither detach nor run under torch.no_grad()?"
                 )
-            derivatives = torch.zeros_like(primal)
-        return primal.detach(), derivatives.detach()
+            derivatives = torch.zeros_like(values)
+        return values.detach(), derivatives.detach()
 
 
 @contextmanager
 def _level() -> Iterator[None]:
     """Where dual numbers live: gradients enabled, as in training, and compiled functions run as they were written."""
-    with _one_at_a_time, ExitStack() as stack:
+    with _one_at_a_time:
         try:
-            stack.enter_context(forward_ad.dual_level())
+            level = enter_level()
         except RuntimeError as error:
             raise ForwardModeError(
                 f"dual numbers are in use already ({error}): a jvp inside another, or code between "
                 f"torch.autograd.forward_ad.dual_level() and its end. {INSTEAD}"
             ) from error
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.enable_grad())
-        yield
+        try:
+            with _unfused_scripts():
+                if _is_plain_training():
+                    yield
+                else:
+                    with torch.inference_mode(False), torch.enable_grad(), _as_written():
+                        yield
+        finally:
+            leave_level(level)
 
 
-def _duals(parameters: Parameters, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+def _unfused_scripts() -> AbstractContextManager[Any]:
+    """The fused kernels of scripts would drop tangents."""
+    return torch.jit.optimized_execution(False)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _is_plain_training() -> bool:
+    """Entering the contexts, which would change nothing, takes as long as a few small products."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and "torch._dynamo" not in sys.modules
+
+
+def _as_written() -> AbstractContextManager[Any]:
+    """Functions of `torch.compile` run uncompiled."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _duals(parameters: Parameters, tangents: Mapping[str, Tensor]) -> dict[int, Dual]:
     """What stands for each parameter, by its id: nothing of it requires grad, so that no graph is recorded."""
-    found: dict[int, Tensor] = {}
+    found: dict[int, Dual] = {}
     for name, p in parameters.by_name.items():
-        value, tangent = p.detach(), tangents.get(name)
-        if tangent is not None:
-            value = forward_ad.make_dual(value, tangent.detach().to(p.device, p.dtype))
-        found[id(p)] = value
+        tangent = tangents.get(name)
+        found[id(p)] = Dual(p.detach(), None if tangent is None else tangent.detach().to(p.device, p.dtype))
     return found
 
 
-def _run(closure: Callable[[], Tensor], duals: Mapping[int, Tensor]) -> Tensor:
+def _run(closure: Callable[[], Tensor], duals: Mapping[int, Dual]) -> Tensor:
     try:
         with Duals(duals):
             return closure()
@@ -125,11 +141,13 @@ def _run(closure: Callable[[], Tensor], duals: Mapping[int, Tensor]) -> Tensor:
 
 def _check_shape(losses: Any) -> None:
     if not isinstance(losses, Tensor):
-        raise NotAVectorError(f"closure returned a {type(losses).__name__}, expected the losses, a tensor of shape (B,)")
+        raise NotAVectorError(
+            f"closure returned a {type(losses).__name__}, expected the losses, a tensor of shape (B,)"
+        )
     if losses.ndim != 1:
         raise NotAVectorError(
-            f"closure returned losses of shape {tuple(losses.shape)}, expected (B,), one for each example: not averaged "
-            '(reduction="none"), tokens put together (rowgrad.per_example)'
+            f"closure returned losses of shape {tuple(losses.shape)}, expected (B,), one for each example: not "
+            'averaged (reduction="none"), tokens put together (rowgrad.per_example)'
         )
     if not losses.dtype.is_floating_point:
         raise NotAVectorError(f"losses are {losses.dtype}, expected real floating point numbers")

@@ -8,81 +8,88 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from rowgrad.forward.numbers import Dual, split
 from rowgrad.forward.rules import COMPOSED, RULES, UNFUSED
 
 ATTRIBUTE = {"__get__", "__set__", "__delete__"}
 VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
-REQUIRES_GRAD = Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
 OF_THE_PARAMETER = {Tensor.requires_grad_, Tensor.__deepcopy__, Tensor.__reduce_ex__}
+RECORDED = object()
 HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 
 
 class Duals(TorchFunctionMode):
     """Inside, calls take the dual number given for a parameter wherever the parameter stands among their arguments.
 
-    What autograd would not differentiate is not differentiated: under `torch.no_grad()`, whose meaning forward mode
-    does not know, tangents are left out. Attributes of parameters are theirs, not those of their stand-ins. Values with
-    a tangent say that they require grad, and take hooks, which forward mode never runs.
+    What autograd would not differentiate is not differentiated: under `torch.no_grad()`, which forward mode does not
+    heed, tangents are left out. Attributes of parameters are theirs, not those of their stand-ins. Hooks of tensors,
+    which only a backward pass would run, are not registered.
 
     Args:
         duals: by `id` of the parameter.
     """
 
-    def __init__(self, duals: Mapping[int, Tensor]) -> None:
+    def __init__(self, duals: Mapping[int, Dual]) -> None:
         super().__init__()
         self._duals = duals
+        self._devices = {dual.value.device.type for dual in duals.values()}
+        self._stand_ins: dict[int, Tensor] = {}  # of the parameters that are not used by rules alone
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", None) in ATTRIBUTE and func not in VIEWS:
-            found = func(*args, **kwargs)
-            return found or has_tangent(args[0]) if func == REQUIRES_GRAD else found
-        if func in OF_THE_PARAMETER:
+        if func in OF_THE_PARAMETER or (getattr(func, "__name__", None) in ATTRIBUTE and func not in VIEWS):
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return _without_tangents(func, args, kwargs)
-        if func in HOOKS and has_tangent(args[0]) and not args[0].requires_grad:
+        if func in HOOKS and not args[0].requires_grad:
             return RemovableHandle({}) if func == Tensor.register_hook else None
-        args = tuple([self._dual(a) for a in args])
-        kwargs = {key: self._dual(a) for key, a in kwargs.items()}
         rule = RULES.get(func)
-        if rule is not None and _is_bare(args, kwargs):
-            found = rule(*args, **kwargs)
+        if rule is not None:
+            found = self._by_rule(rule, args, kwargs)
             if found is not NotImplemented:
-                return found
+                return found.join()
         func = COMPOSED.get(func, func)
         with UNFUSED.get(func, nullcontext)():
-            return func(*args, **kwargs)
+            return func(*[self._joined(a) for a in args], **{key: self._joined(a) for key, a in kwargs.items()})
 
-    def _dual(self, a: Any) -> Any:
+    def _by_rule(self, rule: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Not what is recorded for a backward pass, whose derivatives need tangents of their own, nor what is cast."""
+        if _in_a_transform() or any(torch.is_autocast_enabled(device) for device in self._devices):
+            return NotImplemented
+        parts = [self._split(a) for a in (*args, *kwargs.values())]
+        if any(part is RECORDED for part in parts):
+            return NotImplemented
+        n = len(args)
+        return rule(*parts[:n], **dict(zip(kwargs, parts[n:], strict=True))) if kwargs else rule(*parts)
+
+    def _split(self, a: Any) -> Any:
+        known = self._duals.get(id(a))
+        if known is not None or not isinstance(a, Tensor):
+            return known or a
+        return RECORDED if a.requires_grad else split(a)
+
+    def _joined(self, a: Any) -> Any:
         if isinstance(a, Tensor):
-            return self._duals.get(id(a), a)
+            key = id(a)
+            if key not in self._duals:
+                return a
+            if key not in self._stand_ins:
+                self._stand_ins[key] = self._duals[key].join()
+            return self._stand_ins[key]
         kind = type(a)
         if kind is tuple or kind is list:
-            return kind([self._dual(item) for item in a])
-        return {key: self._dual(item) for key, item in a.items()} if kind is dict else a
-
-
-def has_tangent(t: Tensor) -> bool:
-    return not _in_a_transform() and unpack_dual(t).tangent is not None
+            return kind([self._joined(item) for item in a])
+        return {key: self._joined(item) for key, item in a.items()} if kind is dict else a
 
 
 def _in_a_transform() -> bool:
     """Under `torch.func.vmap` or `grad`, where dual numbers cannot be taken apart."""
     return torch._C._are_functorch_transforms_active()
-
-
-def _is_bare(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Nothing here is recorded for a backward pass, whose derivatives would need tangents of their own, or cast."""
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    recorded = any([t.requires_grad for t in tensors])
-    return not (recorded or _in_a_transform() or torch.is_autocast_enabled(tensors[0].device.type))
 
 
 def _without_tangents(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
