@@ -43,8 +43,10 @@ def linear(input: Dual, weight: Dual, bias: Dual | None = None) -> Any:  # noqa:
         z, dz = _plus(both[..., : len(W)], b).contiguous(), _plus(both[..., len(W) :], db).contiguous()
     else:
         z, dz = F.linear(h, W, b), F.linear(h, dW, db)
-    if dh is not None:
+    if dh is not None and dz.is_contiguous():
         dz.view(-1, dz.shape[-1]).addmm_(dh.reshape(-1, dh.shape[-1]), W.t())
+    elif dh is not None:
+        dz.add_(F.linear(dh, W))
     return Dual(z, dz)
 
 
@@ -75,15 +77,15 @@ def layer_norm(
     that multiplies cotangents by it multiplies tangents, too.
     """
     (h, dh), (g, dg), (b, db) = input, weight or NOTHING, bias or NOTHING
-    if dh is None:
-        return NotImplemented
     shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
     h = h.contiguous()
     y, mean, rstd = torch.native_layer_norm(h, shape, g, b, eps)
-    backward = torch.ops.aten.native_layer_norm_backward
-    dx, *_ = backward(dh.contiguous(), h, shape, mean, rstd, None, None, [True, False, False])
-    moved = None if dg is None else torch.native_layer_norm(h, shape, dg, db, eps)[0]
-    return Dual(y, _scaled(dx, g, moved, db))
+    dy = db if dg is None else torch.native_layer_norm(h, shape, dg, db, eps)[0]
+    if dh is not None:
+        backward = torch.ops.aten.native_layer_norm_backward
+        dx, *_ = backward(dh.contiguous(), h, shape, mean, rstd, None, None, [True, False, False])
+        dy = _sum_of(dx, g, dy)
+    return Dual(y, None if dy is None else dy.expand_as(y))
 
 
 def group_norm(
@@ -95,26 +97,27 @@ def group_norm(
 ) -> Any:
     """As layer_norm, g and b by channel; see Note [normalization by its own backward]."""
     (h, dh), (g, dg), (b, db) = input, weight or NOTHING, bias or NOTHING
-    if dh is None or not h.numel():
+    if not h.numel():
         return NotImplemented
     n, c = h.shape[:2]
     sizes = n, c, h.numel() // (n * c), num_groups
+    by_channel = (c, *[1] * (h.ndim - 2))
     h = h.contiguous()
     y, mean, rstd = torch.native_group_norm(h, g, b, *sizes, eps)
-    backward = torch.ops.aten.native_group_norm_backward
-    dx, *_ = backward(dh.contiguous(), h, mean, rstd, None, *sizes, [True, False, False])
-    moved = None if dg is None else torch.native_group_norm(h, dg, db, *sizes, eps)[0]
-    by_channel = (c, *[1] * (h.ndim - 2))
-    return Dual(
-        y, _scaled(dx, None if g is None else g.view(by_channel), moved, None if db is None else db.view(by_channel))
-    )
+    dy = None if db is None else db.view(by_channel)
+    if dg is not None:
+        dy = torch.native_group_norm(h, dg, db, *sizes, eps)[0]
+    if dh is not None:
+        backward = torch.ops.aten.native_group_norm_backward
+        dx, *_ = backward(dh.contiguous(), h, mean, rstd, None, *sizes, [True, False, False])
+        dy = _sum_of(dx, None if g is None else g.view(by_channel), dy)
+    return Dual(y, None if dy is None else dy.expand_as(y))
 
 
-def _scaled(dx: Tensor, g: Tensor | None, moved: Tensor | None, db: Tensor | None) -> Tensor:
-    """g dx, plus what moving g and b does: both of it if g moves, else db. In place."""
+def _sum_of(dx: Tensor, g: Tensor | None, other: Tensor | None) -> Tensor:
+    """g dx + other, in place."""
     if g is not None:
         dx.mul_(g)
-    other = db if moved is None else moved
     return dx if other is None else dx.add_(other)
 
 
