@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -47,7 +48,9 @@ class Duals(TorchFunctionMode):
         if not torch.is_grad_enabled():
             return _without_tangents(func, args, kwargs)
         if func in HOOKS and not args[0].requires_grad:
-            return RemovableHandle({}) if func == Tensor.register_hook else None
+            return RemovableHandle(OrderedDict()) if func == Tensor.register_hook else None
+        if func == Tensor.detach_:
+            raise NotImplementedError("a forward derivative cannot be dropped in place by detach_(), but by detach()")
         rule = RULES.get(func)
         if rule is not None:
             found = self._by_rule(rule, args, kwargs)
