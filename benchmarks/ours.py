@@ -9,6 +9,7 @@ from benchmarks.task import OURS, OUTPUTS, Goal, Method, Step, Task
 from rowgrad.rows.plan import forget
 
 FIRST = f"{OURS}, first call"
+FORWARD = f"{OURS}, jvp"
 
 
 def _make(task: Task, output: str, goal: Goal) -> Step:
@@ -38,4 +39,14 @@ def _make_first(task: Task, output: str, goal: Goal) -> Step:
     return first
 
 
-METHODS = [Method(OURS, tuple(OUTPUTS), _make), Method(FIRST, ("norms",), _make_first)]
+def _make_forward(task: Task, output: str, goal: Goal) -> Step:
+    """The direction is known beforehand, and goes along with the forward pass."""
+    model, direction = task.model, goal.direction(task.params())
+    return lambda: rg.jvp(task.losses, model, direction)[1]
+
+
+METHODS = [
+    Method(OURS, tuple(OUTPUTS), _make),
+    Method(FIRST, ("norms",), _make_first),
+    Method(FORWARD, ("dot",), _make_forward),
+]

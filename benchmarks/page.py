@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from benchmarks import growth, paths, results, sweep
 from benchmarks.charts import Dot, Series, dots_by_row, lines
-from benchmarks.ours import FIRST
+from benchmarks.ours import FIRST, FORWARD
 from benchmarks.reference import TINY_TOLERANCE, TOLERANCE
 from benchmarks.task import OURS, OUTPUTS, PLAIN
 from rowgrad.graph.lettering import number
@@ -63,15 +63,16 @@ def best_rival(cell: Mapping[str, Measured]) -> tuple[str, Measured] | None:
 
 
 def standings(workloads: Mapping[str, Measured]) -> list[dict[str, Any]]:
-    """Ours beside the fastest exact rival, by workload and output."""
+    """Ours beside the fastest exact rival, by workload and output; `forward` is our jvp where there is one."""
     rows = []
     for w in workloads.values():
         cells = {}
         for output, cell in w.get("outputs", {}).items():
             best = best_rival(cell)
-            ours = cell.get(OURS, {}).get("ratio")
-            ahead = None if ours is None or best is None else best[1]["ratio"][0] / ours[0]
-            cells[output] = {"ours": ours and ours[0], "best": best, "ahead": ahead}
+            ours, forward = (cell.get(name, {}).get("ratio") for name in (OURS, FORWARD))
+            fastest = min((ratio[0] for ratio in (ours, forward) if ratio), default=None)
+            ahead = None if fastest is None or best is None else best[1]["ratio"][0] / fastest
+            cells[output] = {"ours": ours and ours[0], "forward": forward and forward[0], "best": best, "ahead": ahead}
         rows.append({"title": w.get("title", ""), "cells": cells})
     return rows
 
@@ -123,7 +124,7 @@ def _dots(
     rows = []
     for w in workloads.values():
         cell = w.get("outputs", {}).get(output, {})
-        drawn = [dot(method, m, w) for method, m in cell.items() if is_rival(method) or method == OURS]
+        drawn = [dot(method, m, w) for method, m in cell.items() if method != FIRST]
         rows.append((w.get("title", ""), [d for d in reversed(drawn) if d is not None]))  # ours on top
     return dots_by_row(rows, title)
 

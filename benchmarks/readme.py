@@ -27,8 +27,8 @@ def block(found: Mapping[str, Any]) -> str:
     torch = about["versions"]["torch"]
     lines = [
         "Medians of the ratio to the plain step (forward and backward of the summed losses), in brackets the fastest",
-        f"exact rival's, with ~ where it took so long that it was timed once; float32, torch {torch},",
-        f"{about['threads']} threads of {about['machine']}:",
+        "exact rival's, with ~ where it took so long that it was timed once; jvp is for directions known beforehand;",
+        f"float32, torch {torch}, {about['threads']} threads of {about['machine']}:",
         "",
         f"| workload | {' | '.join(OUTPUTS.values())} | first call |",
         "|---" * (len(OUTPUTS) + 2) + "|",
@@ -44,6 +44,8 @@ def _cell(cell: Mapping[str, Any] | None) -> str:
     if cell is None:
         return ""
     ours = number(cell["ours"]) if cell["ours"] else "failed"
+    if cell["forward"]:
+        ours += f", jvp {number(cell['forward'])}"
     if cell["best"] is None:
         return ours
     rival = cell["best"][1]

@@ -64,7 +64,19 @@ MAY_IMPORT = {
 
 BUILT_FROM_RULES = {f"rows.{name}" for name in ("general", "plan", "block", "build", "matrix", "objective")}
 APPLICATION = {"cli", "report", "__main__"}  # what a user runs; no part of the library imports it
-LIBRARY = {"tape", "files", "rows", "forward", "graph", "curvature", "repeat", "checking", "diagnosis", "layers", "optim"}
+LIBRARY = {
+    "tape",
+    "files",
+    "rows",
+    "forward",
+    "graph",
+    "curvature",
+    "repeat",
+    "checking",
+    "diagnosis",
+    "layers",
+    "optim",
+}
 NEEDS_TORCH_ALONE = {"__init__", "errors"} | LIBRARY
 
 PRIVATE_TO_AUTOGRAD = re.compile(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmarks import counting, page, paths, readme, results, sweep
 from benchmarks.methods import METHODS
-from benchmarks.ours import FIRST
+from benchmarks.ours import FIRST, FORWARD
 from benchmarks.reference import TINY_TOLERANCE, TOLERANCE, Reference, make_reference
 from benchmarks.task import OURS, OUTPUTS, PLAIN, Goal
 from benchmarks.timing import rounds_for, side_by_side, summary
@@ -29,7 +29,7 @@ pytestmark = [  # PyTorch's, from what the rivals use
 
 ROOT = Path(__file__).parents[1]
 STRUCTURES = ["mlp-32", "cnn", "resnet", "gpt-64", "lstm", "embedding"]  # the others differ from these in sizes only
-NEED_NO_RIVAL = [OURS, FIRST, "plain loop", "vmap(grad)", "vmap(grad), chunks of 8", "jvp", "double backward"]
+NEED_NO_RIVAL = [OURS, FIRST, FORWARD, "plain loop", "vmap(grad)", "vmap(grad), chunks of 8", "jvp", "double backward"]
 
 
 @pytest.fixture(scope="module", params=STRUCTURES)
@@ -145,7 +145,10 @@ def made_up() -> dict:
         "title": "made up too",
         "plain": {"peak_bytes": 1_000_000, "seconds": {"dot": [0.0125, 0.012, 0.013]}},
         "commits": {"dot": "def"},
-        "outputs": {"dot": {method: m for method, m in cell.items() if method != FIRST}},
+        "outputs": {
+            "dot": {m: cell[m] for m in cell if m != FIRST}
+            | {FORWARD: right | {"seconds": [0.02, 0.02, 0.02], "ratio": [0.7, 0.6, 0.8]}}
+        },
     }
     return {"about": results.about(2), "workloads": {"a": workload, "b": other}}
 
@@ -196,6 +199,7 @@ def test_the_page_shows_everything() -> None:
         "too slow",
         "0.8",
         "1.6 (2",
+        "jvp <b>0.7</b>",
         "eq. 3 costs 2.0 times as much",
         "2.0e+90",
     ):
@@ -228,7 +232,7 @@ def test_the_readme_has_the_figures_of_the_results() -> None:
 def test_a_line_of_the_readme() -> None:
     assert readme.block(made_up()).splitlines()[-2:] == [
         "| made up | 0.8 (1.6) |  |  |  |  | 3.5 |",
-        "| made up too |  |  |  | 0.8 (1.6) |  |  |",
+        "| made up too |  |  |  | 0.8, jvp 0.7 (1.6) |  |  |",
     ]
 
 
