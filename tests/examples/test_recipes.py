@@ -68,8 +68,17 @@ def test_influence_is_the_sum_over_checkpoints_of_dot_products() -> None:
     assert names["helped_most"].tolist() == expected[:, 0].topk(3).indices.tolist()
 
 
-def test_the_kernel_is_that_of_the_outputs() -> None:
+def test_the_help_to_a_test_set_is_the_sum_of_influences() -> None:
     names = run(2)
+    train, test = (
+        rows(names["losses_of"](names[f"x{which}"], names[f"y{which}"]), names["model"]) for which in ("", "_test")
+    )
+    torch.testing.assert_close(names["helped"], 0.1 / 64 * (train @ test.T).sum(1))
+    torch.testing.assert_close(names["losses"], names["losses_of"](names["x"], names["y"]).detach())
+
+
+def test_the_kernel_is_that_of_the_outputs() -> None:
+    names = run(3)
     model, x = names["model"], names["x"]
     jacobian = torch.stack([rows(model(x)[:, k], model) for k in range(3)])
     torch.testing.assert_close(names["kernel"], torch.einsum("kip,ljp->klij", jacobian, jacobian), rtol=1e-4, atol=1e-5)
@@ -81,7 +90,7 @@ def test_the_kernel_is_that_of_the_outputs() -> None:
 
 
 def test_the_weights_of_the_tasks_give_the_shortest_vector() -> None:
-    names = run(3)
+    names = run(4)
     a, b = names["flat"]
     share = ((b - a) @ b / (a - b).square().sum()).clamp(0, 1)
     torch.testing.assert_close(names["weights"], torch.stack([share, 1 - share]), rtol=1e-4, atol=1e-5)
@@ -108,7 +117,7 @@ def least_by_program(gram: Tensor) -> float:
 @pytest.mark.parametrize("length", [6, 40])
 def test_the_shortest_vector_is_that_of_a_quadratic_program(n_tasks: int, length: int) -> None:
     """And what says so by itself: no gradient has a smaller product with it than its own square."""
-    shortest = run(3)["shortest"]
+    shortest = run(4)["shortest"]
     for seed in range(5):
         rng = torch.Generator().manual_seed(seed)
         pulls = torch.rand(n_tasks, 1, generator=rng, dtype=torch.float64) * 3
@@ -124,7 +133,7 @@ def test_the_shortest_vector_is_that_of_a_quadratic_program(n_tasks: int, length
 
 @pytest.mark.parametrize("rows", [torch.zeros(3, 4), torch.ones(3, 4), torch.eye(3) * 1e-12, torch.eye(3) * 1e12])
 def test_equal_and_vanishing_gradients_have_weights_too(rows: Tensor) -> None:
-    weights = run(3)["shortest"](rows @ rows.T)
+    weights = run(4)["shortest"](rows @ rows.T)
     assert float(weights.min()) >= 0
     assert float(weights.sum()) == pytest.approx(1, rel=1e-6)
     if rows[0, 1] == 0 and rows[0, 0] > 0:
@@ -149,7 +158,7 @@ def test_a_step_of_the_language_model_is_that_of_its_clipped_sentences(monkeypat
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     monkeypatch.setattr(torch.optim.AdamW, "__init__", started)
-    names = run(4)
+    names = run(5)
     assert len(seen) == 2
     model = names["language_model"]
     with torch.no_grad():
@@ -167,7 +176,7 @@ def test_a_step_of_the_language_model_is_that_of_its_clipped_sentences(monkeypat
 @pytest.mark.filterwarnings(*NOT_OURS)
 def test_the_trainer_takes_clipped_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = run(5)
+    names = run(6)
     steps = names["Trainer"], names["TrainingArguments"]
     bert, sentences = names["bert"].eval(), names["sentences"][:16]
     monkeypatch.setattr(bert, "train", lambda mode=True: bert)  # without dropout, to compare
@@ -196,7 +205,7 @@ def test_the_trainer_takes_clipped_steps(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.filterwarnings(*NOT_OURS)
 def test_lightning_takes_clipped_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = run(6)
+    names = run(7)
     module = names["Classifier"]()
     slow = copy.deepcopy(module.net)
     x, y = names["x"][:16], names["y"][:16]

@@ -200,3 +200,40 @@ def test_no_rule_under_vmap(taken: list) -> None:
     W, x = parameter(40, 5), randn(4, 5)
     check(lambda: torch.func.vmap(lambda row: F.linear(row, W).sin().sum())(x), {"W": W}, ["W"])
     assert not taken
+
+
+@pytest.mark.parametrize("moved", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
+@pytest.mark.parametrize("near", [1, 30, 2**20])
+def test_attention(moved: str, options: dict[str, Any], near: int, taken: list, monkeypatch) -> None:
+    """Of 5 queries and 3 keys, for 4 examples with 2 heads each, some pieces at a time."""
+    monkeypatch.setattr(rules, "NEAR", near)
+    params = {"q": parameter(4, 2, 5, 6), "k": parameter(4, 2, 3, 6), "v": parameter(4, 3, 2, 7)}
+
+    def losses() -> Tensor:
+        q, k, v = params["q"], params["k"], params["v"].transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, **options).sin().sum((1, 2, 3))
+
+    check(losses, params, list(moved))
+    assert taken == [F.scaled_dot_product_attention]
+
+
+@pytest.mark.parametrize("kind", ["mask", "learned mask", "dropout", "grouped queries", "shared keys"])
+def test_attention_left_to_pytorch(kind: str, taken: list) -> None:
+    params = {"q": parameter(3, 4, 5, 6), "k": parameter(3, 4, 5, 6), "v": parameter(3, 4, 5, 6), "m": parameter(5, 5)}
+    q, k, v, m = params.values()
+
+    def losses() -> Tensor:
+        torch.manual_seed(0)
+        given: dict[str, tuple[Tensor, Tensor, dict[str, Any]]] = {
+            "mask": (k, v, {"attn_mask": torch.ones(5, 5, dtype=torch.bool).tril()}),
+            "learned mask": (k, v, {"attn_mask": m}),
+            "dropout": (k, v, {"dropout_p": 0.3}),
+            "grouped queries": (k[:, :2], v[:, :2], {"enable_gqa": True}),
+            "shared keys": (k[:1, :1], v[:1, :1], {}),
+        }
+        keys, values, options = given[kind]
+        return F.scaled_dot_product_attention(q, keys, values, **options).sin().sum((1, 2, 3))
+
+    check(losses, params, ["q", "k", "v", "m"])
+    assert not taken

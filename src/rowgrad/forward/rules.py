@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rowgrad.forward.numbers import Dual
 
 THIN = 32  # outputs up to which a product is so narrow that one of twice the width costs hardly more
+NEAR = 2**20  # numbers that stay near the processor
 MANY = 16  # times as many rows as outputs, from which on that is worth the copies
 
 NOTHING = None, None  # the value and the tangent of an argument that is not given
@@ -121,6 +122,71 @@ def _sum_of(dx: Tensor, g: Tensor | None, other: Tensor | None) -> Tensor:
     return dx if other is None else dx.add_(other)
 
 
+def attention(
+    query: Dual,
+    key: Dual,
+    value: Dual,
+    attn_mask: Dual | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """o = P v, P = softmax(s q k^T): do = dP v + P dv, dP from s (dq k^T + q dk^T) by the softmax's own backward.
+
+    That is P times a symmetric matrix, as in Note [normalization by its own backward]. What is masked has P = 0.
+    """
+    stacks = {t.value.shape[:-2] for t in (query, key, value)}
+    still = query.tangent is None and key.tangent is None and value.tangent is None
+    if attn_mask is not None or dropout_p or enable_gqa or len(stacks) > 1 or still or not query.value.numel():
+        return NotImplemented
+    Q, K, V = _stacked(query), _stacked(key), _stacked(value)
+    (q, _), (k, _), (v, _) = Q, K, V
+    s = q.shape[-1] ** -0.5 if scale is None else scale
+    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu_(1) if is_causal else None
+    step = max(1, NEAR // (q.shape[1] * k.shape[1]))
+    z, dz = (q.new_empty(*q.shape[:2], v.shape[2]) for _ in range(2))
+    for i in range(0, len(q), step):
+        at = slice(i, i + step)
+        _attend(_part(Q, at), _part(K, at), _part(V, at), s, mask, Dual(z[at], dz[at]))
+    shape = *query.value.shape[:-1], v.shape[2]
+    return Dual(z.view(shape), dz.view(shape))
+
+
+def _stacked(dual: Dual) -> Dual:
+    """(..., T, d) as (N, T, d)."""
+    shape = -1, *dual.value.shape[-2:]
+    return Dual(dual.value.reshape(shape), None if dual.tangent is None else dual.tangent.reshape(shape))
+
+
+def _part(dual: Dual, some: slice) -> Dual:
+    return Dual(dual.value[some], None if dual.tangent is None else dual.tangent[some])
+
+
+def _attend(query: Dual, key: Dual, value: Dual, s: float, mask: Tensor | None, out: Dual) -> None:
+    (q, dq), (k, dk), (v, dv), (z, dz) = query, key, value, out
+    P, dP = torch.bmm(q, k.mT).mul_(s), None
+    if mask is not None:
+        P.masked_fill_(mask, -torch.inf)
+    P = P.softmax(-1)
+    if dq is not None or dk is not None:
+        dA = _sum_of_products((dq, k.mT), (q, None if dk is None else dk.mT)).mul_(s)
+        dP = torch._softmax_backward_data(dA, P, -1, P.dtype)  # pyright: ignore[reportPrivateImportUsage]
+    torch.bmm(P, v, out=z)
+    assert dz is not None
+    dz.copy_(_sum_of_products((dP, v), (P, dv)))
+
+
+def _sum_of_products(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """a b + a' b' + ..., without those of which a factor is missing."""
+    total: Tensor | None = None
+    for a, b in pairs:
+        if a is not None and b is not None:
+            total = torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
+    assert total is not None
+    return total
+
+
 def embedding(
     input: Dual,  # noqa: A002
     weight: Dual,
@@ -183,6 +249,7 @@ RULES: dict[Call, Call] = {
     Tensor.__matmul__:  matmul,
     F.layer_norm:       layer_norm,
     F.group_norm:       group_norm,
+    F.scaled_dot_product_attention:  attention,
     F.embedding:        embedding,
     F.embedding_bag:    embedding_bag,
 }
