@@ -12,6 +12,7 @@ from tests.reference import flat, rows_by_grad
 from torch import Tensor, nn
 
 import rowgrad as rg
+from rowgrad.errors import ForwardModeError
 from rowgrad.forward import rules
 
 
@@ -93,6 +94,12 @@ def test_layers(layer: str, moved: str, given: str, taken: list) -> None:
     assert bool(taken) == ("norm" in layer or names != ["b"])
 
 
+def test_a_vector_as_weight(taken: list) -> None:
+    h, W, b = parameter(4, 5), parameter(5), nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+    check(lambda: F.linear(h.sin(), W, b).sin(), {"h": h, "W": W, "b": b}, ["h", "W", "b"])
+    assert not taken
+
+
 def test_normalization_without_scale_and_shift(taken: list) -> None:
     W = parameter(6, 5)
     x = randn(4, 5)
@@ -158,6 +165,17 @@ def test_bags(mode: str, ragged: bool, taken: list) -> None:
 
     check(losses, {"W": W}, ["W"])
     assert taken == [F.embedding_bag]
+
+
+def test_bags_that_are_not_linear_or_scale_gradients_are_refused(taken: list) -> None:
+    W, ids = parameter(6, 3), torch.tensor([[0, 3, 4], [4, 4, 1], [5, 0, 2]])
+    every: list[dict[str, Any]] = [
+        {"mode": "max"}, {"mode": "sum", "scale_grad_by_freq": True}, {"mode": "sum", "max_norm": 0.1},
+    ]  # fmt: skip
+    for options in every:
+        with pytest.raises(ForwardModeError, match="_embedding_bag"):
+            rg.jvp(lambda o=options: F.embedding_bag(ids, W, **o).sin().sum(1), {"W": W}, {"W": randn(6, 3)})
+    assert not taken
 
 
 @pytest.mark.parametrize("moved", [["W"], ["a"], ["W", "a"]], ids=str)

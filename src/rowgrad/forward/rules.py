@@ -44,10 +44,8 @@ def linear(input: Dual, weight: Dual, bias: Dual | None = None) -> Any:  # noqa:
         z, dz = _plus(both[..., : len(W)], b).contiguous(), _plus(both[..., len(W) :], db).contiguous()
     else:
         z, dz = F.linear(h, W, b), F.linear(h, dW, db)
-    if dh is not None and dz.is_contiguous():
-        dz.view(-1, dz.shape[-1]).addmm_(dh.reshape(-1, dh.shape[-1]), W.t())
-    elif dh is not None:
-        dz.add_(F.linear(dh, W))
+    if dh is not None:
+        dz = dz.reshape(-1, len(W)).addmm_(dh.reshape(-1, dh.shape[-1]), W.t()).view(z.shape)
     return Dual(z, dz)
 
 
