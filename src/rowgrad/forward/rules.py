@@ -35,16 +35,16 @@ Call = Callable[..., Any]
 def linear(input: Dual, weight: Dual, bias: Dual | None = None) -> Any:  # noqa: A002
     """d(h W^T + b) = h dW^T + dh W^T + db, summed in place; see Note [products of zeros]."""
     (h, dh), (W, dW), (b, db) = input, weight, bias or NOTHING
-    if W.ndim != 2:
-        return NotImplemented
     if dW is None:
         return NotImplemented if dh is None else Dual(F.linear(h, W, b), F.linear(dh, W, db))
-    if len(W) <= THIN and h.numel() > MANY * W.numel():
+    if W.ndim == 2 and len(W) <= THIN and h.numel() > MANY * W.numel():
         both = F.linear(h, torch.cat([W, dW]))
         z, dz = _plus(both[..., : len(W)], b).contiguous(), _plus(both[..., len(W) :], db).contiguous()
     else:
         z, dz = F.linear(h, W, b), F.linear(h, dW, db)
-    if dh is not None:
+    if dh is not None and W.ndim == 1:
+        dz.add_(F.linear(dh, W))
+    elif dh is not None:
         dz = dz.reshape(-1, len(W)).addmm_(dh.reshape(-1, dh.shape[-1]), W.t()).view(z.shape)
     return Dual(z, dz)
 
