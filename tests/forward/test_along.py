@@ -240,6 +240,20 @@ def test_scripts_of_activations(model: nn.Sequential, x: Tensor) -> None:
         check(lambda: model[2](script(model[0](x))).square().sum(1), model)
 
 
+def test_no_script_is_fused(model: nn.Sequential, x: Tensor) -> None:
+    """A fused kernel takes numbers alone. Those for processors need a PyTorch built with LLVM, so look at the flag."""
+    is_optimized: Callable[[], bool] = torch._C._get_graph_executor_optimize
+    seen: list[bool] = []
+
+    def closure() -> Tensor:
+        seen.append(is_optimized())
+        return losses_of(model, x)
+
+    rg.jvp(closure, model, direction_of(model))
+    assert seen == [False]
+    assert is_optimized()
+
+
 def test_batch_norm_updates_its_statistics_once(x: Tensor) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
     twin = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
