@@ -40,12 +40,13 @@ MAY_IMPORT = {
     "rows.structure":   {"errors", "tape", "rows.ownership", "rows.listed"},
     "rows.frontier":    {"errors", "tape", "rows.ownership", "rows.placement"},
     "rows":             {"errors", "tape", "parameters"},
-    "forward":          {"errors", "tape", "parameters"},
+    "rounding":         {"tape"},
+    "forward":          {"errors", "tape", "parameters", "repeat", "rounding", "rows"},
     "repeat":           {"errors"},
     "files":            set(),
     "graph":            {"errors", "files", "tape", "parameters"},
     "curvature":        {"errors", "tape", "parameters"},
-    "checking":         {"errors", "tape", "parameters", "repeat", "graph", "rows"},
+    "checking":         {"errors", "tape", "parameters", "repeat", "rounding", "graph", "rows"},
     "diagnosis":        {"errors", "files", "tape", "parameters", "repeat", "graph", "rows", "curvature"},
     "optim":            {"errors", "tape", "parameters", "rows", "curvature"},
     "layers":           {"errors", "parameters", "graph"},
@@ -66,6 +67,7 @@ BUILT_FROM_RULES = {f"rows.{name}" for name in ("general", "plan", "block", "bui
 APPLICATION = {"cli", "report", "__main__"}  # what a user runs; no part of the library imports it
 LIBRARY = {
     "tape",
+    "rounding",
     "files",
     "rows",
     "forward",

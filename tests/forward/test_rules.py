@@ -12,7 +12,6 @@ from tests.reference import flat, rows_by_grad
 from torch import Tensor, nn
 
 import rowgrad as rg
-from rowgrad.errors import ForwardModeError
 from rowgrad.forward import rules
 
 
@@ -134,14 +133,28 @@ def test_stacked_products(taken: list) -> None:
 
 @pytest.mark.parametrize("padding", [None, 0, 3, -2])
 @pytest.mark.parametrize("by_frequency", [False, True])
-def test_lookups(padding: int | None, by_frequency: bool, taken: list) -> None:
+def test_lookups(padding: int | None, by_frequency: bool) -> None:
     W, ids = parameter(6, 3), torch.tensor([[0, 3, 4, 4], [4, 4, 1, 3], [5, 5, 0, 2]])
 
     def losses() -> Tensor:
         return F.embedding(ids, W, padding, scale_grad_by_freq=by_frequency).sin().sum((1, 2))
 
     check(losses, {"W": W}, ["W"])
-    assert bool(taken) == (padding is not None or by_frequency)
+
+
+@pytest.mark.parametrize("options", [{"padding_idx": 3}, {"padding_idx": 3, "scale_grad_by_freq": True}], ids=str)
+@pytest.mark.parametrize("where", ["autocast", "vmap", "recorded"])
+def test_lookups_that_are_no_plain_calls(where: str, options: dict[str, Any]) -> None:
+    W, ids = parameter(6, 3), torch.tensor([[0, 3, 4, 4], [4, 4, 1, 3], [5, 5, 0, 2]])
+    one = torch.ones((), dtype=torch.float64, requires_grad=where == "recorded")
+
+    def losses() -> Tensor:
+        if where == "vmap" and "scale_grad_by_freq" not in options:
+            return torch.func.vmap(lambda row: F.embedding(row, W, **options).sin().sum())(ids)
+        with torch.autocast("cpu", torch.bfloat16, enabled=where == "autocast"):
+            return F.embedding(ids, W * one, **options).sin().sum((1, 2))
+
+    check(losses, {"W": W}, ["W"])
 
 
 def test_lookups_that_shorten_rows() -> None:
@@ -168,14 +181,16 @@ def test_bags(mode: str, ragged: bool, taken: list) -> None:
     assert taken == [F.embedding_bag]
 
 
-def test_bags_that_are_not_linear_or_scale_gradients_are_refused(taken: list) -> None:
-    W, ids = parameter(6, 3), torch.tensor([[0, 3, 4], [4, 4, 1], [5, 0, 2]])
+@pytest.mark.filterwarnings("ignore:.*no rule for how the examples meet")
+def test_bags_that_are_not_linear_or_scale_gradients(taken: list) -> None:
+    ids = torch.tensor([[0, 3, 4], [4, 4, 1], [5, 0, 2]])
     every: list[dict[str, Any]] = [
         {"mode": "max"}, {"mode": "sum", "scale_grad_by_freq": True}, {"mode": "sum", "max_norm": 0.1},
     ]  # fmt: skip
     for options in every:
-        with pytest.raises(ForwardModeError, match="_embedding_bag"):
-            rg.jvp(lambda o=options: F.embedding_bag(ids, W, **o).sin().sum(1), {"W": W}, {"W": randn(6, 3)})
+        W = parameter(6, 3)
+        with pytest.warns(rg.RowgradWarning, match="_embedding_bag"):
+            check(lambda W=W, o=options: F.embedding_bag(ids, W, **o).sin().sum(1), {"W": W}, ["W"])
     assert not taken
 
 

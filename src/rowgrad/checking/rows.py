@@ -24,15 +24,13 @@ from rowgrad.checking.report import Report
 from rowgrad.errors import NonFiniteError
 from rowgrad.graph.sweep import Cotangents, above, walk
 from rowgrad.parameters import Parameters, Params, named
+from rowgrad.rounding import tolerance
 from rowgrad.rows.build import check_losses, jacobian
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.rules import RULES
 from rowgrad.rows.site import Rule
 from rowgrad.tape import Node, Tape
 
-# Error allowed, over the norm of the row, for the narrowest dtype in the graph. In float64 1e-7, for PyTorch computes
-# single factors of float64 gradients in float32: the weight of the mean of an EmbeddingBag.
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 EDGES_AT_A_TIME = 64  # cotangents held while the place of a hook is looked for
 
 Gradients = dict[str, Tensor]
@@ -103,14 +101,14 @@ def check_rows(
     chosen = _indices(examples, len(losses))
     parameters = named(params)
     tape = Tape(losses)
-    tolerance = _tolerance(tape) if rtol is None else rtol
+    allowed = tolerance(tape) if rtol is None else rtol
     J = jacobian(losses, parameters.by_name, rules=rules, retain_graph=True, verify="always")
     _check_finite(losses.detach(), J)
-    findings = _compare_rows(losses, parameters, J, chosen, tolerance)
-    notes = _compare_passes(tape, parameters, J, tolerance, generator or torch.Generator().manual_seed(0))
+    findings = _compare_rows(losses, parameters, J, chosen, allowed)
+    notes = _compare_passes(tape, parameters, J, allowed, generator or torch.Generator().manual_seed(0))
     return Report(
         f"{len(chosen)} of {len(losses)} rows, one backward pass each",
-        f"relative errors up to {tolerance:.0e} allowed",
+        f"relative errors up to {allowed:.0e} allowed",
         ("parameter", "worst error", "example", "how"),
         findings,
         notes,
@@ -135,11 +133,6 @@ def _check_finite(losses: Tensor, J: Jacobian) -> None:
             f"{float(losses[bad[0]]):g}). A backward pass carries it to other examples (0 * inf is nan), so nothing "
             "can be compared with it; check on other data"
         )
-
-
-def _tolerance(tape: Tape) -> float:
-    dtypes = {node.dtype(nr) for node in tape.nodes for nr in range(node.n_outputs) if node.is_traced(nr)}
-    return max((TOLERANCE.get(d, TOLERANCE[torch.float32]) for d in dtypes if d.is_floating_point), default=1e-4)
 
 
 # Row by row

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rowgrad.errors import ForwardModeError, NotAVectorError, OpaqueGraphError, ParameterError
+from rowgrad.errors import ForwardModeError, NotAVectorError, RowgradWarning
 from rowgrad.forward.duals import Duals
 from rowgrad.forward.numbers import Dual, enter_level, leave_level, split
 from rowgrad.parameters import Parameters, Params, named
+from rowgrad.repeat import own_buffers, random_state, same_randomness
+from rowgrad.rounding import tolerance
+from rowgrad.rows.build import check_losses, jacobian
 from rowgrad.tape import Tape
+
+CHECK_EVERY = 200  # calls; a check costs about two plain steps, so about 1% of the time
+MOST_KEPT = 1000  # closures and ways through them that are known
+
+DIFFERENT = (
+    "derivatives in forward mode are not those of a backward pass through a second call of the closure (an operation "
+    "that loses tangents, a hook that changes gradients, other random numbers or data, values at a kink)"
+)
 
 _one_at_a_time = threading.RLock()  # PyTorch has one level of dual numbers, for all threads
 
-INSTEAD = "Use rowgrad.jacobian(losses, params).dot(direction), which goes by the backward pass"
 
-
-def jvp(closure: Callable[[], Tensor], params: Params, direction: Any) -> tuple[Tensor, Tensor]:
+def jvp(
+    closure: Callable[[], Tensor], params: Params, direction: Any, *, verify: str = "cached"
+) -> tuple[Tensor, Tensor]:
     """The losses and the derivative of each along a direction in parameter space, from one forward pass.
 
     Law: with losses = closure(), the derivatives are those of `jacobian(losses, params).dot(direction)`.
@@ -31,22 +45,28 @@ def jvp(closure: Callable[[], Tensor], params: Params, direction: Any) -> tuple[
     recorded and no backward pass runs, and the memory is that of inference. Examples may meet in any way; nothing has
     to be proved. Numbers are as precise as the forward pass itself.
 
+    Where the closure takes a way through PyTorch's calls that is new, it is called once more, as it is, and an ordinary
+    backward pass checks the derivatives, with random weights for the examples; so it is at every 200th call. Where they
+    differ, are not finite, or something has no forward derivative (a custom autograd Function without `jvp`, the CTC
+    loss), the rows of that second pass answer instead, and a warning tells so once. Between two checks, at ties and
+    kinks (an entry exactly at the bound of a `clamp`), PyTorch's forward formulas may take the other one-sided
+    derivative; `verify="always"` sees that.
+
     Args:
-        closure: the forward pass; returns one loss per example, shape (B,), not averaged. Called once.
+        closure: the forward pass; returns one loss per example, shape (B,), not averaged. Called once or, to check,
+            twice: then with the same random numbers, and with copies of the buffers if `params` is a module.
         params: as for `rowgrad.jacobian`. The closure uses the same tensors, as it stands.
         direction: {name: tensor}, where parameters left out count as zero, or a sequence of one tensor for each
             parameter in their order; each of its parameter's shape.
+        verify: "cached" checks what is new, "always" every call.
     Returns:
         (losses, derivatives), each (B,), detached. The derivatives are J v, as `torch.func.jvp` names them.
     Raises:
         TypeError: `closure` cannot be called.
         NotAVectorError: it returns no vector of losses.
-        ParameterError: a parameter is not a real leaf tensor, or the losses depend on none of them.
-        KeyError, ValueError: the direction is none of these parameters.
-        ForwardModeError: an operation has no forward derivative (a custom autograd Function without `jvp`, the CTC
-            loss), or dual numbers are in use already.
-        OpaqueGraphError: a parameter is used where no dual number can be put in its place: in a script, in a custom
-            autograd Function, in reentrant checkpoints, or outside of the closure.
+        KeyError, ValueError: the direction is none of these parameters, or `verify` is not what it may be.
+        ForwardModeError: dual numbers are in use already.
+        RowgradError: as for `rowgrad.jacobian`, where the rows answer.
     Source: Wengert 1964, "A simple automatic derivative evaluation program"; Baydin et al. 2018, section 3.1.
 
     >>> import torch, rowgrad
@@ -61,21 +81,143 @@ def jvp(closure: Callable[[], Tensor], params: Params, direction: Any) -> tuple[
             f"closure is a {type(closure).__name__}, expected a function that runs the forward pass and returns the "
             "losses, shape (B,), for instance `lambda: losses_of(batch)`"
         )
+    if verify not in ("cached", "always"):
+        raise ValueError(f'verify={verify!r}: expected "cached" or "always"')
     parameters = named(params)
-    tangents = parameters.direction(direction)
-    with _level():
-        losses = _run(closure, _duals(parameters, tangents))
+    tangents = {n: v.detach().to(parameters.by_name[n]) for n, v in parameters.direction(direction).items()}
+    known, again = _known_of(closure, parameters), _Again(closure, params, parameters.by_name, tangents)
+    if not known.is_settled or verify == "always":
+        again.start = random_state()
+    if known.by_rows:
+        return again.by_rows(again.losses())
+    found, way, reason = _by_tangents(closure, parameters.by_name, tangents)
+    if known.trusts(way) and verify == "cached" and found is not None and bool(found[1].isfinite().all()):
+        return found
+    losses = again.losses()
+    if found is not None and again.agrees(found, losses):
+        known.trust(way)
+        return found
+    known.distrust(way, forever=again.start is not None)
+    if known.by_rows:
+        warnings.warn(f"{reason or DIFFERENT}: the rows of a second pass are used", RowgradWarning, stacklevel=2)
+    return again.by_rows(losses)
+
+
+# What is known of a closure
+
+
+@dataclass
+class _Known:
+    """Ways through the calls of one closure on one set of parameters, and how often each was taken since its check."""
+
+    of: weakref.ref[Tensor]  # the first parameter
+    by_rows: bool = False  # forward mode does not do here
+    ways: dict[Hashable, int] = field(default_factory=dict)
+    is_settled: bool = False  # a way that is known is likely
+
+    def trusts(self, way: Hashable) -> bool:
+        if way not in self.ways:
+            return False
+        self.ways[way] += 1
+        self.is_settled = self.ways[way] + 1 < CHECK_EVERY
+        return self.ways[way] < CHECK_EVERY
+
+    def trust(self, way: Hashable) -> None:
+        if len(self.ways) >= MOST_KEPT:
+            self.ways.clear()
+        self.ways[way] = 0
+        self.is_settled = True
+
+    def distrust(self, way: Hashable, forever: bool) -> None:
+        """A way that was right before stays known: once it met numbers that are not finite, or a kink."""
+        self.by_rows = forever and way not in self.ways
+        self.is_settled = False
+
+
+_known: dict[Hashable, _Known] = {}
+
+
+def _known_of(closure: Callable[[], Tensor], parameters: Parameters) -> _Known:
+    first = next(iter(parameters.by_name.values()))
+    key = id(first), len(parameters.by_name), getattr(closure, "__code__", type(closure))
+    known = _known.get(key)
+    if known is None or known.of() is not first:
+        if len(_known) >= MOST_KEPT:
+            _known.clear()
+        known = _known[key] = _Known(weakref.ref(first))
+    return known
+
+
+# The second call
+
+
+@dataclass
+class _Again:
+    """The closure called as it is, from the random numbers of the first call where these were kept."""
+
+    closure: Callable[[], Tensor]
+    params: Params
+    by_name: Mapping[str, Tensor]
+    tangents: Mapping[str, Tensor]
+    start: dict[str, Any] | None = None
+
+    def losses(self) -> Tensor:
+        """With their graph."""
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            own_buffers(self.params),
+            same_randomness(self.start or random_state()),
+        ):
+            losses = self.closure()
         _check_shape(losses)
-        _check_seen(losses, parameters)
+        check_losses(losses)
+        return losses
+
+    def by_rows(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        derivatives = jacobian(losses, self.by_name).dot(self.tangents)
+        return losses.detach(), derivatives.to(losses.dtype)
+
+    def agrees(self, forward: tuple[Tensor, Tensor], losses: Tensor) -> bool:
+        """Whether u^T J v comes out alike from both sides, for random u."""
+        allowed = tolerance(Tape(losses))
+        if not torch.allclose(forward[0], losses.detach(), rtol=allowed, atol=allowed, equal_nan=True):
+            return False
+        u = torch.randn(losses.shape, generator=torch.Generator().manual_seed(0)).to(losses)
+        gradients = torch.autograd.grad(losses, [*self.by_name.values()], u, retain_graph=True, allow_unused=True)
+        found = {name: g for name, g in zip(self.by_name, gradients, strict=True) if g is not None}
+        ours = u.double() * forward[1].double()
+        whole, size = torch.zeros_like(ours.sum()), torch.zeros_like(ours.sum())
+        for name in found.keys() & self.tangents.keys():
+            products = found[name].detach().to_dense().double() * self.tangents[name]
+            whole, size = whole + products.sum(), size + products.square().sum()
+        return bool(found) and bool((ours.sum() - whole).abs() <= allowed * (size.sqrt() + ours.norm()))
+
+
+# The first call
+
+
+def _by_tangents(
+    closure: Callable[[], Tensor], parameters: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
+) -> tuple[tuple[Tensor, Tensor] | None, Hashable, str]:
+    """Losses and derivatives with the way that the closure took; or nothing, and why not."""
+    with _level():
+        duals = Duals(_duals(parameters, tangents))
+        try:
+            with duals:
+                losses = closure()
+        except Exception as error:  # noqa: BLE001 (if it is the closure's own, the second call raises it)
+            return None, None, f"the forward pass cannot carry tangents along ({_first_line(error)})"
+        _check_shape(losses)
         values, derivatives = split(losses)
         if derivatives is None:
-            if len(tangents) == len(parameters.by_name):
-                raise ParameterError(
-                    f"the losses depend on none of the {len(tangents)} parameters (first: {next(iter(tangents))}). Is "
-                    "this the model that the closure uses, and does it neither detach nor run under torch.no_grad()?"
-                )
             derivatives = torch.zeros_like(values)
-        return values.detach(), derivatives.detach()
+        return (values.detach(), derivatives.detach()), duals.way(), ""
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {text}"[:200]
 
 
 @contextmanager
@@ -86,8 +228,8 @@ def _level() -> Iterator[None]:
             level = enter_level()
         except RuntimeError as error:
             raise ForwardModeError(
-                f"dual numbers are in use already ({error}): a jvp inside another, or code between "
-                f"torch.autograd.forward_ad.dual_level() and its end. {INSTEAD}"
+                f"dual numbers are in use already ({error}): a jvp inside another, or code between torch.autograd."
+                "forward_ad.dual_level() and its end. Use rowgrad.jacobian(losses, params).dot(direction) there"
             ) from error
         try:
             with _unfused_scripts():
@@ -115,28 +257,9 @@ def _as_written() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-def _duals(parameters: Parameters, tangents: Mapping[str, Tensor]) -> dict[int, Dual]:
+def _duals(parameters: Mapping[str, Tensor], tangents: Mapping[str, Tensor]) -> dict[int, Dual]:
     """What stands for each parameter, by its id: nothing of it requires grad, so that no graph is recorded."""
-    found: dict[int, Dual] = {}
-    for name, p in parameters.by_name.items():
-        tangent = tangents.get(name)
-        found[id(p)] = Dual(p.detach(), None if tangent is None else tangent.detach().to(p.device, p.dtype))
-    return found
-
-
-def _run(closure: Callable[[], Tensor], duals: Mapping[int, Dual]) -> Tensor:
-    try:
-        with Duals(duals):
-            return closure()
-    except NotImplementedError as error:
-        text = str(error).partition(". ")[0]
-        if "forward" not in text:
-            raise
-        raise ForwardModeError(f"{text}. {INSTEAD}") from error
-    except RuntimeError as error:
-        if "does not require grad" not in str(error):
-            raise
-        raise ForwardModeError(f"the closure takes gradients with respect to parameters itself. {INSTEAD}") from error
+    return {id(p): Dual(p.detach(), tangents.get(name)) for name, p in parameters.items()}
 
 
 def _check_shape(losses: Any) -> None:
@@ -151,17 +274,3 @@ def _check_shape(losses: Any) -> None:
         )
     if not losses.dtype.is_floating_point:
         raise NotAVectorError(f"losses are {losses.dtype}, expected real floating point numbers")
-
-
-def _check_seen(losses: Tensor, parameters: Parameters) -> None:
-    """Refuse losses that depend on a parameter itself: its stand-ins require no grad, so that the graph shows it."""
-    if losses.grad_fn is None:
-        return
-    tape = Tape(losses)
-    tape.refuse_hidden()
-    for name, p in parameters.by_name.items():
-        if id(p) in tape.leaves:
-            raise OpaqueGraphError(
-                f"{name} is used where no dual number can be put in its place: in a script, in a custom autograd "
-                f"Function, in reentrant checkpoints, or outside of the closure. {INSTEAD}"
-            )

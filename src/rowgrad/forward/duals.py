@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -38,6 +38,11 @@ class Duals(TorchFunctionMode):
         self._duals = duals
         self._devices = {dual.value.device.type for dual in duals.values()}
         self._stand_ins: dict[int, Tensor] = {}  # of the parameters that are not used by rules alone
+        self._calls: list[Hashable] = []
+
+    def way(self) -> Hashable:
+        """Stands for the calls that were made, the rules that were taken, and where gradients were off."""
+        return hash(tuple(self._calls))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -45,7 +50,9 @@ class Duals(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in OF_THE_PARAMETER or (getattr(func, "__name__", None) in ATTRIBUTE and func not in VIEWS):
             return func(*args, **kwargs)
+        self._calls.append(func)
         if not torch.is_grad_enabled():
+            self._calls.append(False)
             return _without_tangents(func, args, kwargs)
         if func in HOOKS and not args[0].requires_grad:
             return RemovableHandle(OrderedDict()) if func == Tensor.register_hook else None
@@ -55,6 +62,7 @@ class Duals(TorchFunctionMode):
         if rule is not None:
             found = self._by_rule(rule, args, kwargs)
             if found is not NotImplemented:
+                self._calls.append(True)
                 return found.join()
         func = COMPOSED.get(func, func)
         with UNFUSED.get(func, nullcontext)():

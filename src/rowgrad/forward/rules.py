@@ -53,8 +53,10 @@ def _plus(t: Tensor, other: Tensor | None) -> Tensor:
     return t if other is None else t + other
 
 
-def matmul(input: Dual, other: Dual) -> Any:  # noqa: A002
+def matmul(input: Dual, other: Dual | None = None, **named: Any) -> Any:  # noqa: A002
     """d(a b) = a db, or da b, where only one of them has a tangent; see Note [products of zeros]."""
+    if other is None or named:
+        return NotImplemented
     (a, da), (b, db) = input, other
     if da is not None and db is None:
         return Dual(a @ b, da @ b)
@@ -185,27 +187,6 @@ def _sum_of_products(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
     return total
 
 
-def embedding(
-    input: Dual,  # noqa: A002
-    weight: Dual,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Any:
-    """Autograd gives the row at `padding_idx` no gradient, and may divide one's by how often the batch looks it up."""
-    (ids, _), (W, dW) = input, weight
-    if dW is None or (padding_idx is None and not scale_grad_by_freq):
-        return NotImplemented
-    z, dz = F.embedding(ids, W, padding_idx, max_norm, norm_type), F.embedding(ids, dW)
-    if scale_grad_by_freq:
-        dz /= torch.bincount(ids.flatten(), minlength=len(W))[ids].unsqueeze(-1)
-    if padding_idx is not None:
-        dz.masked_fill_((ids == padding_idx % len(W)).unsqueeze(-1), 0)
-    return Dual(z, dz)
-
-
 def embedding_bag(
     input: Dual,  # noqa: A002
     weight: Dual,
@@ -248,7 +229,6 @@ RULES: dict[Call, Call] = {
     F.layer_norm:       layer_norm,
     F.group_norm:       group_norm,
     F.scaled_dot_product_attention:  attention,
-    F.embedding:        embedding,
     F.embedding_bag:    embedding_bag,
 }
 # fmt: on
@@ -275,6 +255,25 @@ def _without_fused_attention() -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
+def _embedding(
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Autograd gives the row at `padding_idx` no gradient, and may divide one's by how often the batch looks it up."""
+    z = F.embedding(input, weight, None, max_norm, norm_type)
+    if scale_grad_by_freq:
+        times = torch.bincount(input.flatten(), minlength=len(weight))[input].unsqueeze(-1)
+        z = z.detach() + (z - z.detach()) / times
+    if padding_idx is not None:
+        z = torch.where((input == padding_idx % len(weight)).unsqueeze(-1), z.detach(), z)
+    return z
+
+
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
@@ -289,5 +288,8 @@ UNFUSED: dict[Call, Callable[[], AbstractContextManager[Any]]] = {
     torch.rnn_tanh:                  _without_fused_recurrence,
     torch.rnn_relu:                  _without_fused_recurrence,
 }
+COMPOSED: dict[Call, Call] = {
+    F.embedding:         _embedding,
+    torch._weight_norm:  _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
+}
 # fmt: on
-COMPOSED: dict[Call, Call] = {torch._weight_norm: _weight_norm}  # pyright: ignore[reportPrivateImportUsage]
