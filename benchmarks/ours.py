@@ -41,8 +41,9 @@ def _make_first(task: Task, output: str, goal: Goal) -> Step:
 
 def _make_forward(task: Task, output: str, goal: Goal) -> Step:
     """The direction is known beforehand, and goes along with the forward pass."""
-    model, direction = task.model, goal.direction(task.params())
-    return lambda: rg.jvp(task.losses, model, direction)[1]
+    params = task.params()
+    direction = goal.direction(params)
+    return lambda: rg.jvp(task.losses, params, direction)[1]
 
 
 METHODS = [

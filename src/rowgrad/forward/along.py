@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def jvp(
     if known.by_rows:
         return again.by_rows(again.losses())
     found, way, reason = _by_tangents(closure, parameters.by_name, tangents)
-    if known.trusts(way) and verify == "cached" and found is not None and bool(found[1].isfinite().all()):
+    if known.trusts(way) and verify == "cached" and found is not None and isfinite(float(found[1].sum())):
         return found
     losses = again.losses()
     if found is not None and again.agrees(found, losses):
@@ -231,20 +232,17 @@ def _level() -> Iterator[None]:
                 f"dual numbers are in use already ({error}): a jvp inside another, or code between torch.autograd."
                 "forward_ad.dual_level() and its end. Use rowgrad.jacobian(losses, params).dot(direction) there"
             ) from error
+        was_optimizing = torch._C._get_graph_executor_optimize()
+        torch._C._set_graph_executor_optimize(False)  # the fused kernels of scripts would drop tangents
         try:
-            with _unfused_scripts():
-                if _is_plain_training():
+            if _is_plain_training():
+                yield
+            else:
+                with torch.inference_mode(False), torch.enable_grad(), _as_written():
                     yield
-                else:
-                    with torch.inference_mode(False), torch.enable_grad(), _as_written():
-                        yield
         finally:
+            torch._C._set_graph_executor_optimize(was_optimizing)
             leave_level(level)
-
-
-def _unfused_scripts() -> AbstractContextManager[Any]:
-    """The fused kernels of scripts would drop tangents."""
-    return torch.jit.optimized_execution(False)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _is_plain_training() -> bool:

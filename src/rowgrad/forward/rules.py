@@ -38,8 +38,8 @@ def linear(input: Dual, weight: Dual, bias: Dual | None = None) -> Any:  # noqa:
     if dW is None:
         return NotImplemented if dh is None else Dual(F.linear(h, W, b), F.linear(dh, W, db))
     if W.ndim == 2 and len(W) <= THIN and h.numel() > MANY * W.numel():
-        both = F.linear(h, torch.cat([W, dW]))
-        z, dz = _plus(both[..., : len(W)], b).contiguous(), _plus(both[..., len(W) :], db).contiguous()
+        biases = None if b is None else torch.cat([b, torch.zeros_like(b) if db is None else db])
+        z, dz = (t.contiguous() for t in F.linear(h, torch.cat([W, dW]), biases).split(len(W), -1))
     else:
         z, dz = F.linear(h, W, b), F.linear(h, dW, db)
     if dh is not None and W.ndim == 1:
@@ -47,10 +47,6 @@ def linear(input: Dual, weight: Dual, bias: Dual | None = None) -> Any:  # noqa:
     elif dh is not None:
         dz = dz.reshape(-1, len(W)).addmm_(dh.reshape(-1, dh.shape[-1]), W.t()).view(z.shape)
     return Dual(z, dz)
-
-
-def _plus(t: Tensor, other: Tensor | None) -> Tensor:
-    return t if other is None else t + other
 
 
 def matmul(input: Dual, other: Dual | None = None, **named: Any) -> Any:  # noqa: A002
