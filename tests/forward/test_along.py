@@ -336,6 +336,8 @@ def test_operations_without_a_forward_derivative(model: nn.Sequential, x: Tensor
             torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-12)
         assert named in told[0][0]
         assert told[1:] == [[], []]
+        with pytest.raises(ForwardModeError, match=rf'{named}(.|\n)*Leave verify="never" out'):
+            rg.jvp(closure, model, v, verify="never")
 
 
 def test_what_loses_tangents(model: nn.Sequential, x: Tensor) -> None:
@@ -439,8 +441,31 @@ def test_a_way_is_checked_again_now_and_then(model: nn.Sequential, x: Tensor, mo
         calls.append(0)
         rg.jvp(closure, model, direction_of(model), verify="always")
     assert calls[-2:] == [2, 2]
-    with pytest.raises(ValueError, match='verify=\'never\': expected "cached" or "always"'):
+    for _ in range(4):
+        calls.append(0)
         rg.jvp(closure, model, direction_of(model), verify="never")
+    assert calls[-4:] == [1, 1, 1, 1]
+    with pytest.raises(ValueError, match=r"verify='no': expected"):
+        rg.jvp(closure, model, direction_of(model), verify="no")
+
+
+def test_a_direction_that_sees_nothing_confirms_nothing(model: nn.Sequential, x: Tensor) -> None:
+    """A custom Function loses the tangent of one bias, which does not move in the first calls."""
+    calls = [0]
+
+    def closure() -> Tensor:
+        calls[0] += 1
+        return Scaled.apply(model[0](x)[:, :2].detach(), model.get_parameter("2.bias")).sum(1) + losses_of(model, x)
+
+    v = direction_of(model)
+    still = {name: t * (name != "2.bias") for name, t in v.items()}
+    part = {name: t for name, t in v.items() if name != "2.bias"}
+    found = [rg.jvp(closure, model, given)[1] for given in (still, still, part, part)]
+    assert calls == [2 + 2 + 2 + 1]
+    for t in found:
+        torch.testing.assert_close(t, expected(closure, model, part), rtol=1e-10, atol=1e-12)
+    with pytest.warns(rg.RowgradWarning):
+        check(closure, model)
 
 
 def test_dropout_is_the_same_in_the_check(x: Tensor) -> None:

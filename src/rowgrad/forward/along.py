@@ -49,9 +49,10 @@ def jvp(
     Where the closure takes a way through PyTorch's calls that is new, it is called once more, as it is, and an ordinary
     backward pass checks the derivatives, with random weights for the examples; so it is at every 200th call. Where they
     differ, are not finite, or something has no forward derivative (a custom autograd Function without `jvp`, the CTC
-    loss), the rows of that second pass answer instead, and a warning tells so once. Between two checks, at ties and
-    kinks (an entry exactly at the bound of a `clamp`), PyTorch's forward formulas may take the other one-sided
-    derivative; `verify="always"` sees that.
+    loss), the rows of that second pass answer instead, and a warning tells so once. A check takes the memory of an
+    ordinary step; a way is known whatever the size of the batch, so begin with a small one where memory is short.
+    Between two checks, at ties and kinks (an entry exactly at the bound of a `clamp`), PyTorch's forward formulas may
+    take the other one-sided derivative; `verify="always"` sees that.
 
     Args:
         closure: the forward pass; returns one loss per example, shape (B,), not averaged. Called once or, to check,
@@ -59,14 +60,15 @@ def jvp(
         params: as for `rowgrad.jacobian`. The closure uses the same tensors, as it stands.
         direction: {name: tensor}, where parameters left out count as zero, or a sequence of one tensor for each
             parameter in their order; each of its parameter's shape.
-        verify: "cached" checks what is new, "always" every call.
+        verify: "cached" checks what is new, "always" every call, "never" none: the closure is called once, and what
+            has no forward derivative is refused.
     Returns:
         (losses, derivatives), each (B,), detached. The derivatives are J v, as `torch.func.jvp` names them.
     Raises:
         TypeError: `closure` cannot be called.
         NotAVectorError: it returns no vector of losses.
         KeyError, ValueError: the direction is none of these parameters, or `verify` is not what it may be.
-        ForwardModeError: dual numbers are in use already.
+        ForwardModeError: dual numbers are in use already; something has no forward derivative and `verify` is "never".
         RowgradError: as for `rowgrad.jacobian`, where the rows answer.
     Source: Wengert 1964, "A simple automatic derivative evaluation program"; Baydin et al. 2018, section 3.1.
 
@@ -82,26 +84,32 @@ def jvp(
             f"closure is a {type(closure).__name__}, expected a function that runs the forward pass and returns the "
             "losses, shape (B,), for instance `lambda: losses_of(batch)`"
         )
-    if verify not in ("cached", "always"):
-        raise ValueError(f'verify={verify!r}: expected "cached" or "always"')
+    if verify not in ("cached", "always", "never"):
+        raise ValueError(f'verify={verify!r}: expected "cached", "always" or "never"')
     parameters = named(params)
     tangents = {n: v.detach().to(parameters.by_name[n]) for n, v in parameters.direction(direction).items()}
-    known, again = _known_of(closure, parameters), _Again(closure, params, parameters.by_name, tangents)
-    if not known.is_settled or verify == "always":
-        again.start = random_state()
-    if known.by_rows:
-        return again.by_rows(again.losses())
-    found, way, reason = _by_tangents(closure, parameters.by_name, tangents)
-    if known.trusts(way) and verify == "cached" and found is not None and isfinite(float(found[1].sum())):
+    if verify == "never":
+        found, _, reason = _by_tangents(closure, parameters.by_name, tangents)
+        if found is None:
+            raise ForwardModeError(f'{reason}. Leave verify="never" out, and the rows answer')
         return found
-    losses = again.losses()
+    known = _known_of(closure, parameters)
+    start = None if known.is_settled and verify == "cached" else random_state()
+    found, way, reason = (None, None, "") if known.by_rows else _by_tangents(closure, parameters.by_name, tangents)
+    if known.trusts(way) and verify == "cached" and found is not None and _is_finite(found[1]):
+        return found
+    again = _Again(closure, params, parameters.by_name, tangents)
+    losses = again.losses(start)
     if found is not None and again.agrees(found, losses):
-        known.trust(way)
+        known.trust(way if again.tells else None)
         return found
-    known.distrust(way, forever=again.start is not None)
-    if known.by_rows:
+    if not known.by_rows and known.distrust(way, forever=start is not None):
         warnings.warn(f"{reason or DIFFERENT}: the rows of a second pass are used", RowgradWarning, stacklevel=2)
     return again.by_rows(losses)
+
+
+def _is_finite(derivatives: Tensor) -> bool:
+    return isfinite(float(derivatives.sum(dtype=torch.float64)))
 
 
 # What is known of a closure
@@ -124,15 +132,18 @@ class _Known:
         return self.ways[way] < CHECK_EVERY
 
     def trust(self, way: Hashable) -> None:
+        """None is not known after all."""
         if len(self.ways) >= MOST_KEPT:
             self.ways.clear()
-        self.ways[way] = 0
-        self.is_settled = True
+        if way is not None:
+            self.ways[way] = 0
+        self.is_settled = way is not None
 
-    def distrust(self, way: Hashable, forever: bool) -> None:
-        """A way that was right before stays known: once it met numbers that are not finite, or a kink."""
+    def distrust(self, way: Hashable, forever: bool) -> bool:
+        """Whether rows are to answer from now on: not for a way that was right before, and met a kink, or infinity."""
         self.by_rows = forever and way not in self.ways
         self.is_settled = False
+        return self.by_rows
 
 
 _known: dict[Hashable, _Known] = {}
@@ -152,23 +163,30 @@ def _known_of(closure: Callable[[], Tensor], parameters: Parameters) -> _Known:
 # The second call
 
 
-@dataclass
 class _Again:
-    """The closure called as it is, from the random numbers of the first call where these were kept."""
+    """The closure called as it is.
 
-    closure: Callable[[], Tensor]
-    params: Params
-    by_name: Mapping[str, Tensor]
-    tangents: Mapping[str, Tensor]
-    start: dict[str, Any] | None = None
+    Attributes:
+        tells: whether the check saw a part of every parameter that moves; a direction of zeros confirms nothing.
+    """
 
-    def losses(self) -> Tensor:
-        """With their graph."""
+    def __init__(
+        self,
+        closure: Callable[[], Tensor],
+        params: Params,
+        by_name: Mapping[str, Tensor],
+        tangents: Mapping[str, Tensor],
+    ) -> None:
+        self.closure, self.params, self.by_name, self.tangents = closure, params, by_name, tangents
+        self.tells = False
+
+    def losses(self, start: dict[str, Any] | None) -> Tensor:
+        """With their graph, from the random numbers at the start of the first call, where these were kept."""
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             own_buffers(self.params),
-            same_randomness(self.start or random_state()),
+            same_randomness(start or random_state()),
         ):
             losses = self.closure()
         _check_shape(losses)
@@ -189,8 +207,10 @@ class _Again:
         found = {name: g for name, g in zip(self.by_name, gradients, strict=True) if g is not None}
         ours = u.double() * forward[1].double()
         whole, size = torch.zeros_like(ours.sum()), torch.zeros_like(ours.sum())
+        self.tells = found.keys() >= self.tangents.keys()
         for name in found.keys() & self.tangents.keys():
             products = found[name].detach().to_dense().double() * self.tangents[name]
+            self.tells = self.tells and bool(products.any())
             whole, size = whole + products.sum(), size + products.square().sum()
         return bool(found) and bool((ours.sum() - whole).abs() <= allowed * (size.sqrt() + ours.norm()))
 
@@ -213,7 +233,7 @@ def _by_tangents(
         values, derivatives = split(losses)
         if derivatives is None:
             derivatives = torch.zeros_like(values)
-        return (values.detach(), derivatives.detach()), duals.way(), ""
+        return (values.detach(), derivatives.detach()), (duals.way(), *tangents), ""
 
 
 def _first_line(error: Exception) -> str:
