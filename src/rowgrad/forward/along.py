@@ -6,8 +6,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -222,18 +222,31 @@ def _by_tangents(
     closure: Callable[[], Tensor], parameters: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
 ) -> tuple[tuple[Tensor, Tensor] | None, Hashable, str]:
     """Losses and derivatives with the way that the closure took; or nothing, and why not."""
-    with _level():
-        duals = Duals(_duals(parameters, tangents))
+    with _one_at_a_time:
+        level, was_optimizing = _enter_level(), torch._C._get_graph_executor_optimize()
+        torch._C._set_graph_executor_optimize(False)  # the fused kernels of scripts would drop tangents
         try:
-            with duals:
-                losses = closure()
-        except Exception as error:  # noqa: BLE001 (if it is the closure's own, the second call raises it)
-            return None, None, f"the forward pass cannot carry tangents along ({_first_line(error)})"
-        _check_shape(losses)
-        values, derivatives = split(losses)
-        if derivatives is None:
-            derivatives = torch.zeros_like(values)
-        return (values.detach(), derivatives.detach()), (duals.way(), *tangents), ""
+            with _as_in_training():
+                return _carried(closure, parameters, tangents)
+        finally:
+            torch._C._set_graph_executor_optimize(was_optimizing)
+            leave_level(level)
+
+
+def _carried(
+    closure: Callable[[], Tensor], parameters: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
+) -> tuple[tuple[Tensor, Tensor] | None, Hashable, str]:
+    duals = Duals({id(p): Dual(p.detach(), tangents.get(name)) for name, p in parameters.items()})
+    try:
+        with duals:
+            losses = closure()
+    except Exception as error:  # noqa: BLE001 (if it is the closure's own, the second call raises it)
+        return None, None, f"the forward pass cannot carry tangents along ({_first_line(error)})"
+    _check_shape(losses)
+    values, derivatives = split(losses)
+    if derivatives is None:
+        derivatives = torch.zeros_like(values)
+    return (values.detach(), derivatives.detach()), (duals.way(), *tangents), ""
 
 
 def _first_line(error: Exception) -> str:
@@ -241,43 +254,27 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"[:200]
 
 
-@contextmanager
-def _level() -> Iterator[None]:
-    """Where dual numbers live: gradients enabled, as in training, and compiled functions run as they were written."""
-    with _one_at_a_time:
-        try:
-            level = enter_level()
-        except RuntimeError as error:
-            raise ForwardModeError(
-                f"dual numbers are in use already ({error}): a jvp inside another, or code between torch.autograd."
-                "forward_ad.dual_level() and its end. Use rowgrad.jacobian(losses, params).dot(direction) there"
-            ) from error
-        was_optimizing = torch._C._get_graph_executor_optimize()
-        torch._C._set_graph_executor_optimize(False)  # the fused kernels of scripts would drop tangents
-        try:
-            if _is_plain_training():
-                yield
-            else:
-                with torch.inference_mode(False), torch.enable_grad(), _as_written():
-                    yield
-        finally:
-            torch._C._set_graph_executor_optimize(was_optimizing)
-            leave_level(level)
+def _enter_level() -> int:
+    try:
+        return enter_level()
+    except RuntimeError as error:
+        raise ForwardModeError(
+            f"dual numbers are in use already ({error}): a jvp inside another, or code between torch.autograd."
+            "forward_ad.dual_level() and its end. Use rowgrad.jacobian(losses, params).dot(direction) there"
+        ) from error
 
 
-def _is_plain_training() -> bool:
-    """Entering the contexts, which would change nothing, takes as long as a few small products."""
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and "torch._dynamo" not in sys.modules
-
-
-def _as_written() -> AbstractContextManager[Any]:
-    """Functions of `torch.compile` run uncompiled."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-def _duals(parameters: Mapping[str, Tensor], tangents: Mapping[str, Tensor]) -> dict[int, Dual]:
-    """What stands for each parameter, by its id: nothing of it requires grad, so that no graph is recorded."""
-    return {id(p): Dual(p.detach(), tangents.get(name)) for name, p in parameters.items()}
+def _as_in_training() -> AbstractContextManager[Any]:
+    """Gradients enabled, functions of `torch.compile` uncompiled; no context where it would change nothing."""
+    has_compiled = "torch._dynamo" in sys.modules
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not has_compiled:
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
+    if has_compiled:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    return stack
 
 
 def _check_shape(losses: Any) -> None:
