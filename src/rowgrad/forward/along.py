@@ -109,7 +109,7 @@ def jvp(
 
 
 def _is_finite(derivatives: Tensor) -> bool:
-    return isfinite(float(derivatives.sum(dtype=torch.float64)))
+    return isfinite((derivatives if derivatives.itemsize > 2 else derivatives.float()).sum().item())
 
 
 # What is known of a closure

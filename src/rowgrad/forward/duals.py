@@ -36,7 +36,6 @@ class Duals(TorchFunctionMode):
     def __init__(self, duals: Mapping[int, Dual]) -> None:
         super().__init__()
         self._duals = duals
-        self._devices = {dual.value.device.type for dual in duals.values()}
         self._stand_ins: dict[int, Tensor] = {}  # of the parameters that are not used by rules alone
         self._calls: list[Hashable] = []
 
@@ -70,9 +69,10 @@ class Duals(TorchFunctionMode):
 
     def _by_rule(self, rule: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Not what is recorded for a backward pass, whose derivatives need tangents of their own, nor what is cast."""
-        if _in_a_transform() or any(torch.is_autocast_enabled(device) for device in self._devices):
+        given = (*args, *kwargs.values())
+        if _in_a_transform() or torch.is_autocast_enabled(given[0].device.type):
             return NotImplemented
-        parts = [self._split(a) for a in (*args, *kwargs.values())]
+        parts = [self._split(a) for a in given]
         if any(part is RECORDED for part in parts):
             return NotImplemented
         n = len(args)
