@@ -449,6 +449,41 @@ def test_a_way_is_checked_again_now_and_then(model: nn.Sequential, x: Tensor, mo
         rg.jvp(closure, model, direction_of(model), verify="no")
 
 
+def test_numbers_in_another_precision_are_another_way(model: nn.Sequential, x: Tensor) -> None:
+    calls, narrow, x = [0], model.float(), x.float()
+
+    def closure() -> Tensor:
+        calls[0] += 1
+        return narrow(x).float().square().sum(1)
+
+    seen = []
+    for enabled in (False, True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            rg.jvp(closure, narrow, direction_of(narrow))
+        seen.append(calls[0])
+    assert seen == [2, 4, 5, 6]
+
+
+def test_a_new_way_of_a_model_that_draws(x: Tensor) -> None:
+    """It is not expected, so the random numbers at its start are not kept: the second pass answers for its own."""
+    model, way, calls = nn.Sequential(nn.Linear(3, 40), nn.Dropout(0.5), nn.Linear(40, 2)).double(), ["plain"], [0]
+
+    def closure() -> Tensor:
+        calls[0] += 1
+        losses = losses_of(model, x)
+        return losses if way[0] == "plain" else losses.exp().log()
+
+    seen = []
+    for way[0] in ("plain", "plain", "longer", "longer", "longer"):
+        v = direction_of(model)
+        before = calls[0]
+        losses, derivatives = rg.jvp(closure, model, v)
+        seen.append(calls[0] - before)
+        assert losses.isfinite().all()
+        assert derivatives.isfinite().all()
+    assert seen == [2, 1, 2, 2, 1]
+
+
 def test_a_direction_that_sees_nothing_confirms_nothing(model: nn.Sequential, x: Tensor) -> None:
     """A custom Function loses the tangent of one bias, which does not move in the first calls."""
     calls = [0]
@@ -490,10 +525,10 @@ def test_values_that_are_not_finite_are_looked_at(x: Tensor) -> None:
         p = (model(x)[:, 0] * scale[0]).sigmoid()
         return F.binary_cross_entropy(p, (p > 0.5).float().detach(), reduction="none")
 
-    for scale[0] in (1.0, 1e4, 1.0):
+    for scale[0], verify in ((1.0, "cached"), (1e4, "cached"), (1e4, "always"), (1.0, "cached")):
         v = direction_of(model)
         rows = rows_by_grad(closure(), trainable(model))
-        found = rg.jvp(closure, model, v)[1]
+        found = rg.jvp(closure, model, v, verify=verify)[1]
         torch.testing.assert_close(
             found.double(), flat(rows) @ torch.cat([t.flatten() for t in v.values()]).double(), rtol=1e-4, atol=1e-6
         )

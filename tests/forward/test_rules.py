@@ -125,6 +125,13 @@ def test_products_of_what_moves_with_what_stands_still(multiply: Callable, taken
     assert len(taken) == 3
 
 
+def test_products_by_keyword_are_left_to_pytorch(taken: list) -> None:
+    W, x = parameter(5, 3), randn(4, 5)
+    check(lambda: torch.mm(x, mat2=W).sin().sum(1), {"W": W}, ["W"])
+    check(lambda: torch.matmul(x, other=W).sin().sum(1), {"W": W}, ["W"])
+    assert taken == [torch.matmul]
+
+
 def test_stacked_products(taken: list) -> None:
     W, x = parameter(4, 5, 3), randn(4, 2, 5)
     check(lambda: torch.bmm(x, W).sin().sum((1, 2)), {"W": W}, ["W"])

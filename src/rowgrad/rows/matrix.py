@@ -286,6 +286,8 @@ class Jacobian:
     def dot(self, direction: Any) -> Tensor:
         """J v: the derivative of each loss along a direction in parameter space, shape (B,); also written `J @ v`.
 
+        For a direction that is known before the forward pass `rowgrad.jvp` needs neither a graph nor a backward pass.
+
         Args:
             direction: {name: tensor}, where parameters left out count as zero, or a sequence of one tensor for each
                 parameter in the order of `names`; each of its parameter's shape.
