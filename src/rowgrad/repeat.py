@@ -29,11 +29,7 @@ class Repeated:
     """
 
     def __init__(self, closure: Callable[[], Tensor], model: object) -> None:
-        if not callable(closure):
-            raise TypeError(
-                f"closure is a {type(closure).__name__}, expected a function that runs the forward pass and returns "
-                "the losses, for instance `lambda: losses_of(batch)`"
-            )
+        check_closure(closure)
         self.closure, self.model = closure, model
         self.draws = False  # whether any run drew random numbers
         self._start = random_state()
@@ -58,6 +54,15 @@ class Repeated:
             )
         self._last = weakref.ref(losses)
         return losses
+
+
+def check_closure(closure: object) -> None:
+    """Refuse what cannot be called."""
+    if not callable(closure):
+        raise TypeError(
+            f"closure is a {type(closure).__name__}, expected a function that runs the forward pass and returns the "
+            "losses, for instance `lambda: losses_of(batch)`"
+        )
 
 
 @contextmanager

@@ -65,7 +65,6 @@ def test_parameters_and_directions_as_everywhere(model: nn.Sequential, x: Tensor
         (optimizer.param_groups, list(v.values())),
         (model, {p: v[name] for name, p in model.named_parameters()}),
         (model, {name: nn.Parameter(t) for name, t in v.items()}),
-        (model, {name: t.to(torch.float32).to(torch.float64) * 0 + t for name, t in v.items()}),
     ]:
         losses, derivatives = rg.jvp(closure, given, direction)
         torch.testing.assert_close(derivatives, truth, rtol=1e-10, atol=1e-12)
@@ -304,15 +303,10 @@ HIDDEN: dict[str, Callable[[nn.Sequential, Tensor], Callable[[], Tensor]]] = {
 @pytest.mark.filterwarnings("ignore:.*no rule for how the examples meet")
 @pytest.mark.parametrize("kind", HIDDEN)
 def test_parameters_out_of_sight(kind: str, model: nn.Sequential, x: Tensor) -> None:
-    closure, v = HIDDEN[kind](model, x), direction_of(model)
-    truth = expected(closure, model, v) if kind != "outside" else None
+    v = direction_of(model)
     with pytest.warns(rg.RowgradWarning, match="not those of a backward pass"):
-        found = rg.jvp(closure, model, v)[1]
-    if truth is None:  # the second pass frees the part of the graph that was made once
-        truth = expected(lambda: losses_of(nn.Sequential(model[0], model[2]), x), nn.Sequential(model[0], model[2]), {
-            name.replace("2.", "1."): t for name, t in v.items()
-        })  # fmt: skip
-    torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-12)
+        found = rg.jvp(HIDDEN[kind](model, x), model, v)[1]
+    torch.testing.assert_close(found, expected(HIDDEN[kind](model, x), model, v), rtol=1e-10, atol=1e-12)
 
 
 def test_reentrant_checkpoints_are_refused(model: nn.Sequential, x: Tensor) -> None:
@@ -549,9 +543,9 @@ def test_what_is_no_vector_of_losses(model: nn.Sequential, x: Tensor) -> None:
     v = direction_of(model)
     with pytest.raises(TypeError, match=r"closure is a Tensor, expected a function"):
         rg.jvp(losses_of(model, x), model, v)  # type: ignore[arg-type]
-    with pytest.raises(NotAVectorError, match=r"closure returned a tuple"):
+    with pytest.raises(NotAVectorError, match=r"losses is a tuple"):
         rg.jvp(lambda: (losses_of(model, x), x), model, v)  # type: ignore[arg-type, return-value]
-    with pytest.raises(NotAVectorError, match=r'shape \(\), expected \(B,\).*reduction="none"'):
+    with pytest.raises(NotAVectorError, match=r'scalar.*reduction="none"'):
         rg.jvp(lambda: losses_of(model, x).mean(), model, v)
     with pytest.raises(NotAVectorError, match=r"shape \(5, 2\)"):
         rg.jvp(lambda: model(x), model, v)

@@ -24,6 +24,7 @@ from rowgrad.checking.report import Report
 from rowgrad.errors import NonFiniteError
 from rowgrad.graph.sweep import Cotangents, above, walk
 from rowgrad.parameters import Parameters, Params, named
+from rowgrad.repeat import check_closure
 from rowgrad.rounding import tolerance
 from rowgrad.rows.build import check_losses, jacobian
 from rowgrad.rows.matrix import Jacobian
@@ -90,11 +91,7 @@ def check_rows(
     >>> rowgrad.check_rows(lambda: model(torch.eye(3)).squeeze(1).square(), model).ok
     True
     """
-    if not callable(closure):
-        raise TypeError(
-            f"closure is a {type(closure).__name__}, expected a function that runs the forward pass and returns the "
-            "losses, shape (B,), for instance `lambda: losses_of(batch)`"
-        )
+    check_closure(closure)
     with torch.enable_grad():
         losses = closure()
     check_losses(losses)

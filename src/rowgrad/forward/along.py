@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowgrad.errors import ForwardModeError, NotAVectorError, RowgradWarning
+from rowgrad.errors import ForwardModeError, RowgradWarning
 from rowgrad.forward.duals import Duals
 from rowgrad.forward.numbers import Dual, enter_level, leave_level, split
 from rowgrad.parameters import Parameters, Params, named
-from rowgrad.repeat import own_buffers, random_state, same_randomness
+from rowgrad.repeat import Repeated, check_closure
 from rowgrad.rounding import tolerance
-from rowgrad.rows.build import check_losses, jacobian
+from rowgrad.rows.build import check_losses, check_vector, jacobian
 from rowgrad.tape import Tape
 
 CHECK_EVERY = 200  # calls; a check costs about two plain steps, so about 1% of the time
@@ -79,11 +79,7 @@ def jvp(
     >>> derivatives
     tensor([43.,  1.])
     """
-    if not callable(closure):
-        raise TypeError(
-            f"closure is a {type(closure).__name__}, expected a function that runs the forward pass and returns the "
-            "losses, shape (B,), for instance `lambda: losses_of(batch)`"
-        )
+    check_closure(closure)
     if verify not in ("cached", "always", "never"):
         raise ValueError(f'verify={verify!r}: expected "cached", "always" or "never"')
     parameters = named(params)
@@ -94,18 +90,20 @@ def jvp(
             raise ForwardModeError(f'{reason}. Leave verify="never" out, and the rows answer')
         return found
     known = _known_of(closure, parameters)
-    start = None if known.is_settled and verify == "cached" else random_state()
+    again = None if known.is_settled and verify == "cached" else Repeated(closure, params)
     found, way, reason = (None, None, "") if known.by_rows else _by_tangents(closure, parameters.by_name, tangents)
     if known.trusts(way) and verify == "cached" and found is not None and _is_finite(found[1]):
         return found
-    again = _Again(closure, params, parameters.by_name, tangents)
-    losses = again.losses(start)
-    if found is not None and again.agrees(found, losses):
-        known.trust(way if again.tells else None)
+    with torch.inference_mode(False):
+        losses = (again or Repeated(closure, params))()
+    check_losses(losses)
+    agrees, tells = _compared(found, losses, parameters.by_name, tangents) if found is not None else (False, False)
+    if found is not None and agrees:
+        known.trust(way if tells else None)
         return found
-    if not known.by_rows and known.distrust(way, forever=start is not None):
+    if not known.by_rows and known.distrust(way, forever=again is not None):
         warnings.warn(f"{reason or DIFFERENT}: the rows of a second pass are used", RowgradWarning, stacklevel=2)
-    return again.by_rows(losses)
+    return losses.detach(), jacobian(losses, parameters.by_name).dot(tangents).to(losses.dtype)
 
 
 def _is_finite(derivatives: Tensor) -> bool:
@@ -160,59 +158,25 @@ def _known_of(closure: Callable[[], Tensor], parameters: Parameters) -> _Known:
     return known
 
 
-# The second call
-
-
-class _Again:
-    """The closure called as it is.
-
-    Attributes:
-        tells: whether the check saw a part of every parameter that moves; a direction of zeros confirms nothing.
-    """
-
-    def __init__(
-        self,
-        closure: Callable[[], Tensor],
-        params: Params,
-        by_name: Mapping[str, Tensor],
-        tangents: Mapping[str, Tensor],
-    ) -> None:
-        self.closure, self.params, self.by_name, self.tangents = closure, params, by_name, tangents
-        self.tells = False
-
-    def losses(self, start: dict[str, Any] | None) -> Tensor:
-        """With their graph, from the random numbers at the start of the first call, where these were kept."""
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            own_buffers(self.params),
-            same_randomness(start or random_state()),
-        ):
-            losses = self.closure()
-        _check_shape(losses)
-        check_losses(losses)
-        return losses
-
-    def by_rows(self, losses: Tensor) -> tuple[Tensor, Tensor]:
-        derivatives = jacobian(losses, self.by_name).dot(self.tangents)
-        return losses.detach(), derivatives.to(losses.dtype)
-
-    def agrees(self, forward: tuple[Tensor, Tensor], losses: Tensor) -> bool:
-        """Whether u^T J v comes out alike from both sides, for random u."""
-        allowed = tolerance(Tape(losses))
-        if not torch.allclose(forward[0], losses.detach(), rtol=allowed, atol=allowed, equal_nan=True):
-            return False
-        u = torch.randn(losses.shape, generator=torch.Generator().manual_seed(0)).to(losses)
-        gradients = torch.autograd.grad(losses, [*self.by_name.values()], u, retain_graph=True, allow_unused=True)
-        found = {name: g for name, g in zip(self.by_name, gradients, strict=True) if g is not None}
-        ours = u.double() * forward[1].double()
-        whole, size = torch.zeros_like(ours.sum()), torch.zeros_like(ours.sum())
-        self.tells = found.keys() >= self.tangents.keys()
-        for name in found.keys() & self.tangents.keys():
-            products = found[name].detach().to_dense().double() * self.tangents[name]
-            self.tells = self.tells and bool(products.any())
-            whole, size = whole + products.sum(), size + products.square().sum()
-        return bool(found) and bool((ours.sum() - whole).abs() <= allowed * (size.sqrt() + ours.norm()))
+def _compared(
+    forward: tuple[Tensor, Tensor], losses: Tensor, params: Mapping[str, Tensor], tangents: Mapping[str, Tensor]
+) -> tuple[bool, bool]:
+    """Whether u^T J v comes out alike from both sides, for random u, and whether a part of every parameter that moves
+    was seen in it: a direction of zeros confirms nothing."""
+    allowed = tolerance(Tape(losses))
+    if not torch.allclose(forward[0], losses.detach(), rtol=allowed, atol=allowed, equal_nan=True):
+        return False, False
+    u = torch.randn(losses.shape, generator=torch.Generator().manual_seed(0)).to(losses)
+    gradients = torch.autograd.grad(losses, [*params.values()], u, retain_graph=True, allow_unused=True)
+    found = {name: g for name, g in zip(params, gradients, strict=True) if g is not None}
+    ours = u.double() * forward[1].double()
+    whole, size = torch.zeros_like(ours.sum()), torch.zeros_like(ours.sum())
+    tells = found.keys() >= tangents.keys()
+    for name in found.keys() & tangents.keys():
+        products = found[name].detach().to_dense().double() * tangents[name]
+        tells = tells and bool(products.any())
+        whole, size = whole + products.sum(), size + products.square().sum()
+    return bool(found) and bool((ours.sum() - whole).abs() <= allowed * (size.sqrt() + ours.norm())), tells
 
 
 # The first call
@@ -223,7 +187,7 @@ def _by_tangents(
 ) -> tuple[tuple[Tensor, Tensor] | None, Hashable, str]:
     """Losses and derivatives with the way that the closure took; or nothing, and why not."""
     with _one_at_a_time:
-        level, was_optimizing = _enter_level(), torch._C._get_graph_executor_optimize()
+        level, was_optimizing = enter_level(), torch._C._get_graph_executor_optimize()
         torch._C._set_graph_executor_optimize(False)  # the fused kernels of scripts would drop tangents
         try:
             with _as_in_training():
@@ -242,7 +206,7 @@ def _carried(
             losses = closure()
     except Exception as error:  # noqa: BLE001 (if it is the closure's own, the second call raises it)
         return None, None, f"the forward pass cannot carry tangents along ({_first_line(error)})"
-    _check_shape(losses)
+    check_vector(losses)
     values, derivatives = split(losses)
     if derivatives is None:
         derivatives = torch.zeros_like(values)
@@ -252,16 +216,6 @@ def _carried(
 def _first_line(error: Exception) -> str:
     text = str(error).strip().partition("\n")[0].partition(". ")[0]
     return f"{type(error).__name__}: {text}"[:200]
-
-
-def _enter_level() -> int:
-    try:
-        return enter_level()
-    except RuntimeError as error:
-        raise ForwardModeError(
-            f"dual numbers are in use already ({error}): a jvp inside another, or code between torch.autograd."
-            "forward_ad.dual_level() and its end. Use rowgrad.jacobian(losses, params).dot(direction) there"
-        ) from error
 
 
 def _as_in_training() -> AbstractContextManager[Any]:
@@ -275,17 +229,3 @@ def _as_in_training() -> AbstractContextManager[Any]:
     if has_compiled:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
     return stack
-
-
-def _check_shape(losses: Any) -> None:
-    if not isinstance(losses, Tensor):
-        raise NotAVectorError(
-            f"closure returned a {type(losses).__name__}, expected the losses, a tensor of shape (B,)"
-        )
-    if losses.ndim != 1:
-        raise NotAVectorError(
-            f"closure returned losses of shape {tuple(losses.shape)}, expected (B,), one for each example: not "
-            'averaged (reduction="none"), tokens put together (rowgrad.per_example)'
-        )
-    if not losses.dtype.is_floating_point:
-        raise NotAVectorError(f"losses are {losses.dtype}, expected real floating point numbers")

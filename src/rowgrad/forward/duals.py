@@ -65,7 +65,7 @@ class Duals(TorchFunctionMode):
                 return found.join()
         func = COMPOSED.get(func, func)
         with UNFUSED.get(func, nullcontext)():
-            return func(*[self._joined(a) for a in args], **{key: self._joined(a) for key, a in kwargs.items()})
+            return func(*_with(self._stand_in, args), **_with(self._stand_in, kwargs))
 
     def _by_rule(self, rule: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Not what is recorded for a backward pass, whose derivatives need tangents of their own, nor what is cast."""
@@ -84,18 +84,23 @@ class Duals(TorchFunctionMode):
             return known or a
         return RECORDED if a.requires_grad else split(a)
 
-    def _joined(self, a: Any) -> Any:
-        if isinstance(a, Tensor):
-            key = id(a)
-            if key not in self._duals:
-                return a
-            if key not in self._stand_ins:
-                self._stand_ins[key] = self._duals[key].join()
-            return self._stand_ins[key]
-        kind = type(a)
-        if kind is tuple or kind is list:
-            return kind([self._joined(item) for item in a])
-        return {key: self._joined(item) for key, item in a.items()} if kind is dict else a
+    def _stand_in(self, t: Tensor) -> Tensor:
+        key = id(t)
+        if key not in self._duals:
+            return t
+        if key not in self._stand_ins:
+            self._stand_ins[key] = self._duals[key].join()
+        return self._stand_ins[key]
+
+
+def _with(change: Callable[[Tensor], Tensor], a: Any) -> Any:
+    """An argument of a call with its tensors changed."""
+    if isinstance(a, Tensor):
+        return change(a)
+    kind = type(a)
+    if kind is tuple or kind is list:
+        return kind([_with(change, item) for item in a])
+    return {key: _with(change, item) for key, item in a.items()} if kind is dict else a
 
 
 def _in_a_transform() -> bool:
@@ -107,16 +112,11 @@ def _without_tangents(func: Callable[..., Any], args: tuple[Any, ...], kwargs: M
     """The call on values alone. A tensor that it changes in place and returns stays the one that it was."""
     originals: dict[int, Tensor] = {}
 
-    def value(a: Any) -> Any:
-        if isinstance(a, Tensor):
-            detached = a.detach()
-            originals[id(detached)] = a
-            return detached
-        kind = type(a)
-        if kind is tuple or kind is list:
-            return kind([value(item) for item in a])
-        return {key: value(item) for key, item in a.items()} if kind is dict else a
+    def value(t: Tensor) -> Tensor:
+        detached = t.detach()
+        originals[id(detached)] = t
+        return detached
 
-    values, named = [value(a) for a in args], {key: value(a) for key, a in kwargs.items()}
+    values, named = _with(value, args), _with(value, kwargs)  # held, so that the ids stay theirs
     found = func(*values, **named)
     return originals.get(id(found), found) if isinstance(found, Tensor) else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -10,12 +11,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from rowgrad.errors import ForwardModeError
+
 
 class Dual(NamedTuple):
     """Value and tangent of a tensor; no tangent stands for zeros."""
 
     value: Tensor
     tangent: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Dual:
+        """Something linear of both."""
+        return Dual(change(self.value), None if self.tangent is None else change(self.tangent))
 
     def join(self) -> Tensor:
         """One tensor, whose tangent PyTorch carries along. As `torch.autograd.forward_ad.make_dual`, at its price."""
@@ -34,9 +41,15 @@ def enter_level() -> int:
     """Begin where dual numbers live; PyTorch has one such place, for all threads.
 
     Raises:
-        RuntimeError: somebody is in it.
+        ForwardModeError: somebody is in it.
     """
-    return forward_ad.enter_dual_level()
+    try:
+        return forward_ad.enter_dual_level()
+    except RuntimeError as error:
+        raise ForwardModeError(
+            f"dual numbers are in use already ({error}): a jvp inside another, or code between torch.autograd."
+            "forward_ad.dual_level() and its end. Use rowgrad.jacobian(losses, params).dot(direction) there"
+        ) from error
 
 
 def leave_level(level: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -134,29 +135,26 @@ def attention(
     """
     stacks = {t.value.shape[:-2] for t in (query, key, value)}
     still = query.tangent is None and key.tangent is None and value.tangent is None
-    if attn_mask is not None or dropout_p or enable_gqa or len(stacks) > 1 or still or not query.value.numel():
+    if (
+        attn_mask is not None
+        or dropout_p
+        or enable_gqa
+        or len(stacks) > 1
+        or still
+        or not (query.value.numel() and key.value.numel())
+    ):
         return NotImplemented
-    Q, K, V = _stacked(query), _stacked(key), _stacked(value)
+    Q, K, V = (dual.each(lambda t: t.reshape(-1, *t.shape[-2:])) for dual in (query, key, value))
     (q, _), (k, _), (v, _) = Q, K, V
     s = q.shape[-1] ** -0.5 if scale is None else scale
     mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu_(1) if is_causal else None
     step = max(1, NEAR // (q.shape[1] * k.shape[1]))
     z, dz = (q.new_empty(*q.shape[:2], v.shape[2]) for _ in range(2))
     for i in range(0, len(q), step):
-        at = slice(i, i + step)
-        _attend(_part(Q, at), _part(K, at), _part(V, at), s, mask, Dual(z[at], dz[at]))
+        some = itemgetter(slice(i, i + step))
+        _attend(Q.each(some), K.each(some), V.each(some), s, mask, Dual(z, dz).each(some))
     shape = *query.value.shape[:-1], v.shape[2]
     return Dual(z.view(shape), dz.view(shape))
-
-
-def _stacked(dual: Dual) -> Dual:
-    """(..., T, d) as (N, T, d)."""
-    shape = -1, *dual.value.shape[-2:]
-    return Dual(dual.value.reshape(shape), None if dual.tangent is None else dual.tangent.reshape(shape))
-
-
-def _part(dual: Dual, some: slice) -> Dual:
-    return Dual(dual.value[some], None if dual.tangent is None else dual.tangent[some])
 
 
 def _attend(query: Dual, key: Dual, value: Dual, s: float, mask: Tensor | None, out: Dual) -> None:
@@ -214,18 +212,18 @@ def embedding_bag(
 
 
 # fmt: off
-# call               rule
+# call                            rule
 RULES: dict[Call, Call] = {
-    F.linear:           linear,
-    torch.matmul:       matmul,
-    torch.mm:           matmul,
-    torch.bmm:          matmul,
-    Tensor.matmul:      matmul,
-    Tensor.__matmul__:  matmul,
-    F.layer_norm:       layer_norm,
-    F.group_norm:       group_norm,
+    F.linear:                        linear,
+    torch.matmul:                    matmul,
+    torch.mm:                        matmul,
+    torch.bmm:                       matmul,
+    Tensor.matmul:                   matmul,
+    Tensor.__matmul__:               matmul,
+    F.layer_norm:                    layer_norm,
+    F.group_norm:                    group_norm,
     F.scaled_dot_product_attention:  attention,
-    F.embedding_bag:    embedding_bag,
+    F.embedding_bag:                 embedding_bag,
 }
 # fmt: on
 

@@ -200,8 +200,8 @@ def _bound(max_bytes: int | None) -> int:
     return max_bytes
 
 
-def check_losses(losses: Tensor) -> None:
-    """Refuse what is not a vector of losses with a graph."""
+def check_vector(losses: Tensor) -> None:
+    """Refuse what is not a vector of losses."""
     if not isinstance(losses, Tensor):
         raise NotAVectorError(f"losses is a {type(losses).__name__}, expected a tensor of shape (B,)")
     if losses.ndim == 0:
@@ -214,10 +214,15 @@ def check_losses(losses: Tensor) -> None:
             f"losses has shape {tuple(losses.shape)}, expected (B,). Reduce all but the examples, for instance with "
             "rowgrad.per_example(losses, mask)"
         )
-    if losses.is_inference():
-        raise NoGraphError("losses were computed in inference mode and have no graph; run the forward pass outside it")
     if not losses.dtype.is_floating_point:
         raise NotAVectorError(f"losses are {losses.dtype}, expected real floating point numbers")
+
+
+def check_losses(losses: Tensor) -> None:
+    """Refuse what is not a vector of losses with a graph."""
+    check_vector(losses)
+    if losses.is_inference():
+        raise NoGraphError("losses were computed in inference mode and have no graph; run the forward pass outside it")
     if losses.grad_fn is None:
         why = "they are a leaf" if losses.requires_grad else "they were detached or computed under torch.no_grad()"
         raise NoGraphError(f"losses have no graph: {why}. Pass the result of a forward pass with gradients enabled")
