@@ -60,6 +60,8 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...],
     "linear": (F.linear, (4, 5), (40, 5), (40,)),
     "linear by keywords": (lambda h, W, b: F.linear(input=h, weight=W, bias=b), (4, 5), (40, 5), (40,)),
     "linear on sequences": (F.linear, (4, 3, 5), (40, 5), (40,)),
+    "linear on long sequences": (F.linear, (4, 30, 5), (40, 5), (40,)),
+    "linear of few rows": (F.linear, (20, 5), (40, 5), (40,)),
     "linear with few outputs": (F.linear, (4, 30, 5), (2, 5), (2,)),
     "linear to one number": (F.linear, (4, 30, 5), (1, 5), (1,)),
     "layer norm": (lambda h, W, b: F.layer_norm(h, (5,), W, b), (4, 3, 5), (5,), (5,)),
@@ -91,6 +93,15 @@ def test_layers(layer: str, moved: str, given: str, taken: list) -> None:
 
     check(losses, params, names)
     assert bool(taken) == ("norm" in layer or names != ["b"])
+
+
+def test_linear_of_one_vector_and_of_none(taken: list) -> None:
+    W, b = parameter(3, 5), parameter(3)
+    x = randn(5)
+    check(lambda: F.linear(x, W, b).sin(), {"W": W, "b": b}, ["W", "b"])
+    nothing = parameter(3, 0)
+    check(lambda: F.linear(randn(4, 2, 0), nothing, b).sin().sum((1, 2)), {"W": nothing, "b": b}, ["W", "b"])
+    assert taken == [F.linear, F.linear]
 
 
 def test_a_vector_as_weight(taken: list) -> None:

@@ -83,7 +83,7 @@ def jvp(
     if verify not in ("cached", "always", "never"):
         raise ValueError(f'verify={verify!r}: expected "cached", "always" or "never"')
     parameters = named(params)
-    tangents = {n: v.detach().to(parameters.by_name[n]) for n, v in parameters.direction(direction).items()}
+    tangents = {n: _as_tangent(v, parameters.by_name[n]) for n, v in parameters.direction(direction).items()}
     if verify == "never":
         found, _, reason = _by_tangents(closure, parameters.by_name, tangents)
         if found is None:
@@ -104,6 +104,12 @@ def jvp(
     if not known.by_rows and known.distrust(way, forever=again is not None):
         warnings.warn(f"{reason or DIFFERENT}: the rows of a second pass are used", RowgradWarning, stacklevel=2)
     return losses.detach(), jacobian(losses, parameters.by_name).dot(tangents).to(losses.dtype)
+
+
+def _as_tangent(v: Tensor, p: Tensor) -> Tensor:
+    """Calls that change nothing take their time, too."""
+    v = v.detach() if v.requires_grad else v
+    return v if v.dtype == p.dtype and v.device == p.device else v.to(p)
 
 
 def _is_finite(derivatives: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ from rowgrad.forward.rules import COMPOSED, RULES, UNFUSED
 ATTRIBUTE = {"__get__", "__set__", "__delete__"}
 VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
 OF_THE_PARAMETER = {Tensor.requires_grad_, Tensor.__deepcopy__, Tensor.__reduce_ex__}
-RECORDED = object()
 HOOKS = {Tensor.register_hook, Tensor.retain_grad}
+
+
+class _RecordedError(Exception):
+    """A tensor is recorded for a backward pass."""
 
 
 class Duals(TorchFunctionMode):
@@ -47,42 +51,43 @@ class Duals(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in OF_THE_PARAMETER or (getattr(func, "__name__", None) in ATTRIBUTE and func not in VIEWS):
+        if _is_of_the_parameter(func):
             return func(*args, **kwargs)
         self._calls.append(func)
         if not torch.is_grad_enabled():
             self._calls.append(False)
             return _without_tangents(func, args, kwargs)
-        if func in HOOKS and not args[0].requires_grad:
-            return RemovableHandle(OrderedDict()) if func == Tensor.register_hook else None
-        if func == Tensor.detach_:
-            raise NotImplementedError("a forward derivative cannot be dropped in place by detach_(), but by detach()")
         rule = RULES.get(func)
         if rule is not None:
             found = self._by_rule(rule, args, kwargs)
             if found is not NotImplemented:
                 self._calls.append(True)
                 return found.join()
+        if func in HOOKS and not args[0].requires_grad:
+            return RemovableHandle(OrderedDict()) if func == Tensor.register_hook else None
+        if func == Tensor.detach_:
+            raise NotImplementedError("a forward derivative cannot be dropped in place by detach_(), but by detach()")
         func = COMPOSED.get(func, func)
         with UNFUSED.get(func, nullcontext)():
             return func(*_with(self._stand_in, args), **_with(self._stand_in, kwargs))
 
     def _by_rule(self, rule: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Not what is recorded for a backward pass, whose derivatives need tangents of their own, nor what is cast."""
-        given = (*args, *kwargs.values())
-        if _in_a_transform() or torch.is_autocast_enabled(given[0].device.type):
+        if _in_a_transform() or _casts(args[0] if args else next(iter(kwargs.values()))):
             return NotImplemented
-        parts = [self._split(a) for a in given]
-        if any(part is RECORDED for part in parts):
+        try:
+            parts, named = [*map(self._split, args)], {name: self._split(a) for name, a in kwargs.items()}
+        except _RecordedError:
             return NotImplemented
-        n = len(args)
-        return rule(*parts[:n], **dict(zip(kwargs, parts[n:], strict=True))) if kwargs else rule(*parts)
+        return rule(*parts, **named)
 
     def _split(self, a: Any) -> Any:
         known = self._duals.get(id(a))
         if known is not None or not isinstance(a, Tensor):
             return known or a
-        return RECORDED if a.requires_grad else split(a)
+        if a.requires_grad:
+            raise _RecordedError
+        return split(a)
 
     def _stand_in(self, t: Tensor) -> Tensor:
         key = id(t)
@@ -101,6 +106,17 @@ def _with(change: Callable[[Tensor], Tensor], a: Any) -> Any:
     if kind is tuple or kind is list:
         return kind([_with(change, item) for item in a])
     return {key: _with(change, item) for key, item in a.items()} if kind is dict else a
+
+
+@lru_cache(maxsize=1024)
+def _is_of_the_parameter(func: Callable[..., Any]) -> bool:
+    """Whether a call is about the parameter itself, not its numbers."""
+    return func in OF_THE_PARAMETER or (getattr(func, "__name__", None) in ATTRIBUTE and func not in VIEWS)
+
+
+def _casts(input: Tensor) -> bool:  # noqa: A002
+    """Under `torch.autocast`."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)
 
 
 def _in_a_transform() -> bool:

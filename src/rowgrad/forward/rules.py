@@ -17,9 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rowgrad.forward.numbers import Dual
 
-THIN = 32  # outputs up to which a product is so narrow that one of twice the width costs hardly more
+FEW_ROWS, FEW_OUTPUTS = range(9, 33), range(17)  # where a product is faster with its weight on the left
 NEAR = 2**20  # numbers that stay near the processor
-MANY = 16  # times as many rows as outputs, from which on that is worth the copies
 
 NOTHING = None, None  # the value and the tangent of an argument that is not given
 
@@ -36,18 +35,33 @@ Call = Callable[..., Any]
 def linear(input: Dual, weight: Dual, bias: Dual | None = None) -> Any:  # noqa: A002
     """d(h W^T + b) = h dW^T + dh W^T + db, summed in place; see Note [products of zeros]."""
     (h, dh), (W, dW), (b, db) = input, weight, bias or NOTHING
-    if dW is None:
-        return NotImplemented if dh is None else Dual(F.linear(h, W, b), F.linear(dh, W, db))
-    if W.ndim == 2 and len(W) <= THIN and h.numel() > MANY * W.numel():
-        biases = None if b is None else torch.cat([b, torch.zeros_like(b) if db is None else db])
-        z, dz = (t.contiguous() for t in F.linear(h, torch.cat([W, dW]), biases).split(len(W), -1))
-    else:
-        z, dz = F.linear(h, W, b), F.linear(h, dW, db)
-    if dh is not None and W.ndim == 1:
-        dz.add_(F.linear(dh, W))
-    elif dh is not None:
-        dz = dz.reshape(-1, len(W)).addmm_(dh.reshape(-1, dh.shape[-1]), W.t()).view(z.shape)
+    products = [(a, V) for a, V in ((h, dW), (dh, W)) if a is not None and V is not None]
+    if not products:
+        return NotImplemented
+    z = F.linear(h, W, b)
+    if W.ndim == 2 and (len(W) in FEW_OUTPUTS or h.shape[:-1].numel() in FEW_ROWS):
+        return Dual(z, _from_the_left(products, db).view(z.shape))
+    (a, V), *others = products
+    dz = F.linear(a, V, db)
+    for a, V in others:
+        if V.ndim == 1:
+            dz.add_(F.linear(a, V))
+        else:
+            dz = _as_matrix(dz).addmm_(_as_matrix(a), V.t()).view(z.shape)
     return Dual(z, dz)
+
+
+def _from_the_left(products: list[tuple[Tensor, Tensor]], plus: Tensor | None) -> Tensor:
+    """The sum of a V^T, as that of V a^T."""
+    (a, V), *others = [(_as_matrix(a).t(), V) for a, V in products]
+    dz = torch.mm(V, a)
+    for a, V in others:
+        dz.addmm_(V, a)
+    return dz.t().contiguous() if plus is None else torch.add(dz.t(), plus, out=dz.new_empty(dz.shape[::-1]))
+
+
+def _as_matrix(t: Tensor) -> Tensor:
+    return t if t.ndim == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def matmul(input: Dual, other: Dual | None = None, **named: Any) -> Any:  # noqa: A002
@@ -181,6 +195,21 @@ def _sum_of_products(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
     return total
 
 
+def embedding(
+    input: Dual,  # noqa: A002
+    weight: Dual,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """Linear in the table, where the gradient is that of the lookup alone."""
+    if padding_idx is not None or max_norm is not None or scale_grad_by_freq or weight.tangent is None:
+        return NotImplemented
+    return weight.each(lambda table: torch.embedding(table, input.value))
+
+
 def embedding_bag(
     input: Dual,  # noqa: A002
     weight: Dual,
@@ -223,6 +252,7 @@ RULES: dict[Call, Call] = {
     F.layer_norm:                    layer_norm,
     F.group_norm:                    group_norm,
     F.scaled_dot_product_attention:  attention,
+    F.embedding:                     embedding,
     F.embedding_bag:                 embedding_bag,
 }
 # fmt: on
