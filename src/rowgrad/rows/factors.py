@@ -80,10 +80,11 @@ def lengths(t: Tensor, n_kept: int = 1) -> Tensor:
     n = t.shape[n_kept:].numel()
     if n <= PIECE:
         return torch.linalg.vector_norm(t, dim=tuple(range(n_kept, t.ndim)))
-    flat, piece = t.flatten(n_kept), gcd(n, PIECE)
+    piece = gcd(n, PIECE)
     if piece < 128:
-        return flat.square().sum(-1).sqrt_()
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(flat.unflatten(-1, (-1, piece)), dim=-1), dim=-1)
+        return t.flatten(n_kept).square().sum(-1).sqrt_()
+    pieces = t.reshape(*t.shape[:n_kept], n // piece, piece)
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(pieces, dim=-1), dim=-1)
 
 
 def energies(t: Tensor, n_kept: int = 1) -> Tensor:
@@ -316,18 +317,17 @@ class Outer:
         if self._formed is not None or (keep and self.formed_bytes <= KEEP_BYTES):
             return energies(self.form())
         b, g, _, a, d = self.sizes
-        found = self.left.new_empty(b)
+        # a product with more columns than rows is faster
+        left, right = (self.left, self.right) if a <= d else (self.right, self.left)
+        found: list[Tensor] = []
         for s in self.chunks(self.formed_bytes // max(1, b), step_bytes(self.left.device)):
-            with memory.scratch((len(self.left[s]), g, a, d), self.left) as piece:
-                found[s] = energies(self.write_out(s, piece))
-        return found
+            with memory.scratch((len(left[s]), g, min(a, d), max(a, d)), left) as piece:
+                found.append(energies(_written_out(left[s], right[s], piece)))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def write_out(self, examples: slice, out: Tensor) -> Tensor:
         """The rows of some examples, written to (n, G, a, b)."""
-        left, right = self.left[examples].transpose(-1, -2), self.right[examples]
-        if left.shape[-1] == 1:  # a product over one position is slower as one
-            return torch.mul(left, right, out=out)
-        return torch.matmul(left, right, out=out)
+        return _written_out(self.left[examples], self.right[examples], out)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         b, g, t, a, d = self.sizes
@@ -462,6 +462,14 @@ def handed_out(form: Form) -> Tensor:
     return rows
 
 
+def _written_out(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """left^T right for each example and group, written to (n, G, a, b)."""
+    left = left.transpose(-1, -2)
+    if left.shape[-1] == 1:  # a product over one position is slower as one
+        return torch.mul(left, right, out=out)
+    return torch.matmul(left, right, out=out)
+
+
 def _grams(side: Tensor) -> Tensor:
     """(n G, T, T) from (n, G, T, a): of each example's positions, group by group."""
     side = side.flatten(0, 1)
@@ -533,7 +541,8 @@ class Rows:
         repeats = (ids[:, 1:] == ids[:, :-1]).any(1).nonzero().squeeze(1)
         found = energies(self.rows)
         if len(repeats):
-            owner, _, rows = self.select(repeats).coalesced()
+            repeating = self if len(repeats) == len(ids) else self.select(repeats)
+            owner, _, rows = repeating.coalesced()
             found[repeats] = rows.new_zeros(len(repeats)).index_add_(0, owner, energies(rows))
         return found
 
