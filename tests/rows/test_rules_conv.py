@@ -60,8 +60,14 @@ def _by_gram(patch: Patch) -> None:
     patch.setattr(patches, "CANCELLATION", 0.0)
 
 
-def _formed(patch: Patch) -> None:
+def _formed_of_patches(patch: Patch) -> None:
     patch.setattr(Convolved, "prefers_gram", False)
+
+
+def _formed(patch: Patch) -> None:
+    """In single precision by folding, however few the channels."""
+    _formed_of_patches(patch)
+    patch.setattr(patches, "FEW_CHANNELS", 0)
 
 
 def _formed_in_pieces(patch: Patch) -> None:
@@ -73,6 +79,7 @@ def _formed_in_pieces(patch: Patch) -> None:
 ROUTES: dict[str, Callable[[Patch], None]] = {
     "by Gram": _by_gram,
     "formed": _formed,
+    "formed of patches": _formed_of_patches,
     "formed, in pieces": _formed_in_pieces,
 }
 
@@ -113,7 +120,7 @@ def test_routes_in_double_precision(name: str, route: str, monkeypatch: Patch) -
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_routes_in_single_precision(name: str, route: str, monkeypatch: Patch) -> None:
-    """Here rows are formed by folding the examples into groups."""
+    """Here rows may be formed by folding the examples into groups."""
     ROUTES[route](monkeypatch)
     net, x = network(name, torch.float32), images(name, 3)
     rows = rows_in_double(net, lambda twin: losses_of(twin, x))
@@ -277,6 +284,17 @@ def test_rows_are_written_out_early_where_they_take_no_more_than_cotangents(
     monkeypatch.setattr(Convolved, "prefers_gram", True)
     (form,) = condensed_jacobian(losses, layer)._blocks.by_name["weight"].regions[0].forms
     assert isinstance(form, Convolved)
+
+
+@pytest.mark.parametrize(("channels", "groups", "folds"), [
+    ((5, 6), 1, True), ((4, 6), 1, False), ((6, 4), 1, False), ((4, 4), 4, True),
+])  # fmt: skip
+def test_hardly_any_channels_are_not_folded(channels: tuple[int, int], groups: int, folds: bool) -> None:
+    layer = nn.Conv2d(*channels, 3, groups=groups)
+    J = rg.jacobian(energy(layer(torch.randn(3, channels[0], 9, 9))), layer)
+    (form,) = J._blocks.by_name["weight"].regions[0].forms
+    assert isinstance(form, Convolved)
+    assert form._folds == folds
 
 
 def test_folded_rows_are_formed_in_pieces(monkeypatch: Patch) -> None:

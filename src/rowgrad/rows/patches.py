@@ -13,8 +13,8 @@ Note [images without patches]
       <patch_t, patch_u> = sum_k <y[t + k], y[u + k]>. No patch is made, and the products shrink by k^n. With a stride,
       pixels meet only within their phase. Cost: positions^2 a + pixels^2 b / stride^n.
     - The rows are formed, a few examples at a time. On the CPU in float32 the examples are folded into the groups of
-      one backward of the weight, which takes little more than the weighted sum, so the rows are not kept; elsewhere
-      patches are made, and the rows are kept for the next question.
+      one backward of the weight, which takes little more than the weighted sum, so the rows are not kept; elsewhere,
+      and where a side has hardly any channels, patches are made, and the rows are kept for the next question.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ GRAM_WEIGHT = 3
 SHIFT_WEIGHT = 48
 ENTRY_WEIGHT = 50
 FEW_POSITIONS = 64  # up to which rows are products with patches, written where they belong, unlike folded ones
+FEW_CHANNELS = 4  # on either side, up to which patches are faster than folding: kernels are slow there
 KEPT_POSITIONS = 128  # multiply-adds of an entry of the sum, from which an entry kept and read again is cheaper
 CHANNELS = 32  # formed together; convolution kernels are slow at numbers that fill no vectors
 
@@ -221,7 +222,10 @@ class Convolved:
 
     @property
     def _folds(self) -> bool:
-        return self.x.device.type == "cpu" and self.x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        """Whether the examples are folded into the groups of one backward."""
+        if self.x.device.type != "cpu" or self.x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+            return False
+        return self.sliding.groups > 1 or min(self.shape[:2]) > FEW_CHANNELS
 
     def write_out(self, found: Tensor) -> Tensor:
         """The rows, written to (B, *shape)."""
