@@ -19,8 +19,15 @@ LIKES = [torch.zeros((), dtype=d) for d in (torch.float64, torch.float32, torch.
 
 @pytest.fixture
 def mapped(monkeypatch):
-    """Every result is large."""
+    """Every result is large, and nothing is left of earlier ones."""
     monkeypatch.setattr(memory, "LEAST_BYTES", 1)
+    monkeypatch.setattr(memory, "_unused", [])
+
+
+@pytest.fixture
+def unused(mapped):
+    """What nobody uses."""
+    return memory._unused
 
 
 @MAPPED
@@ -55,6 +62,96 @@ def test_memory_outlives_the_tensor_that_named_it_first(mapped):
     part = found[10:20]
     del found
     assert part.tolist() == [3.0] * 10
+
+
+@MAPPED
+def test_what_nobody_uses_serves_the_next_of_its_size(unused):
+    like = torch.zeros(())
+    found = memory.empty((1000,), like)
+    part, where = found[10:20], found.data_ptr()
+    del found
+    assert memory.empty((1000,), like).data_ptr() != where  # in use by a part, which is left alone
+    part.fill_(1.0)
+    del part
+    assert memory.empty((10**7,), like).data_ptr() != where  # too small
+    zeros = memory.zeros((1000,), like)
+    assert zeros.data_ptr() != where
+    assert not zeros.any()
+    memory.release()
+    found = memory.empty((1000,), like)
+    where = found.data_ptr()
+    del found
+    assert memory.empty((990,), like).data_ptr() == where
+
+
+@MAPPED
+def test_numbers_survive_what_is_freed_and_used_again(unused):
+    like, held = torch.zeros(()), []
+    for i in range(19):
+        found = memory.empty((100, 10), like).fill_(i)
+        if i % 3:
+            held.append((i, found[::7]))
+        del found
+    assert all((part == i).all() for i, part in held)
+    assert len(unused) == 1  # of the last, which the one after it would have got
+
+
+@MAPPED
+def test_only_so_much_stays(unused, monkeypatch):
+    like = torch.zeros(())
+    tensors = [memory.empty((1000,), like) for _ in range(5)]
+    size = memory.HUGE_PAGE + 4000
+    monkeypatch.setattr(memory, "UNUSED_BYTES", 2 * size)
+    del tensors
+    assert [len(mapping) for mapping in unused] == [size, size]
+    memory.release()
+    assert not unused
+
+
+@MAPPED
+@pytest.mark.parametrize("error", [OSError, AttributeError])
+def test_nothing_stays_where_the_system_could_not_take_it(unused, monkeypatch, error):
+    class Map(mmap.mmap):
+        def madvise(self, option, *args):
+            if option == mmap.MADV_FREE:
+                raise error
+            super().madvise(option, *args)
+
+    monkeypatch.setattr(memory.mmap, "mmap", Map)
+    memory.empty((1000,), torch.zeros(())).fill_(1.0)
+    assert not unused
+
+
+@MAPPED
+def test_what_stays_is_given_back_where_there_is_no_other_memory(unused, monkeypatch):
+    like = torch.zeros(())
+    memory.empty((1000,), like)
+    assert len(unused) == 1
+
+    class Map(mmap.mmap):
+        def __new__(cls, *args, **options):
+            if unused:
+                raise OSError(12, "Cannot allocate memory")
+            return super().__new__(cls, *args, **options)
+
+    monkeypatch.setattr(memory.mmap, "mmap", Map)
+    assert memory.empty((10**7,), like).data_ptr() % memory.HUGE_PAGE == 0
+
+
+@MAPPED
+def test_threads_never_share_what_stays(unused):
+    like = torch.zeros(())
+
+    def work(nr: int) -> bool:
+        for i in range(50):
+            value = 1000 * nr + i
+            found = memory.empty((500,), like).fill_(value)
+            if not (found == value).all():
+                return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
 
 
 @pytest.mark.parametrize("failing", ["mmap", "madvise", "none"])

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import mmap
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 
 import torch
@@ -24,18 +25,29 @@ LEAST_BYTES = 32 * 2**20  # above the largest block that glibc keeps
 HUGE_PAGE = 2 * 2**20
 SCRATCH_BYTES = 8 * 2**20  # that stay, a thread
 HAS_HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
+UNUSED_BYTES = 4 * 2**30  # that stay, of all threads
+SLACK = 1.25  # how many times as much as is asked for may be used
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """A tensor to be written whole, of this shape and the dtype and device of `like`."""
-    found = _mapped(shape, like, huge=True)
-    return like.new_empty(tuple(shape)) if found is None else found
+    """A tensor to be written whole, of this shape and the dtype and device of `like`. See Note [pages that stay]."""
+    n_bytes = prod(shape) * like.element_size()
+    mapping = None
+    if _is_mapped(n_bytes, like):
+        mapping = _taken(n_bytes + HUGE_PAGE) or _mapped(n_bytes + HUGE_PAGE, huge=True)
+    return like.new_empty(tuple(shape)) if mapping is None else _tensor_in(_lent(mapping), shape, like)
 
 
 def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     """Zeros to be written here and there: pages that nobody touches are never made."""
-    found = _mapped(shape, like, huge=False)
-    return like.new_zeros(tuple(shape)) if found is None else found
+    n_bytes = prod(shape) * like.element_size()
+    mapping = _mapped(n_bytes + HUGE_PAGE, huge=False) if _is_mapped(n_bytes, like) else None
+    return like.new_zeros(tuple(shape)) if mapping is None else _tensor_in(mapping, shape, like)
+
+
+def release() -> None:
+    """Give the system back what stays for the next results."""
+    _unused.clear()
 
 
 class _Scratch(threading.local):
@@ -63,17 +75,55 @@ def scratch(shape: Sequence[int], like: Tensor) -> Iterator[Tensor]:
         _scratch.is_lent = False
 
 
-def _mapped(shape: Sequence[int], like: Tensor, huge: bool) -> Tensor | None:
+def _is_mapped(n_bytes: int, like: Tensor) -> bool:
+    return n_bytes >= LEAST_BYTES and like.device.type == "cpu" and HAS_HUGE_PAGES
+
+
+def _mapped(n_bytes: int, huge: bool) -> mmap.mmap | None:
     """Memory of the system's own, which is zero; None where it would not help or cannot be had."""
-    n_bytes = prod(shape) * like.element_size()
-    if n_bytes < LEAST_BYTES or like.device.type != "cpu" or not HAS_HUGE_PAGES:
-        return None
-    try:
-        memory = mmap.mmap(-1, n_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if huge:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # no such pages in this kernel, or no memory, which PyTorch says better
-        return None
-    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    for _ in range(2):
+        with suppress(OSError):  # no such pages in this kernel, or no memory, which PyTorch says better
+            found = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if huge:
+                found.madvise(mmap.MADV_HUGEPAGE)
+            return found
+        release()
+    return None
+
+
+def _tensor_in(buffer: mmap.mmap | memoryview, shape: Sequence[int], like: Tensor) -> Tensor:
+    storage = torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
     offset = -storage.data_ptr() % HUGE_PAGE // like.element_size()
     return like.new_empty(0).set_(storage, offset, tuple(shape))  # pyright: ignore[reportCallIssue]
+
+
+_unused: list[mmap.mmap] = []  # the one used last at the end; changed by single operations, as threads may do
+
+
+def _taken(n_bytes: int) -> mmap.mmap | None:
+    """Of what nobody uses, one of about that size."""
+    for mapping in reversed(_unused.copy()):
+        if n_bytes <= len(mapping) <= SLACK * n_bytes:
+            with suppress(ValueError):  # another thread was first
+                _unused.remove(mapping)
+                return mapping
+    return None
+
+
+def _lent(mapping: mmap.mmap) -> memoryview:
+    """To come back when the last tensor in it is gone."""
+    view = memoryview(mapping)
+    weakref.finalize(view, _left, mapping).atexit = False
+    return view
+
+
+def _left(mapping: mmap.mmap) -> None:
+    """It stays if the system can take its pages."""
+    try:
+        mapping.madvise(mmap.MADV_FREE)
+    except (OSError, AttributeError):
+        return
+    _unused.append(mapping)
+    while sum(map(len, _unused.copy())) > UNUSED_BYTES:
+        with suppress(IndexError):
+            _unused.pop(0)
