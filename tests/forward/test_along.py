@@ -68,7 +68,7 @@ def test_parameters_and_directions_as_everywhere(model: nn.Sequential, x: Tensor
     ]:
         losses, derivatives = rg.jvp(closure, given, direction)
         torch.testing.assert_close(derivatives, truth, rtol=1e-10, atol=1e-12)
-        assert torch.equal(losses, closure())
+        torch.testing.assert_close(losses, closure(), rtol=1e-14, atol=1e-15)
         assert not derivatives.requires_grad
 
 
@@ -262,7 +262,7 @@ def test_batch_norm_updates_its_statistics_once(x: Tensor) -> None:
     rg.jvp(lambda: losses_of(model, x), model, direction_of(model))
     losses_of(twin, x)
     for name, value in twin.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-14, atol=1e-15)
     assert forward_ad.unpack_dual(model[1].running_mean).tangent is None
 
 

@@ -6,8 +6,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -63,7 +63,8 @@ def jvp(
         verify: "cached" checks what is new, "always" every call, "never" none: the closure is called once, and what
             has no forward derivative is refused.
     Returns:
-        (losses, derivatives), each (B,), detached. The derivatives are J v, as `torch.func.jvp` names them.
+        (losses, derivatives), each (B,), detached. The losses are the closure's within rounding, the derivatives are J v,
+        as `torch.func.jvp` names them.
     Raises:
         TypeError: `closure` cannot be called.
         NotAVectorError: it returns no vector of losses.
@@ -226,12 +227,19 @@ def _first_line(error: Exception) -> str:
 
 def _as_in_training() -> AbstractContextManager[Any]:
     """Gradients enabled, functions of `torch.compile` uncompiled; no context where it would change nothing."""
-    has_compiled = "torch._dynamo" in sys.modules
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not has_compiled:
-        return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.enable_grad())
-    if has_compiled:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-    return stack
+    needed: list[AbstractContextManager[Any]] = []
+    if torch.is_inference_mode_enabled():
+        needed.append(torch.inference_mode(False))
+    if not torch.is_grad_enabled():
+        needed.append(torch.enable_grad())
+    if "torch._dynamo" in sys.modules:
+        needed.append(torch.compiler.set_stance("force_eager"))
+    return _all_of(needed) if len(needed) > 1 else needed[0] if needed else nullcontext()
+
+
+@contextmanager
+def _all_of(contexts: list[AbstractContextManager[Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
