@@ -63,8 +63,7 @@ def jvp(
         verify: "cached" checks what is new, "always" every call, "never" none: the closure is called once, and what
             has no forward derivative is refused.
     Returns:
-        (losses, derivatives), each (B,), detached. The losses are the closure's within rounding, the derivatives J v, as
-        `torch.func.jvp` names them.
+        (losses, derivatives), each (B,), detached: the closure's losses within rounding, and J v.
     Raises:
         TypeError: `closure` cannot be called.
         NotAVectorError: it returns no vector of losses.
