@@ -104,6 +104,13 @@ def test_linear_of_one_vector_and_of_none(taken: list) -> None:
     assert taken == [F.linear, F.linear]
 
 
+@pytest.mark.parametrize("outputs", [3, 40])
+def test_linear_with_a_bias_by_position(outputs: int, taken: list) -> None:
+    x, W, b = randn(4, 12, 7).transpose(0, 1), parameter(outputs, 7), parameter(4, outputs)
+    check(lambda: F.linear(x, W, b).sin().sum((1, 2)), {"W": W, "b": b}, ["W", "b"])
+    assert taken == [F.linear]
+
+
 def test_a_vector_as_weight(taken: list) -> None:
     h, W = parameter(4, 5), parameter(5)
     for moved in (["h"], ["W"], ["h", "W"]):

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rowgrad.forward.numbers import Dual
 
-# Where a product is faster with its weight on the left. Of few rows the values are left as they are: after a wide layer
-# come kinks, and rounded otherwise one entry of many might lie on their other side in the pass that checks.
+# Where a product is faster with its weight on the left. Of few rows the values are left as they are: wide layers have
+# many entries before the kinks that follow, one of which, rounded otherwise, might lie beyond in the pass that checks.
 FEW_ROWS, FEW_OUTPUTS = range(9, 33), range(17)
 NEAR = 2**20  # numbers that stay near the processor
 
@@ -40,11 +40,12 @@ def linear(input: Dual, weight: Dual, bias: Dual | None = None) -> Any:  # noqa:
     products = [(a, V) for a, V in ((h, dW), (dh, W)) if a is not None and V is not None]
     if not products:
         return NotImplemented
-    if W.ndim == 2 and len(W) in FEW_OUTPUTS:
+    is_plain = W.ndim == 2 and (b is None or b.ndim < 2)
+    if is_plain and len(W) in FEW_OUTPUTS:
         shape = *h.shape[:-1], len(W)
         return Dual(_from_the_left([(h, W)], b).view(shape), _from_the_left(products, db).view(shape))
     z = F.linear(h, W, b)
-    if W.ndim == 2 and h.shape[:-1].numel() in FEW_ROWS:
+    if is_plain and h.shape[:-1].numel() in FEW_ROWS:
         return Dual(z, _from_the_left(products, db).view(z.shape))
     (a, V), *others = products
     dz = F.linear(a, V, db)

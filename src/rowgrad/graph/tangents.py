@@ -156,4 +156,11 @@ def _agree(cotangents: Tensors, pushed: Tensors, sent: Tensors, tangents: Tensor
 
 def _size(a: Tensors, b: Tensors) -> float:
     pairs = [(s.detach(), t.detach()) for s, t in zip(a, b, strict=True) if s is not None and t is not None]
-    return sum(float(s.abs().double().norm() * t.abs().double().norm()) for s, t in pairs)
+    return sum(_length(s) * _length(t) for s, t in pairs)
+
+
+def _length(t: Tensor) -> float:
+    """Euclidean, also of numbers so small that their squares are zero."""
+    sizes = (t.to_dense() if t.is_sparse else t).abs().double()
+    largest = float(sizes.max()) if sizes.numel() else 0.0
+    return largest * float((sizes / largest).norm()) if 0 < largest < float("inf") else largest

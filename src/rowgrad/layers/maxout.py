@@ -38,7 +38,7 @@ class Maxout(nn.Module):
     >>> with torch.no_grad():
     ...     _ = layer.piece(1).zero_(), layer.bias.zero_()
     >>> x = torch.randn(5, 3)
-    >>> torch.equal(layer(x), (x @ layer.piece(0).T).relu())
+    >>> torch.allclose(layer(x), (x @ layer.piece(0).T).relu())
     True
     """
 

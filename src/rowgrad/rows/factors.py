@@ -323,7 +323,7 @@ class Outer:
         for s in self.chunks(self.formed_bytes // max(1, b), step_bytes(self.left.device)):
             with memory.scratch((len(left[s]), g, min(a, d), max(a, d)), left) as piece:
                 found.append(energies(_written_out(left[s], right[s], piece)))
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return found[0] if len(found) == 1 else torch.cat([left.new_empty(0), *found])
 
     def write_out(self, examples: slice, out: Tensor) -> Tensor:
         """The rows of some examples, written to (n, G, a, b)."""

@@ -7,6 +7,14 @@ Note [fresh pages]
     Blocks below `LEAST_BYTES` come from `malloc`, which often keeps what was freed and hands it out again, pages and
     all. It gives back what lies at the end of its memory, so that pieces of a few MB, each made and used up in turn,
     may cost their pages every time. Those share a piece that stays, one a thread.
+
+Note [pages that stay]
+    Whether there are pages of 2 MB to be had hangs on what else the system does, and the same rows may take three times
+    as long an hour later. So what nobody uses any longer stays with the process for the next result of about its size,
+    as in PyTorch's own allocators for accelerators. It comes back when the storage of the last tensor in it lets go of
+    the memoryview that it was made of. It is marked as free, so that the system may take the pages when it is short of
+    memory; the addresses stay. A storage spans its own numbers alone, and no older ones beside them. Up to
+    `UNUSED_BYTES` stay, those used last.
 """
 
 from __future__ import annotations
@@ -35,14 +43,18 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     mapping = None
     if _is_mapped(n_bytes, like):
         mapping = _taken(n_bytes + HUGE_PAGE) or _mapped(n_bytes + HUGE_PAGE, huge=True)
-    return like.new_empty(tuple(shape)) if mapping is None else _tensor_in(_lent(mapping), shape, like)
+    if mapping is None:
+        return like.new_empty(tuple(shape))
+    view = _aligned(mapping, n_bytes)
+    weakref.finalize(view, _left, mapping).atexit = False
+    return _tensor_in(view, shape, like)
 
 
 def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     """Zeros to be written here and there: pages that nobody touches are never made."""
     n_bytes = prod(shape) * like.element_size()
     mapping = _mapped(n_bytes + HUGE_PAGE, huge=False) if _is_mapped(n_bytes, like) else None
-    return like.new_zeros(tuple(shape)) if mapping is None else _tensor_in(mapping, shape, like)
+    return like.new_zeros(tuple(shape)) if mapping is None else _tensor_in(_aligned(mapping, n_bytes), shape, like)
 
 
 def release() -> None:
@@ -91,10 +103,15 @@ def _mapped(n_bytes: int, huge: bool) -> mmap.mmap | None:
     return None
 
 
-def _tensor_in(buffer: mmap.mmap | memoryview, shape: Sequence[int], like: Tensor) -> Tensor:
-    storage = torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
-    offset = -storage.data_ptr() % HUGE_PAGE // like.element_size()
-    return like.new_empty(0).set_(storage, offset, tuple(shape))  # pyright: ignore[reportCallIssue]
+def _aligned(mapping: mmap.mmap, n_bytes: int) -> memoryview:
+    """As many bytes from the first border of a large page."""
+    start = -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+    return memoryview(mapping)[start : start + n_bytes]
+
+
+def _tensor_in(view: memoryview, shape: Sequence[int], like: Tensor) -> Tensor:
+    storage = torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
+    return like.new_empty(0).set_(storage, 0, tuple(shape))  # pyright: ignore[reportCallIssue]
 
 
 _unused: list[mmap.mmap] = []  # the one used last at the end; changed by single operations, as threads may do
@@ -108,13 +125,6 @@ def _taken(n_bytes: int) -> mmap.mmap | None:
                 _unused.remove(mapping)
                 return mapping
     return None
-
-
-def _lent(mapping: mmap.mmap) -> memoryview:
-    """To come back when the last tensor in it is gone."""
-    view = memoryview(mapping)
-    weakref.finalize(view, _left, mapping).atexit = False
-    return view
 
 
 def _left(mapping: mmap.mmap) -> None:
