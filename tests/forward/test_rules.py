@@ -95,6 +95,17 @@ def test_layers(layer: str, moved: str, given: str, taken: list) -> None:
     assert bool(taken) == ("norm" in layer or names != ["b"])
 
 
+@pytest.mark.parametrize("rows", [4, 20, 40])
+def test_values_of_wide_layers_are_the_closures_bit_for_bit(rows: int, taken: list) -> None:
+    """Their entries are many, and meet kinks."""
+    model = nn.Sequential(nn.Linear(777, 512), nn.ReLU(), nn.Linear(512, 300))
+    x = torch.randn(rows, 777)
+    closure = lambda: model(x).relu().sum(1)  # noqa: E731
+    v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    assert torch.equal(rg.jvp(closure, model, v)[0], closure())
+    assert taken == [F.linear, F.linear]
+
+
 def test_linear_of_one_vector_and_of_none(taken: list) -> None:
     W, b = parameter(3, 5), parameter(3)
     x = randn(5)

@@ -333,6 +333,15 @@ def test_shares_are_a_mapping_in_the_order_of_the_graph() -> None:
         shares["w: mul", 1]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_beside_others_an_edge_may_carry_numbers_whose_squares_are_zero(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    w, a, b = (torch.randn(20, 30, dtype=torch.float64, generator=generator) for _ in range(3))
+    h = w.requires_grad_().tanh()
+    shares = rg.Graph((h * a).sum() + (h.flip(0, 1) * 1e-200 * b).sum(), {"w": w}).shares("w")
+    assert shares.norm == pytest.approx(((1 - h.detach() ** 2) * a).norm().item())
+
+
 # Refusals
 
 

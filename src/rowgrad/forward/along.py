@@ -6,8 +6,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -225,20 +225,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _as_in_training() -> AbstractContextManager[Any]:
-    """Gradients enabled, functions of `torch.compile` uncompiled; no context where it would change nothing."""
-    needed: list[AbstractContextManager[Any]] = []
+    """Gradients enabled, functions of `torch.compile` uncompiled; nothing entered where it would change nothing."""
+    stack = ExitStack()
     if torch.is_inference_mode_enabled():
-        needed.append(torch.inference_mode(False))
+        stack.enter_context(torch.inference_mode(False))
     if not torch.is_grad_enabled():
-        needed.append(torch.enable_grad())
+        stack.enter_context(torch.enable_grad())
     if "torch._dynamo" in sys.modules:
-        needed.append(torch.compiler.set_stance("force_eager"))
-    return _all_of(needed) if len(needed) > 1 else needed[0] if needed else nullcontext()
-
-
-@contextmanager
-def _all_of(contexts: list[AbstractContextManager[Any]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    return stack

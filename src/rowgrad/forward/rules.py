@@ -37,37 +37,31 @@ Call = Callable[..., Any]
 def linear(input: Dual, weight: Dual, bias: Dual | None = None) -> Any:  # noqa: A002
     """d(h W^T + b) = h dW^T + dh W^T + db, summed in place; see Note [products of zeros]."""
     (h, dh), (W, dW), (b, db) = input, weight, bias or NOTHING
-    products = [(a, V) for a, V in ((h, dW), (dh, W)) if a is not None and V is not None]
-    if not products:
+    if dh is None and dW is None:
         return NotImplemented
-    is_plain = W.ndim == 2 and (b is None or b.ndim < 2)
-    if is_plain and len(W) in FEW_OUTPUTS:
-        shape = *h.shape[:-1], len(W)
-        return Dual(_from_the_left([(h, W)], b).view(shape), _from_the_left(products, db).view(shape))
+    few_outputs = W.ndim == 2 and len(W) in FEW_OUTPUTS
+    if (few_outputs or h.shape[:-1].numel() in FEW_ROWS) and W.ndim == 2 and (b is None or b.ndim < 2):
+        shape, (ht, dht) = (*h.shape[:-1], len(W)), input.each(lambda t: _as_matrix(t).t())
+        z = _transposed(W @ ht, b).view(shape) if few_outputs else F.linear(h, W, b)
+        return Dual(z, _transposed(_sum_of_products((dW, ht), (W, dht)), db).view(shape))
     z = F.linear(h, W, b)
-    if is_plain and h.shape[:-1].numel() in FEW_ROWS:
-        return Dual(z, _from_the_left(products, db).view(z.shape))
-    (a, V), *others = products
-    dz = F.linear(a, V, db)
-    for a, V in others:
-        if V.ndim == 1:
-            dz.add_(F.linear(a, V))
-        else:
-            dz = _as_matrix(dz).addmm_(_as_matrix(a), V.t()).view(z.shape)
+    if dW is None:
+        assert dh is not None
+        return Dual(z, F.linear(dh, W, db))
+    dz = F.linear(h, dW, db)
+    if dh is not None and W.ndim == 1:
+        dz.add_(F.linear(dh, W))
+    elif dh is not None:
+        dz = _as_matrix(dz).addmm_(_as_matrix(dh), W.t()).view(z.shape)
     return Dual(z, dz)
-
-
-def _from_the_left(products: list[tuple[Tensor, Tensor]], plus: Tensor | None) -> Tensor:
-    """The sum of a V^T, as that of V a^T."""
-    (a, V), *others = [(_as_matrix(a).t(), V) for a, V in products]
-    dz = torch.mm(V, a)
-    for a, V in others:
-        dz.addmm_(V, a)
-    return dz.t().contiguous() if plus is None else torch.add(dz.t(), plus, out=dz.new_empty(dz.shape[::-1]))
 
 
 def _as_matrix(t: Tensor) -> Tensor:
     return t if t.ndim == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def _transposed(t: Tensor, plus: Tensor | None) -> Tensor:
+    return t.t().contiguous() if plus is None else torch.add(t.t(), plus, out=t.new_empty(t.shape[::-1]))
 
 
 def matmul(input: Dual, other: Dual | None = None, **named: Any) -> Any:  # noqa: A002
@@ -192,28 +186,19 @@ def _attend(query: Dual, key: Dual, value: Dual, s: float, mask: Tensor | None, 
 
 
 def _sum_of_products(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    """a b + a' b' + ..., without those of which a factor is missing."""
+    """a b + a' b' + ..., of matrices or of stacks of them, without those of which a factor is missing."""
     total: Tensor | None = None
     for a, b in pairs:
-        if a is not None and b is not None:
-            total = torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
+        if a is None or b is None:
+            continue
+        if total is None:
+            total = a @ b
+        elif a.ndim == 2:
+            total.addmm_(a, b)
+        else:
+            total.baddbmm_(a, b)
     assert total is not None
     return total
-
-
-def embedding(
-    input: Dual,  # noqa: A002
-    weight: Dual,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Any:
-    """Linear in the table, where the gradient is that of the lookup alone."""
-    if padding_idx is not None or max_norm is not None or scale_grad_by_freq or weight.tangent is None:
-        return NotImplemented
-    return weight.each(lambda table: torch.embedding(table, input.value))
 
 
 def embedding_bag(
@@ -258,7 +243,6 @@ RULES: dict[Call, Call] = {
     F.layer_norm:                    layer_norm,
     F.group_norm:                    group_norm,
     F.scaled_dot_product_attention:  attention,
-    F.embedding:                     embedding,
     F.embedding_bag:                 embedding_bag,
 }
 # fmt: on
