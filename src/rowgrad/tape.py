@@ -252,12 +252,23 @@ class Structure:
         self.key = key
         self.kinds = [f.kind for f in facts]
         self.slots = [f.slots for f in facts]
-        self._steps: list[tuple[Any, ...]] = [(*f, f.kind == ACCUMULATE) for f in facts]
+        self._facts = [(f.cls, f.kind, f.slots, f.attributes, f.metadata) for f in facts]
+        self._steps = [
+            (
+                f.cls,
+                f.slots,
+                f.read,
+                f.attributes,
+                f.metadata,
+                None if f.cls.__name__ == f.kind else f.kind,  # most kinds have a class of their own
+                f.kind == ACCUMULATE,
+            )
+            for f in facts
+        ]
         self.runs_python = any(_may_run_python(f.cls, f.kind) for f in facts)
 
     def is_of(self, facts: Sequence[_Facts]) -> bool:
-        known = [(cls, kind, slots, attributes, meta) for cls, kind, slots, _, attributes, meta, _ in self._steps]
-        return known == [(f.cls, f.kind, f.slots, f.attributes, f.metadata) for f in facts]
+        return self._facts == [(f.cls, f.kind, f.slots, f.attributes, f.metadata) for f in facts]
 
     def found_in(self, root: Any) -> tuple[list[Any], list[Tensor | None]] | None:
         """The nodes of a graph and the variables of its leaves, by index; None if its structure is another."""
@@ -265,7 +276,7 @@ class Structure:
         fns: list[Any] = [None] * n
         variables: list[Tensor | None] = [None] * n
         fns[0] = root
-        for i, (cls, kind, slots, read, attributes, metadata, is_leaf) in enumerate(self._steps):
+        for i, (cls, slots, read, attributes, metadata, kind, is_leaf) in enumerate(self._steps):
             fn = fns[i]
             if type(fn) is not cls:
                 return None
@@ -275,7 +286,7 @@ class Structure:
                     return None
                 continue
             targets = fn.next_functions
-            if len(targets) != len(slots) or fn.name() != kind:
+            if len(targets) != len(slots) or (kind is not None and fn.name() != kind):
                 return None
             for (target, nr), slot in zip(targets, slots, strict=True):
                 if target is None or slot is None:
@@ -462,7 +473,7 @@ class Tape:
         self,
         watch: Watch,
         seed: Tensor,
-        arrived: Callable[[int, list[Tensor | None]], None],
+        arrived: Callable[[int, Sequence[Tensor | None]], None],
         *,
         retain_graph: bool,
         passing: Callable[[int], int] | None = None,
@@ -576,11 +587,11 @@ class _Waiting:
     the engine and Python at every node takes longer than either."""
 
     def __init__(
-        self, arrived: Callable[[int, list[Tensor | None]], None], passing: Callable[[int], int] | None
+        self, arrived: Callable[[int, Sequence[Tensor | None]], None], passing: Callable[[int], int] | None
     ) -> None:
         self._arrived, self._passing = arrived, passing
         self._pass = _NO_PASS
-        self._waiting: list[tuple[int, list[Tensor | None], list[int]]] = []
+        self._waiting: list[tuple[int, Sequence[Tensor | None], list[int]]] = []
         self._n_bytes = 0
 
     def begin(self, _: object) -> None:
@@ -591,12 +602,15 @@ class _Waiting:
         others at the same time."""
         if _running() != self._pass:
             return
-        if self._passing is not None:
-            self._n_bytes += self._passing(node)
-        self._waiting.append((node, list(cotangents), list(map(version, cotangents))))
+        n_bytes = 0 if self._passing is None else self._passing(node)
         for z in cotangents:
             if z is not None:
-                self._n_bytes += z.numel() * z.element_size()
+                n_bytes += z.numel() * z.element_size()
+        if n_bytes > WAITING_BYTES and not self._waiting:
+            self._arrived(node, cotangents)
+            return
+        self._n_bytes += n_bytes
+        self._waiting.append((node, cotangents, list(map(version, cotangents))))
         if self._n_bytes > WAITING_BYTES:
             self.hand_over()
 

@@ -218,7 +218,7 @@ def address_of_a_piece(like):
 
 
 def test_a_piece_made_in_inference_mode_serves_beyond_it(monkeypatch):
-    monkeypatch.setattr(memory._scratch, "piece", None)
+    monkeypatch.setattr(memory, "_scratch", memory._Scratch())
     with torch.inference_mode(), memory.scratch((2,), torch.zeros(())) as piece:
         piece.fill_(1.0)
     with memory.scratch((2,), torch.zeros(())) as piece:

@@ -22,7 +22,8 @@ def test_the_norms_are_those_of_the_rows(name: str, leaves_nothing_behind) -> No
         seed = torch.full_like(losses.detach(), 1 / len(losses))
         flow = rg.Graph(losses, setup.params).backward({losses: seed})
         found = prepared.norms({e: flow.cotangents.get(e) for e in prepared.edges})
-    torch.testing.assert_close(found, rg.grad_norms(losses, setup.params, retain_graph=True), rtol=1e-10, atol=1e-13)
+    rtol = 1e-10 if losses.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(found, rg.grad_norms(losses, setup.params, retain_graph=True), rtol=rtol, atol=1e-13)
 
 
 def test_most_models_of_the_table_have_cheap_norms() -> None:

@@ -366,7 +366,7 @@ class _Reading:
         Returns the cotangents of the nodes where other uses are.
         """
         assert self.plan is not None
-        plan, uses = self.plan, self.plan.ownership.by_node
+        plan, uses, recipes = self.plan, self.plan.ownership.by_node, self.plan.recipes
         waiting: dict[int, Cotangents] = {}
         held: list[tuple[weakref.ref[Tensor], int]] = []  # what is kept, with its version
 
@@ -376,7 +376,8 @@ class _Reading:
         def arrived(node: int, cotangents: Cotangents) -> None:
             plan.check_nobody(node, cotangents)
             for use in uses[node]:
-                if use not in plan.recipes or plan.recipes[use].needs_graph:
+                recipe = recipes.get(use)
+                if recipe is None or recipe.needs_graph:
                     waiting[node] = cotangents  # a node called during the pass answers only what the pass asks
                     keep(cotangents)
                     continue
@@ -391,30 +392,23 @@ class _Reading:
             raise written_to()
         for node, cotangents in waiting.items():
             for use in uses[node]:
-                if use in plan.recipes and plan.recipes[use].needs_graph:
+                if use in recipes and recipes[use].needs_graph:
                     take(use, plan.form(use, cotangents))
-        return {node: z for node, z in waiting.items() if any(use not in plan.recipes for use in uses[node])}
+        return {node: z for node, z in waiting.items() if any(use not in recipes for use in uses[node])}
 
     @staticmethod
     def _write_out(general: GeneralPath, by_leaf: dict[int, list[tuple[Form, Place]]]) -> None:
         for leaf, rows in general.written_out().items():
             by_leaf.setdefault(leaf, []).append((Dense(rows), Place.whole(leaf, rows.shape[1:])))
 
-    @cached_property
-    def held(self) -> set[int]:
-        """Leaves below a use that sees no strided part of them: their norms wait until all uses are in."""
-        assert self.plan is not None
-        loose = [use for use in self.plan.uses if use not in self.plan.places]
-        if not loose:
-            return set()
-        reach, leaf_of = self._reach(), {name: leaf for leaf, name in self.leaves.items()}
-        return {leaf_of[n] for use in loose for n in reach[use]}
-
     def streams(self, max_bytes: int) -> bool:
-        """Whether norms can be read while the cotangents pass: every use has a recipe, and little is to be held."""
+        """Whether norms can be read while the cotangents pass: every use has a recipe, and little is to be held.
+
+        Norms of leaves below a use that sees no strided part of them wait until all uses are in.
+        """
         if self.plan is None or not self.plan.is_ruled:
             return False
-        held = [self.parameters.by_name[self.leaves[leaf]] for leaf in self.held]
+        held = [self.parameters.by_name[self.leaves[leaf]] for leaf in self.plan.ownership.held]
         return sum(self.n_examples * p.numel() * max(4, p.element_size()) for p in held) <= max_bytes
 
     def pushed_down(self, forms: Mapping[Use, Form]) -> dict[int, list[tuple[Form, Place]]]:
@@ -633,11 +627,11 @@ class _Arrivals:
         self._parts: dict[int, list[tuple[Form, Place]]] = {}
         self._seeds: dict[Use, Form] = {}
         self._sq_norms: dict[str, Tensor] = {}
-        self._small: dict[str, Block] = {}
+        self._small: dict[str, Dense] = {}
         for use, place in self._places.items():
             if use not in self._alone:
                 self._open[place.leaf] = self._open.get(place.leaf, 0) + 1
-        for leaf in reading.held:
+        for leaf in reading.plan.ownership.held:
             self._open[leaf] = self._open.get(leaf, 0) + 1  # closed at the end
 
     def take(self, use: Use, form: Form | None) -> bool:
@@ -649,7 +643,7 @@ class _Arrivals:
             return True
         leaf = place.leaf
         if use in self._alone:
-            return form is not None and self._take_alone(leaf, form, place)
+            return form is not None and self._take_alone(leaf, form)
         if form is not None:
             self._parts.setdefault(leaf, []).append(self._reading.placed(form, place))
         self._open[leaf] -= 1
@@ -657,25 +651,25 @@ class _Arrivals:
             self._close(leaf, self._parts.pop(leaf, []))
         return True
 
-    def _take_alone(self, leaf: int, form: Form, place: Place) -> bool:
-        form, place = settle(form, place)
-        if is_small(form):
-            self._close(leaf, [(form, place)])
-            return True
-        # norms do not depend on where the entries lie
+    def _take_alone(self, leaf: int, form: Form) -> bool:
+        """Norms do not depend on where the entries lie."""
         name = self._reading.leaves[leaf]
+        if is_small(form):
+            self._small[name] = form
+            return True
         self._sq_norms[name] = in_type(form.sq_norms(), products_dtype(self._reading.parameters.by_name[name]))
         return False
 
     def _close(self, leaf: int, parts: list[tuple[Form, Place]]) -> None:
         name = self._reading.leaves[leaf]
         block = Block.of(self._reading.parameters.by_name[name], parts, self._reading.n_examples)
-        if small_form(block) is None:
+        form = small_form(block)
+        if form is None:
             self._sq_norms[name] = block.sq_norms()
         else:
-            self._small[name] = block
+            self._small[name] = form
 
-    def finished(self) -> tuple[dict[str, Tensor], dict[str, Block]]:
+    def finished(self) -> tuple[dict[str, Tensor], dict[str, Dense]]:
         below = self._reading.pushed_down(self._seeds) if self._seeds else {}
         for leaf, parts in below.items():
             self._parts.setdefault(leaf, []).extend(parts)

@@ -43,9 +43,9 @@ SMALLEST_HALF = 64  # positions, from which it pays to take a Gram matrix withou
 CANCELLATION = 1e-3  # Gram route trusted while its result is above this part of its bound
 
 
-def step_bytes(device: torch.device) -> int:
+def step_bytes(like: Tensor) -> int:
     """Size of a temporary that is used up by the next operation."""
-    return min(CACHE_BYTES, CHUNK_BYTES) if device.type == "cpu" else CHUNK_BYTES
+    return min(CACHE_BYTES, CHUNK_BYTES) if like.is_cpu else CHUNK_BYTES
 
 
 def count(n: int) -> str:
@@ -316,14 +316,15 @@ class Outer:
     def _sq_norms_by_forming(self, keep: bool) -> Tensor:
         if self._formed is not None or (keep and self.formed_bytes <= KEEP_BYTES):
             return energies(self.form())
-        b, g, _, a, d = self.sizes
         # a product with more columns than rows is faster
-        left, right = (self.left, self.right) if a <= d else (self.right, self.left)
-        found: list[Tensor] = []
-        for s in self.chunks(self.formed_bytes // max(1, b), step_bytes(self.left.device)):
-            with memory.scratch((len(left[s]), g, min(a, d), max(a, d)), left) as piece:
-                found.append(energies(_written_out(left[s], right[s], piece)))
-        return found[0] if len(found) == 1 else torch.cat([left.new_empty(0), *found])
+        left, right = self.left, self.right
+        if left.shape[3] > right.shape[3]:
+            left, right = right, left
+        n_bytes, at_once = self.formed_bytes, step_bytes(left)
+        if n_bytes <= at_once:
+            return _energies_of_products(left, right)
+        pieces = self.chunks(n_bytes // self.n_examples, at_once)
+        return torch.cat([_energies_of_products(left[s], right[s]) for s in pieces])
 
     def write_out(self, examples: slice, out: Tensor) -> Tensor:
         """The rows of some examples, written to (n, G, a, b)."""
@@ -468,6 +469,13 @@ def _written_out(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     if left.shape[-1] == 1:  # a product over one position is slower as one
         return torch.mul(left, right, out=out)
     return torch.matmul(left, right, out=out)
+
+
+def _energies_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """Sum of squares of left^T right for each example, (n,)."""
+    n, g, _, a = left.shape
+    with memory.scratch((n, g, a, right.shape[3]), left) as piece:
+        return energies(_written_out(left, right, piece))
 
 
 def _grams(side: Tensor) -> Tensor:

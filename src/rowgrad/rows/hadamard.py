@@ -114,7 +114,7 @@ class Hadamard:
     def _pieces(self) -> Iterator[slice]:
         """Examples, so few at a time that their rows may be written out."""
         n_bytes = self.factor.numel() * self.factor.element_size()
-        step = max(1, step_bytes(self.factor.device) // max(1, n_bytes))
+        step = max(1, step_bytes(self.factor) // max(1, n_bytes))
         return (slice(i, i + step) for i in range(0, self.n_examples, step))
 
     def weighted_sum(self, c: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def _gram(f: Hadamard, g: Hadamard) -> Tensor:
         return gram(left, left if g is f else g.plain())
     a, b = one.sizes[3:]
     n_largest = max(f.n_examples, g.n_examples)
-    step = max(1, step_bytes(f.factor.device) // (n_largest * b * f.factor.element_size()))
+    step = max(1, step_bytes(f.factor) // (n_largest * b * f.factor.element_size()))
     found = f.factor.new_zeros(f.n_examples, g.n_examples)
     for i in range(0, a, step):
         found += product_of_lent(_part(f, one, i, step), None if g is f else _part(g, other, i, step))

@@ -16,9 +16,9 @@ from rowgrad.errors import (
 )
 from rowgrad.parameters import Parameters
 from rowgrad.rows import memory
-from rowgrad.rows.block import Block, sum_of
+from rowgrad.rows.block import products_dtype, sum_of
 from rowgrad.rows.explain import Explanation
-from rowgrad.rows.factors import in_type
+from rowgrad.rows.factors import Dense, in_type
 from rowgrad.rows.index import positions, shown
 from rowgrad.rows.loss import weighted_rows
 from rowgrad.rows.pack import Blocks, Pack
@@ -85,14 +85,22 @@ class Jacobian:
 
     @classmethod
     def of_norms(
-        cls, losses: Tensor, parameters: Parameters, sq_norms: Mapping[str, Tensor], kept: Mapping[str, Block]
+        cls, losses: Tensor, parameters: Parameters, sq_norms: Mapping[str, Tensor], small: Mapping[str, Dense]
     ) -> Jacobian:
-        """From squared norms that were read while the cotangents streamed by, but for those of a few blocks, which
-        were kept. No other product is left."""
-        in_order = {name: kept[name] for name in parameters.by_name if name in kept}  # sums round as in other calls
-        J = cls(losses, parameters, Blocks(in_order, None), Explanation([]))
+        """From squared norms that were read while the cotangents streamed by, but for those of small rows, which were
+        kept. No other product is left."""
+        J = cls(losses, parameters, Blocks({}, None), Explanation([]))
+        in_order = {name: p.shape for name, p in parameters.by_name.items() if name in small}
+        J._packed = Pack.of({name: small[name] for name in in_order}, in_order)  # sums round as in other calls
         absent = torch.zeros(len(J), dtype=J._dtype, device=losses.device)
-        J._sq_norms = {name: sq_norms.get(name, absent) for name in J.names if name not in kept}
+        packed = () if J._packed is None else J._packed.shapes
+        for name, p in parameters.by_name.items():
+            if name in packed:
+                continue
+            found = sq_norms.get(name)
+            if found is None:
+                found = in_type(small[name].sq_norms(), products_dtype(p)) if name in small else absent
+            J._sq_norms[name] = found
         return J
 
     # -- what it is ---------------------------------------------------------------------------------------------------
@@ -153,12 +161,13 @@ class Jacobian:
     def _whole_sq_norms(self) -> Tensor:
         """Of all parameters, (B,); computed once, not to be written to."""
         if self._whole is None:
-            is_known = self._sq_norms.keys() >= set(self.names)
-            pack, rest = (None, self.names) if is_known else self._live().packed(self.names)
+            if self._packed is None and not self._sq_norms.keys() >= set(self.names):
+                self._packed, _ = self._live().packed(self.names)
+            pack = self._packed
+            rest = [n for n in self.names if pack is None or n not in pack.shapes]
             per_parameter = self._parameter_sq_norms(set(rest))
             parts = [per_parameter[n] for n in rest]
             self._whole = self._total(parts if pack is None else [*parts, pack.rows.sq_norms()])
-            self._packed = pack
         return self._whole
 
     @overload

@@ -22,8 +22,9 @@ from __future__ import annotations
 import mmap
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 LEAST_BYTES = 32 * 2**20  # above the largest block that glibc keeps
 HUGE_PAGE = 2 * 2**20
 SCRATCH_BYTES = 8 * 2**20  # that stay, a thread
+KNOWN_VIEWS = 64  # of these
 HAS_HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
 UNUSED_BYTES = 4 * 2**30  # that stay, of all threads
 SLACK = 1.25  # how many times as much as is asked for may be used
@@ -66,25 +68,46 @@ class _Scratch(threading.local):
     piece: Tensor | None = None  # made when it is first asked for
     is_lent = False
 
+    def __init__(self) -> None:
+        self.views: OrderedDict[tuple, Tensor] = OrderedDict()  # of the piece, by shape and dtype, last made at the end
+
 
 _scratch = _Scratch()
 
 
-@contextmanager
-def scratch(shape: Sequence[int], like: Tensor) -> Iterator[Tensor]:
+class scratch:
     """A tensor to be written whole and read within the block, and not beyond it."""
-    n_bytes = prod(shape) * like.element_size()
-    if n_bytes > SCRATCH_BYTES or _scratch.is_lent or like.device.type != "cpu" or type(like) is not Tensor:
-        yield empty(shape, like)
-        return
-    if _scratch.piece is None:
-        with torch.inference_mode(False):  # it outlives the mode
+
+    def __init__(self, shape: Sequence[int], like: Tensor) -> None:
+        self._shape, self._like = tuple(shape), like
+        self._is_lent = False
+
+    def __enter__(self) -> Tensor:
+        shape, like = self._shape, self._like
+        if _scratch.is_lent or not like.is_cpu or type(like) is not Tensor:
+            return empty(shape, like)
+        view = _scratch.views.get((shape, like.dtype))
+        if view is None:
+            if prod(shape) * like.element_size() > SCRATCH_BYTES:
+                return empty(shape, like)
+            view = _view(shape, like.dtype)
+        _scratch.is_lent = self._is_lent = True
+        return view
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_lent:
+            _scratch.is_lent = False
+
+
+def _view(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the mode
+        if _scratch.piece is None:
             _scratch.piece = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
-    _scratch.is_lent = True
-    try:
-        yield _scratch.piece[:n_bytes].view(like.dtype).view(tuple(shape))
-    finally:
-        _scratch.is_lent = False
+        found = _scratch.piece[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    _scratch.views[shape, dtype] = found
+    if len(_scratch.views) > KNOWN_VIEWS:
+        _scratch.views.popitem(last=False)
+    return found
 
 
 def _is_mapped(n_bytes: int, like: Tensor) -> bool:

@@ -112,7 +112,7 @@ def _scale_of_lines(site: Site, layout: Axis, groups: int) -> Recipe | None:
 def line_products(z: Tensor, x: Tensor) -> Tensor:
     """sum over the last dimension of z x, (N, C, n) to (N, C), in pieces that stay near the processor."""
     found = wide(z).new_empty(z.shape[:2])
-    step = max(1, step_bytes(z.device) // max(1, z[0].numel() * found.element_size() * 8)) if len(z) else 1
+    step = max(1, step_bytes(z) // max(1, z[0].numel() * found.element_size() * 8)) if len(z) else 1
     for i in range(0, len(z), step):
         torch.sum(wide(z[i : i + step]) * wide(x[i : i + step]), 2, out=found[i : i + step])
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,17 +31,18 @@ class Pack:
     rows: Dense  # (B, all their numbers)
 
     @classmethod
-    def of(cls, blocks: Mapping[str, Block]) -> Pack | None:
-        """Of the small ones of a kind; None where they are too few to matter."""
+    def of(cls, rows: Mapping[str, Dense], shapes: Mapping[str, torch.Size]) -> Pack | None:
+        """Of those of one kind; None where they are too few to matter.
+
+        rows: small ones, by parameter; shapes: of the parameters.
+        """
         kinds: dict[tuple[torch.dtype, torch.device], dict[str, Dense]] = {}
-        for name, block in blocks.items():
-            form = small_form(block)
-            if form is not None:
-                kinds.setdefault((form.values.dtype, form.values.device), {})[name] = form
-        forms = max(kinds.values(), key=len, default={})
-        if len(forms) < FEWEST:
+        for name, form in rows.items():
+            kinds.setdefault((form.values.dtype, form.values.device), {})[name] = form
+        chosen = max(kinds.values(), key=len, default={})
+        if len(chosen) < FEWEST:
             return None
-        return cls({n: blocks[n].shape for n in forms}, Dense(torch.cat([f.flat for f in forms.values()], 1)))
+        return cls({n: shapes[n] for n in chosen}, Dense(torch.cat([form.flat for form in chosen.values()], 1)))
 
     def sq_norms(self) -> dict[str, Tensor]:
         """(B,) by name."""
@@ -56,7 +58,7 @@ class Pack:
         return self.rows.dot(torch.cat([direction[name].detach().reshape(-1) for name in self.shapes]))
 
 
-def is_small(form: Form) -> bool:
+def is_small(form: Form) -> TypeGuard[Dense]:
     """Whether rows are written out anyway, small, and no part of something large."""
     return isinstance(form, Dense) and form.values.untyped_storage().nbytes() <= SMALL * form.values.element_size()
 
@@ -66,7 +68,7 @@ def small_form(block: Block) -> Dense | None:
     if not block.is_plain or len(block.regions[0].forms) != 1:
         return None
     form = block.regions[0].forms[0]
-    return form if isinstance(form, Dense) and is_small(form) else None
+    return form if is_small(form) else None
 
 
 @dataclass
@@ -135,7 +137,9 @@ class Blocks:
 
     @cached_property
     def _pack(self) -> Pack | None:
-        return Pack.of({n: b for n, b in self.by_name.items() if n not in self.general_names})
+        blocks = {n: b for n, b in self.by_name.items() if n not in self.general_names}
+        small = {n: form for n, b in blocks.items() if (form := small_form(b)) is not None}
+        return Pack.of(small, {n: blocks[n].shape for n in small})
 
     def packed(self, names: Iterable[str]) -> tuple[Pack | None, list[str]]:
         """The pack, where all of it is among these names, and the names that are left."""

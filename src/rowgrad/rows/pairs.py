@@ -222,7 +222,7 @@ def _gram_outer_outer(f: Outer, g: Outer) -> Tensor:
         left = f.form().reshape(b, -1)
         return product(left, left if g is f else g.form().reshape(other, -1))
     found = f.left.new_zeros(b, other)
-    step = max(1, step_bytes(f.left.device) // (max(b, other) * groups * d * f.left.element_size()))
+    step = max(1, step_bytes(f.left) // (max(b, other) * groups * d * f.left.element_size()))
     for i in range(0, a, step):
         found += product_of_lent(formed_part(f, i, step), None if g is f else formed_part(g, i, step))
     return found

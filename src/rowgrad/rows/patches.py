@@ -367,7 +367,7 @@ def _gram(f: Convolved, g: Convolved) -> Tensor:
         left = f.plain()
         return gram(left, left if g is f else g.plain())
     found = f.x.new_zeros(b, other)
-    step = step_bytes(f.x.device) // (max(b, other) * d * f.x.element_size())
+    step = step_bytes(f.x) // (max(b, other) * d * f.x.element_size())
     step = max(1, step // CHANNELS) * CHANNELS
     for i in range(0, a, step):
         part = slice(i, i + step)

@@ -47,6 +47,7 @@ class Ownership:
     proof: str
     by_node: dict[int, list[Use]]
     watch: Watch  # of the nodes with uses
+    held: frozenset[int]  # leaves of parameters below a use that sees no strided part of them
     alone: frozenset[Use]  # of parameters that have no other, and are seen whole
     nobody: dict[int, list[tuple[int, int, Tensor]]]  # node -> (output, dimension, indices) that no example reaches
     told: dict[tuple, Explanation] = field(default_factory=dict)
@@ -225,7 +226,7 @@ class _Proof:
     """The layouts of one graph's edges, for one call."""
 
     def __init__(self, tape: Tape, seed: Tensor, leaves: Mapping[int, str]) -> None:
-        self.tape = tape
+        self.tape, self.leaves = tape, leaves
         self.n_examples = seed.shape[0]
         self.static, self.needed = static_nodes(tape), needed_nodes(tape, leaves)
         generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7)))
@@ -290,14 +291,23 @@ class _Proof:
             by_node.setdefault(use.node, []).append(use)
         nodes = [self.tape.nodes[i] for i in sorted(by_node)]
         watch = self.tape.watch([(n.index, nr) for n in nodes for nr in range(n.n_outputs) if n.is_traced(nr)])
+        held = self._leaves_below(use.target[0] for use in frontier.uses if use not in places)
         n_uses = Counter(place.leaf for place in places.values())
-        is_loose = len(places) < len(frontier.uses)
         alone = frozenset(
             use
             for use, place in places.items()
-            if not is_loose and n_uses[place.leaf] == 1 and place.numel == self._variable(place.leaf).numel()
+            if place.leaf not in held and n_uses[place.leaf] == 1 and place.numel == self._variable(place.leaf).numel()
         )
-        return Ownership(frontier, layouts, places, proof, by_node, watch, alone, self._nobody(by_node, settled))
+        nobody = self._nobody(by_node, settled)
+        return Ownership(frontier, layouts, places, proof, by_node, watch, held, alone, nobody)
+
+    def _leaves_below(self, nodes: Iterable[int]) -> frozenset[int]:
+        """Those of the parameters asked for."""
+        below = set(nodes)
+        for node in self.tape.nodes:
+            if node.index in below:
+                below |= {target[0] for target in node.slots if target is not None}
+        return frozenset(below & self.leaves.keys())
 
     def _nobody(
         self, nodes: Iterable[int], settled: Mapping[Edge, Axis | Listed]
