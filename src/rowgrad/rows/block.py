@@ -39,10 +39,36 @@ class Region:
     forms: list[Form]
     place: Place
     _canceling: Tensor | None = field(default=None, repr=False)  # examples
+    _whole: Dense | None = field(default=None, repr=False)  # all forms added up; the next question uses it, too
+
+    @property
+    def formed_bytes(self) -> int:
+        """Of the rows that questions formed and left."""
+        rows = [None if self._whole is None else self._whole.values, *map(formed, self.forms)]
+        return sum([r.nbytes for r in rows if r is not None])
+
+    def let_go(self) -> None:
+        """Keep no formed rows any longer."""
+        self._whole = None
+        for form in self.forms:
+            let_go(form)
+
+    def whole(self) -> Dense | None:
+        """The rows written out, where products of rows with rows would write out those of one form anyway, and the
+        others are rows of a table, which are then added to them. None where it would not help."""
+        if self._whole is None and len(self.forms) > 1:
+            outers = [f for f in self.forms if isinstance(f, Outer) and f.forms_to_be_kept]
+            tables = [f for f in self.forms if isinstance(f, Rows) and all(_takes(outer, f) for outer in outers)]
+            if len(outers) == 1 and len(tables) == len(self.forms) - 1:
+                self._whole = _with_tables(Dense(handed_out(outers[0]).contiguous(), is_own=True), tables)
+        return self._whole
 
     def sq_norms(self, keep: bool) -> Tensor:
         if len(self.forms) == 1:
             return self.forms[0].sq_norms(keep)
+        whole = self.whole()
+        if whole is not None:
+            return whole.sq_norms()
         own = [form.sq_norms(keep=True) for form in self.forms]  # the cross terms ask next
         found = sum_of(own)
         for i, f in enumerate(self.forms):
@@ -54,6 +80,9 @@ class Region:
         return found
 
     def gram(self, other: Region) -> Tensor:
+        mine, theirs = self.whole(), other.whole()
+        if mine is not None and theirs is not None:
+            return gram(mine, theirs)
         if other is self:
             crosses = [gram(f, g) for i, f in enumerate(self.forms) for g in self.forms[i + 1 :]]  # they may form f
             own = [gram(f, f) for f in self.forms]
@@ -73,6 +102,9 @@ class Region:
         return found
 
     def inner(self, other: Region) -> Tensor:
+        mine, theirs = self.whole(), other.whole()
+        if mine is not None and theirs is not None:
+            return inner(mine, theirs)
         found = sum_of(inner(f, g) for f in self.forms for g in other.forms)
         for rows in (*self._canceling_parts(), *other._canceling_parts()):
             found[rows] = (self.select(rows).dense() * other.select(rows).dense()).reshape(len(rows), -1).sum(1)
@@ -95,6 +127,8 @@ class Region:
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         """Shape of the place; sparse where all forms are sparse embeddings."""
+        if self._whole is not None:
+            return reshaped(self._whole.weighted_sum(c), self.place.shape)
         parts = [form.weighted_sum(c) for form in self.forms]
         if all(p.is_sparse for p in parts):
             return sum_of(parts)
@@ -105,9 +139,14 @@ class Region:
         if not self.place.covers(direction.numel()):
             start = int(direction.storage_offset()) + self.place.offset
             direction = direction.as_strided(self.place.shape, self.place.stride, start)
+        if self._whole is not None:
+            return self._whole.dot(reshaped(direction, self._whole.shape))
         return sum_of(form.dot(reshaped(direction, form.shape)) for form in self.forms)
 
     def dense(self) -> Tensor:
+        whole, self._whole = self.whole(), None
+        if whole is not None:
+            return whole.values.reshape(whole.n_examples, *self.place.shape)
         return sum_of(handed_out(form).reshape(form.n_examples, *self.place.shape) for form in self.forms)
 
 
@@ -159,19 +198,12 @@ class Block:
     @property
     def formed_bytes(self) -> int:
         """Of the rows that questions formed and left."""
-        n_bytes = 0
-        for region in self.regions:
-            for form in region.forms:
-                rows = formed(form)
-                if rows is not None:
-                    n_bytes += rows.nbytes
-        return n_bytes
+        return sum([region.formed_bytes for region in self.regions])
 
     def let_go(self) -> None:
         """Keep no formed rows any longer."""
         for region in self.regions:
-            for form in region.forms:
-                let_go(form)
+            region.let_go()
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.n_examples, dtype=self.dtype, device=self.device)
@@ -275,10 +307,27 @@ def _joined(forms: list[Form]) -> list[Form]:
         if isinstance(f, Rows):
             by_table.setdefault(f.shape, []).append(f)
     found = joined_outers([f for f in forms if isinstance(f, Outer)])
-    found += [_cat_rows(group) for group in by_table.values()]
+    tables = [_cat_rows(group) for group in by_table.values()]
     if dense:
-        found.append(Dense(sum_of(f.values.reshape(f.n_examples, *dense[0].shape) for f in dense)))
-    return found + multiples
+        whole = dense[0]
+        if len(dense) > 1:
+            whole = Dense(sum_of(f.values.reshape(f.n_examples, *whole.shape) for f in dense), is_own=True)
+        taken = [t for t in tables if whole.is_own and _takes(whole, t)]
+        found.append(_with_tables(whole, taken))
+        tables = [t for t in tables if not any(t is other for other in taken)]
+    return found + tables + multiples
+
+
+def _takes(form: Form, table: Rows) -> bool:
+    """Whether the rows of a table can be added to those of a form."""
+    return form.shape == table.shape and form.held[0].dtype == table.held[0].dtype
+
+
+def _with_tables(whole: Dense, tables: Iterable[Rows]) -> Dense:
+    """Rows that are nobody else's, with those of some tables of their shape added to them."""
+    for table in tables:
+        table.add_to(whole.values)
+    return whole
 
 
 def joined_outers(forms: list[Form]) -> list[Form]:

@@ -645,7 +645,8 @@ class _Arrivals:
         if use in self._alone:
             return form is not None and self._take_alone(leaf, form)
         if form is not None:
-            self._parts.setdefault(leaf, []).append(self._reading.placed(form, place))
+            form, place = self._reading.placed(form, place)
+            self._parts.setdefault(leaf, []).append((form.condensed(), place))
         self._open[leaf] -= 1
         if not self._open[leaf]:
             self._close(leaf, self._parts.pop(leaf, []))

@@ -75,15 +75,16 @@ def lengths(t: Tensor, n_kept: int = 1) -> Tensor:
 
     `vector_norm` reads once and keeps nothing, but adds up plainly: piece by piece, so that few are added at a time.
     """
-    if t.ndim == n_kept:
+    shape = t.shape
+    if len(shape) == n_kept:
         return t.abs()
-    n = t.shape[n_kept:].numel()
+    n = prod(shape[n_kept:])
     if n <= PIECE:
-        return torch.linalg.vector_norm(t, dim=tuple(range(n_kept, t.ndim)))
+        return torch.linalg.vector_norm(t, dim=tuple(range(n_kept, len(shape))))
     piece = gcd(n, PIECE)
     if piece < 128:
         return t.flatten(n_kept).square().sum(-1).sqrt_()
-    pieces = t.reshape(*t.shape[:n_kept], n // piece, piece)
+    pieces = t.reshape(*shape[:n_kept], n // piece, piece)
     return torch.linalg.vector_norm(torch.linalg.vector_norm(pieces, dim=-1), dim=-1)
 
 
@@ -150,6 +151,7 @@ class Dense:
     """Rows as they are: values (B, *shape)."""
 
     values: Tensor
+    is_own: bool = False  # nobody else holds the values, which may be written to
 
     @property
     def shape(self) -> torch.Size:
@@ -220,6 +222,11 @@ class Outer:
     cotangent_gram: Callable[[], Tensor] | None = None  # (B G, T, T) of zbar, where several forms share it
     _formed: Tensor | None = field(default=None, repr=False)
     _cancels: bool | None = field(default=None, repr=False)
+    sizes: tuple[int, int, int, int, int] = field(init=False, repr=False)  # B, G, T, a, b
+
+    def __post_init__(self) -> None:
+        b, g, t, a = self.left.shape
+        self.sizes = b, g, t, a, self.right.shape[3]
 
     @property
     def held(self) -> tuple[Tensor, ...]:
@@ -227,12 +234,7 @@ class Outer:
 
     @property
     def n_examples(self) -> int:
-        return self.left.shape[0]
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        b, g, t, a = self.left.shape
-        return b, g, t, a, self.right.shape[3]
+        return self.sizes[0]
 
     @property
     def formed_bytes(self) -> int:
@@ -243,6 +245,11 @@ class Outer:
     def prefers_gram(self) -> bool:
         _, _, t, a, b = self.sizes
         return t * (a + b) < a * b
+
+    @property
+    def forms_to_be_kept(self) -> bool:
+        """Whether norms write the rows out, and these are small enough to be kept for the next question."""
+        return self.sizes[2] > 1 and not self.prefers_gram and self.formed_bytes <= KEEP_BYTES
 
     def transposed(self, seen: torch.Size | None = None) -> Outer:
         """The same rows with the two sides exchanged; only for a plain matrix or a stack of them.
@@ -280,10 +287,9 @@ class Outer:
         b, g, t, _, _ = self.sizes
         if t == 0 or b == 0:
             return self.left.new_zeros(b)
-        if t == 1 and g == 1:
-            return lengths(self.left).mul_(lengths(self.right)).square_()
         if t == 1:
-            return lengths(self.left, 2).mul_(lengths(self.right, 2)).square_().sum(1)
+            found = lengths(self.left, 2).mul_(lengths(self.right, 2)).square_()
+            return found.sum(1) if g > 1 else found.squeeze(1)
         if self._formed is None and self.prefers_gram:
             found = self._sq_norms_by_gram()
             if not self._cancels:
@@ -316,14 +322,12 @@ class Outer:
     def _sq_norms_by_forming(self, keep: bool) -> Tensor:
         if self._formed is not None or (keep and self.formed_bytes <= KEEP_BYTES):
             return energies(self.form())
-        # a product with more columns than rows is faster
-        left, right = self.left, self.right
-        if left.shape[3] > right.shape[3]:
-            left, right = right, left
+        b, _, _, a, d = self.sizes  # a product with more columns than rows is faster
+        left, right = (self.left, self.right) if a <= d else (self.right, self.left)
         n_bytes, at_once = self.formed_bytes, step_bytes(left)
         if n_bytes <= at_once:
             return _energies_of_products(left, right)
-        pieces = self.chunks(n_bytes // self.n_examples, at_once)
+        pieces = self.chunks(n_bytes // b, at_once)
         return torch.cat([_energies_of_products(left[s], right[s]) for s in pieces])
 
     def write_out(self, examples: slice, out: Tensor) -> Tensor:
@@ -403,9 +407,9 @@ class Outer:
     def condensed(self) -> Outer | Dense:
         _, g, t, a, d = self.sizes
         n_cotangents = g * t * (a if self.cotangent_left else d)
-        if t == 1 or self.prefers_gram or g * a * d > n_cotangents or self.formed_bytes > KEEP_BYTES:
+        if g * a * d > n_cotangents or not self.forms_to_be_kept:
             return self
-        return Dense(self.dense())
+        return Dense(handed_out(self).contiguous(), is_own=True)
 
     def route(self) -> str:
         """How norms are taken and their multiply-adds."""
@@ -573,9 +577,13 @@ class Rows:
         return F.embedding(self.ids, direction.to(self.rows.dtype)).mul_(self.rows).sum((1, 2))
 
     def dense(self) -> Tensor:
-        found = memory.zeros((self.n_examples * self.shape[0], self.shape[1]), self.rows)
-        found.index_add_(0, self._keys(), self.rows.reshape(-1, self.shape[1]))
-        return found.reshape(self.n_examples, *self.shape)
+        found = memory.zeros((self.n_examples, *self.shape), self.rows)
+        self.add_to(found)
+        return found
+
+    def add_to(self, rows: Tensor) -> None:
+        """Add these rows to others, (B, *shape), contiguous and of their dtype."""
+        rows.view(-1, self.shape[1]).index_add_(0, self._keys(), self.rows.reshape(-1, self.shape[1]))
 
     def at(self, ids: Tensor) -> Tensor:
         """The rows of the table at `ids`, which are ascending, in each row of the Jacobian: (B, len(ids) * d)."""
