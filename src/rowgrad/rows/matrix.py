@@ -198,7 +198,7 @@ class Jacobian:
 
     def _parameter_sq_norms(self, names: set[str]) -> dict[str, Tensor]:
         missing = [n for n in self.names if n in names and n not in self._sq_norms]
-        if missing and self._packed is not None:
+        if self._packed is not None and any(n in self._packed.shapes for n in missing):
             self._sq_norms |= self._packed.sq_norms()
             missing = [n for n in missing if n not in self._sq_norms]
         if missing:
