@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import Dense, Form, wide
+from rowgrad.rows.factors import Dense, Form, reshaped, wide
 from rowgrad.rows.ownership import Axis, Edge, Entries, Grouping, Layout
 from rowgrad.tape import Node, Tape
 
@@ -166,15 +166,22 @@ def reduce_broadcast(
     if n == 1:
         return lambda t: t.sum_to_size(shape).unsqueeze(0)
     if isinstance(layout, Axis) and padded[layout.dim] == 1:
-        dim, inner = layout.dim, layout.inner
-        outer = z_shape[dim] // (n * inner)
-        summed = [d for d in range(len(z_shape)) if d != dim and padded[d] == 1 and z_shape[d] != 1]
+        outer = z_shape[layout.dim] // (n * layout.inner)
+        sizes: list[tuple[int, bool]] = []  # of all dimensions, and whether it is summed
+        for dim, size in enumerate(z_shape):
+            sizes += (
+                [(outer, True), (n, False), (layout.inner, True)] if dim == layout.dim else [(size, padded[dim] == 1)]
+            )
+        sizes = [(size, is_summed) for size, is_summed in sizes if size != 1 or not is_summed]
+        split, summed = tuple([size for size, _ in sizes]), [d for d, (_, is_summed) in enumerate(sizes) if is_summed]
+        place = sum(padded[d] != 1 for d in range(layout.dim))  # of the examples among what is left
+        whole = (n, *shape)
 
         def reduce(t: Tensor) -> Tensor:
-            t = t.sum(summed, keepdim=True) if summed else t
-            if outer * inner != 1:
-                t = t.reshape(*t.shape[:dim], outer, n, inner, *t.shape[dim + 1 :]).sum((dim, dim + 2))
-            return (t.movedim(dim, 0) if dim else t).reshape(n, *shape)
+            t = reshaped(t, split)
+            if summed:
+                t = t.sum(summed)
+            return reshaped(t.movedim(place, 0) if place else t, whole)
 
         return reduce
     positions = [d for d, size in enumerate(padded) if size == 1]
