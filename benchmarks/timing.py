@@ -20,8 +20,7 @@ from benchmarks.workloads import WORKLOADS
 
 MOST_ROUNDS, FEWEST_ROUNDS = 15, 2
 CLOSE, CLOSE_ROUNDS = 1.5, 9  # times as slow as ours, by the first estimate; rounds that such a rival takes at least
-SLOW = 1.0  # seconds; a step that takes more is not warmed up
-QUICK = 0.2  # seconds; a step that takes less is repeated, and the second is counted
+SLOW = 1.0  # seconds; a step that takes less is warmed up and, as the plain step, repeated, and the second counts
 HOST_CALLS = 50
 
 Seconds = dict[str, list[float | None]]  # by method, one entry a round; None where it sat out
@@ -53,7 +52,7 @@ def _time_methods(
         if name == OURS or seconds < CLOSE * estimates.get(OURS, 0):
             rounds[name] = max(rounds[name], CLOSE_ROUNDS)
     cold = [name for name, seconds in estimates.items() if seconds > SLOW]
-    quick = [name for name in built if estimates.get(name, 0) < QUICK]
+    quick = [name for name in built if name not in cold]
     return side_by_side(built, rounds, cold, quick)
 
 
