@@ -7,6 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,17 @@ def test_slow_methods_sit_rounds_out() -> None:
     assert all(s is not None for name in (PLAIN, "fast") for s in seconds[name])
     assert summary(seconds, "slow")["rounds"] == 2
     assert rounds_for(1e9, share=1.0) < rounds_for(1e-9, share=1.0)
+
+
+def test_what_is_quick_is_repeated_and_what_is_slow_is_not_even_warmed_up() -> None:
+    calls = {PLAIN: 0, "fast": 0, "slow": 0}
+
+    def step(name: str) -> None:
+        calls[name] += 1
+
+    steps = {name: (torch.nn.Linear(1, 1), partial(step, name)) for name in calls}
+    side_by_side(steps, {"fast": 5, "slow": 2}, cold=["slow"], quick=[PLAIN, "fast"])
+    assert calls == {PLAIN: 1 + 2 * 5, "fast": 1 + 2 * 5, "slow": 2}
 
 
 def test_the_ratio_is_taken_within_a_round() -> None:
