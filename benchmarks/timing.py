@@ -20,7 +20,7 @@ from benchmarks.workloads import WORKLOADS
 
 MOST_ROUNDS, FEWEST_ROUNDS = 15, 2
 CLOSE, CLOSE_ROUNDS = 1.5, 9  # times as slow as ours, by the first estimate; rounds that such a rival takes at least
-SLOW = 1.0  # seconds; a step that takes less is warmed up and, as the plain step, repeated, and the second counts
+SLOW = 1.0  # seconds; quicker steps are warmed up and taken twice a round, of which the second counts
 HOST_CALLS = 50
 
 Seconds = dict[str, list[float | None]]  # by method, one entry a round; None where it sat out

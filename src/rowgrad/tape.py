@@ -260,7 +260,7 @@ class Structure:
                 f.read,
                 f.attributes,
                 f.metadata,
-                None if f.cls.__name__ == f.kind else f.kind,  # most kinds have a class of their own
+                None if f.cls.__name__ == f.kind else f.kind,  # a class that is called as the kind has no other
                 f.kind == ACCUMULATE,
             )
             for f in facts
@@ -599,7 +599,10 @@ class _Waiting:
 
     def take(self, node: int, cotangents: Sequence[Tensor | None]) -> None:
         """A hook before a node, under which the engine records nothing. A node of several graphs may be passed by
-        others at the same time."""
+        others at the same time.
+
+        What is large need not wait: nobody can have written to it yet.
+        """
         if _running() != self._pass:
             return
         n_bytes = 0 if self._passing is None else self._passing(node)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from tests.cases import CASES
 from tests.reference import assert_rows_close, flat, rows_by_grad
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 import rowgrad as rg
 from rowgrad.rows import memory
@@ -225,6 +227,51 @@ def test_a_piece_made_in_inference_mode_serves_beyond_it(monkeypatch):
         piece.fill_(2.0)
     with torch.device("meta"), memory.scratch((2,), torch.zeros((), device="cpu")) as piece:
         assert piece.device.type == "cpu"
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+class MakesTagged(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        return found.as_subclass(Tagged) if type(found) is torch.Tensor else found
+
+
+@pytest.mark.parametrize("mode", [MakesTagged, lambda: FakeTensorMode(allow_non_fake_inputs=True)], ids=["fn", "fake"])
+def test_what_a_mode_makes_of_a_piece_does_not_outlive_it(mode, monkeypatch):
+    monkeypatch.setattr(memory, "_scratch", memory._Scratch())
+    like = torch.zeros(())
+    with memory.scratch((3,), like):
+        pass
+    with mode(), memory.scratch((7,), like) as inside:
+        assert type(inside) is not torch.Tensor
+    with memory.scratch((7,), like) as piece:
+        assert type(piece) is torch.Tensor
+        assert piece.data_ptr() == memory._scratch.piece.data_ptr()
+
+
+def test_what_a_transform_makes_of_a_piece_does_not_outlive_it(monkeypatch):
+    monkeypatch.setattr(memory, "_scratch", memory._Scratch())
+
+    def within(x):
+        with memory.scratch((7,), torch.zeros(())):
+            return x.sum()
+
+    with memory.scratch((3,), torch.zeros(())):
+        pass
+    torch.func.grad(within)(torch.ones(2))
+    with memory.scratch((7,), torch.zeros(())) as piece:
+        assert piece.data_ptr() == memory._scratch.piece.data_ptr()
+
+
+def test_views_of_the_piece_are_few(monkeypatch):
+    monkeypatch.setattr(memory, "_scratch", memory._Scratch())
+    for n in range(2 * memory.KNOWN_VIEWS):
+        with memory.scratch((n,), torch.zeros(())) as piece:
+            assert piece.shape == (n,)
+    assert len(memory._scratch.views) == memory.KNOWN_VIEWS
 
 
 CHOSEN = [n for n, c in CASES.items() if c.fast and c.deterministic and c.independent and c.dtype == torch.float64]

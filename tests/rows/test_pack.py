@@ -143,3 +143,19 @@ def test_small_parts_of_something_large_are_not_held() -> None:
     J = rg.jacobian(losses, tokens)
     assert packed_names(J) == []
     torch.testing.assert_close(J.norms(), J.dense().norm(dim=1))
+
+
+def test_norms_by_parameter_have_the_parameters_dtype_however_they_are_asked() -> None:
+    """Scales in single precision on activations in double precision."""
+    scales = {str(i): nn.Parameter(torch.randn(6)) for i in range(FEWEST)}
+    x = torch.randn(B, 3, 6, dtype=torch.float64)
+
+    def losses() -> Tensor:
+        return torch.stack([(x * scale).sin().sum((1, 2)) for scale in scales.values()]).sum(0)
+
+    streamed = rg.grad_norms(losses(), scales, by="parameter")
+    J = rg.jacobian(losses(), scales)
+    J.norms()
+    for found in (streamed, J.norms(by="parameter"), rg.jacobian(losses(), scales).norms(by="parameter")):
+        assert {t.dtype for t in found.values()} == {torch.float32}
+        torch.testing.assert_close(found, streamed)

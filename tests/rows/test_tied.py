@@ -11,6 +11,7 @@ from tests.reference import assert_rows_close, assert_scaled_close, flat, rows_b
 from torch import Tensor, nn
 
 import rowgrad as rg
+from rowgrad.rows import factors
 from rowgrad.rows.block import Region
 from rowgrad.rows.factors import Outer, Rows
 
@@ -45,7 +46,7 @@ def ids() -> Tensor:
 
 @pytest.fixture
 def rows(model: Tied, ids: Tensor) -> Tensor:
-    """(B, P), one example at a time; not of the sparse table, whose gradient the head makes dense anyway."""
+    """(B, P), one example at a time."""
     weight = model.table.weight
     found = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses_of(model, ids)]
     return torch.stack([g.to_dense() for g in found]).flatten(1)
@@ -76,12 +77,11 @@ QUESTIONS: dict[str, Callable[[rg.Jacobian, Tensor], tuple[Tensor, Tensor]]] = {
 def test_every_question_after_every_other(
     first: str, max_bytes: int | None, model: Tied, ids: Tensor, rows: Tensor
 ) -> None:
-    for second, ask in QUESTIONS.items():
+    for ask in QUESTIONS.values():
         J = rg.jacobian(losses_of(model, ids), model, max_bytes=max_bytes)
         for question in (QUESTIONS[first], ask):
             found, expected = question(J, rows)
             assert_scaled_close(found, expected, expected.abs().max())
-        assert len(region_of(J).forms) == 2, f"the factors are to be had still after {second}"
 
 
 def test_rows_are_written_out_once_and_let_go(model: Tied, ids: Tensor) -> None:
@@ -123,8 +123,47 @@ def test_transforms_still_see_the_factors(model: Tied, ids: Tensor, rows: Tensor
     assert_scaled_close(gradient.flatten(), 3 * rows.sum(0), rows.abs().sum())
 
 
+@pytest.mark.parametrize("question", ["gram", "cosines", "diag_gram"])
+def test_one_side_of_a_pair_may_be_written_out_and_the_other_not(question: str, model: Tied, ids: Tensor) -> None:
+    parts = [ids, ids[:, :2]]  # of two positions Gram matrices cost less
+    rows = [flat(rows_by_grad(losses_of(model, part), dict(model.named_parameters()))) for part in parts]
+    for first, second in ((0, 1), (1, 0)):
+        J, K = (rg.jacobian(losses_of(model, parts[i]), model) for i in (first, second))
+        (A, C), found = (rows[first], rows[second]), getattr(J, question)(K)
+        if question == "cosines":
+            A, C = A / A.norm(dim=1, keepdim=True), C / C.norm(dim=1, keepdim=True)
+        expected = (A * C).sum(1) if question == "diag_gram" else A @ C.T
+        assert_scaled_close(found, expected, expected.abs().max())
+
+
+def test_rows_too_large_to_be_kept_meet_few_that_are_not(
+    model: Tied, ids: Tensor, rows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factors, "KEEP_BYTES", 2 * V * D * 8)
+    J = rg.jacobian(losses_of(model, ids), model)
+    assert [region_of(part).adds_up for part in (J, J[:2])] == [False, True]
+    assert_scaled_close(J.gram(J[:2]), rows @ rows[:2].T, rows.square().sum())
+    assert_scaled_close(J[:2].gram(J), rows[:2] @ rows.T, rows.square().sum())
+
+
+def test_turned_rows_that_are_added_up_take_a_table_in() -> None:
+    w = nn.Parameter(torch.randn(V, D, dtype=torch.float64))
+    x, ids = torch.randn(B, D, V, dtype=torch.float64), torch.randint(V, (B, 6))
+
+    def losses() -> Tensor:
+        return (x * w.T).sin().sum((1, 2)) + (x + w.T).cos().sum((1, 2)) + w[ids].sin().sum((1, 2))
+
+    A = flat(rows_by_grad(losses(), {"w": w}))
+    norms = A.norm(dim=1)
+    assert_scaled_close(rg.grad_norms(losses(), {"w": w}), norms, norms)
+    assert_scaled_close(rg.jacobian(losses(), {"w": w}).gram(), A @ A.T, torch.outer(norms, norms))
+    rg.clipped_loss(losses(), {"w": w}, 1.0, reduction="sum").backward()
+    assert w.grad is not None
+    assert_scaled_close(w.grad.flatten(), (1 / norms).clamp(max=1) @ A, norms.sum())
+
+
 def test_two_heads_and_two_tables(ids: Tensor) -> None:
-    """Lookups of two kinds go to one written-out head; of two heads neither is taken for the other."""
+    """Lookups of two kinds go to one written-out head, or to two that are joined."""
 
     class Twice(nn.Module):
         def __init__(self, n_heads: int) -> None:
@@ -154,6 +193,6 @@ def test_rows_of_another_dtype_are_not_added(dtypes: tuple[torch.dtype, torch.dt
                  cotangent_left=True)  # fmt: skip
     table = Rows(torch.randint(V, (B, T)), torch.randn(B, T, D, dtype=dtypes[1]), torch.Size((V, D)))
     region = Region([head, table], place=None)  # type: ignore[arg-type]
-    assert region.whole() is None
+    assert not region.adds_up
     expected = (head.dense().double() + table.dense().double()).flatten(1).square().sum(1)
     torch.testing.assert_close(region.sq_norms(keep=False).double(), expected, rtol=1e-4, atol=0)

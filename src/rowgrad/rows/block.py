@@ -53,22 +53,30 @@ class Region:
         for form in self.forms:
             let_go(form)
 
-    def whole(self) -> Dense | None:
-        """The rows written out, where products of rows with rows would write out those of one form anyway, and the
-        others are rows of a table, which are then added to them. None where it would not help."""
-        if self._whole is None and len(self.forms) > 1:
-            outers = [f for f in self.forms if isinstance(f, Outer) and f.forms_to_be_kept]
-            tables = [f for f in self.forms if isinstance(f, Rows) and all(_takes(outer, f) for outer in outers)]
-            if len(outers) == 1 and len(tables) == len(self.forms) - 1:
-                self._whole = _with_tables(Dense(handed_out(outers[0]).contiguous(), is_own=True), tables)
+    @property
+    def adds_up(self) -> bool:
+        """Whether products of rows with rows would write out those of one form anyway, and the others are rows of a
+        table, which can be added to them."""
+        if len(self.forms) == 1:
+            return False
+        outers = [f for f in self.forms if isinstance(f, Outer) and f.is_formed_and_kept]
+        tables = [f for f in self.forms if isinstance(f, Rows) and all(_takes(outer, f) for outer in outers)]
+        return len(outers) == 1 and len(tables) == len(self.forms) - 1
+
+    def whole(self) -> Dense:
+        """All rows, where the forms add up; they stay for the next question."""
+        if self._whole is None:
+            (outer,) = [f for f in self.forms if isinstance(f, Outer)]
+            self._whole = _with_tables(handed_out(outer), [f for f in self.forms if isinstance(f, Rows)])
         return self._whole
 
     def sq_norms(self, keep: bool) -> Tensor:
         if len(self.forms) == 1:
             return self.forms[0].sq_norms(keep)
-        whole = self.whole()
-        if whole is not None:
-            return whole.sq_norms()
+        return self.whole().sq_norms() if self.adds_up else self._sq_norms_by_forms()
+
+    def _sq_norms_by_forms(self) -> Tensor:
+        """Tells on the way which examples' uses cancel."""
         own = [form.sq_norms(keep=True) for form in self.forms]  # the cross terms ask next
         found = sum_of(own)
         for i, f in enumerate(self.forms):
@@ -80,9 +88,8 @@ class Region:
         return found
 
     def gram(self, other: Region) -> Tensor:
-        mine, theirs = self.whole(), other.whole()
-        if mine is not None and theirs is not None:
-            return gram(mine, theirs)
+        if self.adds_up and other.adds_up:
+            return gram(self.whole(), other.whole())
         if other is self:
             crosses = [gram(f, g) for i, f in enumerate(self.forms) for g in self.forms[i + 1 :]]  # they may form f
             own = [gram(f, f) for f in self.forms]
@@ -102,9 +109,8 @@ class Region:
         return found
 
     def inner(self, other: Region) -> Tensor:
-        mine, theirs = self.whole(), other.whole()
-        if mine is not None and theirs is not None:
-            return inner(mine, theirs)
+        if self.adds_up and other.adds_up:
+            return inner(self.whole(), other.whole())
         found = sum_of(inner(f, g) for f in self.forms for g in other.forms)
         for rows in (*self._canceling_parts(), *other._canceling_parts()):
             found[rows] = (self.select(rows).dense() * other.select(rows).dense()).reshape(len(rows), -1).sum(1)
@@ -116,7 +122,7 @@ class Region:
         if len(self.forms) == 1:
             return ()
         if self._canceling is None:
-            self.sq_norms(keep=True)
+            self._sq_norms_by_forms()
             assert self._canceling is not None
         if not len(self._canceling):
             return ()
@@ -144,8 +150,8 @@ class Region:
         return sum_of(form.dot(reshaped(direction, form.shape)) for form in self.forms)
 
     def dense(self) -> Tensor:
-        whole, self._whole = self.whole(), None
-        if whole is not None:
+        if self.adds_up:
+            whole, self._whole = self.whole(), None  # it is handed out
             return whole.values.reshape(whole.n_examples, *self.place.shape)
         return sum_of(handed_out(form).reshape(form.n_examples, *self.place.shape) for form in self.forms)
 
@@ -313,7 +319,7 @@ def _joined(forms: list[Form]) -> list[Form]:
         if len(dense) > 1:
             whole = Dense(sum_of(f.values.reshape(f.n_examples, *whole.shape) for f in dense), is_own=True)
         taken = [t for t in tables if whole.is_own and _takes(whole, t)]
-        found.append(_with_tables(whole, taken))
+        found.append(_with_tables(whole.values, taken) if taken else whole)
         tables = [t for t in tables if not any(t is other for other in taken)]
     return found + tables + multiples
 
@@ -323,11 +329,12 @@ def _takes(form: Form, table: Rows) -> bool:
     return form.shape == table.shape and form.held[0].dtype == table.held[0].dtype
 
 
-def _with_tables(whole: Dense, tables: Iterable[Rows]) -> Dense:
-    """Rows that are nobody else's, with those of some tables of their shape added to them."""
+def _with_tables(rows: Tensor, tables: Iterable[Rows]) -> Dense:
+    """Rows that are nobody else's, (B, *shape), with those of some tables of their shape added to them."""
+    rows = rows.contiguous()
     for table in tables:
-        table.add_to(whole.values)
-    return whole
+        table.add_to(rows)
+    return Dense(rows, is_own=True)
 
 
 def joined_outers(forms: list[Form]) -> list[Form]:

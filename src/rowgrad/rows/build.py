@@ -653,7 +653,7 @@ class _Arrivals:
         return True
 
     def _take_alone(self, leaf: int, form: Form) -> bool:
-        """Norms do not depend on where the entries lie."""
+        """Read the norms, which do not depend on where the entries lie, or keep small rows; whether they were kept."""
         name = self._reading.leaves[leaf]
         if is_small(form):
             self._small[name] = form

@@ -247,7 +247,7 @@ class Outer:
         return t * (a + b) < a * b
 
     @property
-    def forms_to_be_kept(self) -> bool:
+    def is_formed_and_kept(self) -> bool:
         """Whether norms write the rows out, and these are small enough to be kept for the next question."""
         return self.sizes[2] > 1 and not self.prefers_gram and self.formed_bytes <= KEEP_BYTES
 
@@ -407,9 +407,9 @@ class Outer:
     def condensed(self) -> Outer | Dense:
         _, g, t, a, d = self.sizes
         n_cotangents = g * t * (a if self.cotangent_left else d)
-        if g * a * d > n_cotangents or not self.forms_to_be_kept:
+        if g * a * d > n_cotangents or not self.is_formed_and_kept:
             return self
-        return Dense(handed_out(self).contiguous(), is_own=True)
+        return Dense(handed_out(self), is_own=True)
 
     def route(self) -> str:
         """How norms are taken and their multiply-adds."""

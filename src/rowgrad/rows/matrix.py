@@ -81,7 +81,7 @@ class Jacobian:
             self._watched += blocks.held()
         self._sq_norms: dict[str, Tensor] = {}
         self._whole: Tensor | None = None
-        self._packed: Pack | None = None  # whose norms by parameter may be asked when the factors are gone
+        self._packed: Pack | None = None  # small rows, for norms that are asked when the factors are gone
 
     @classmethod
     def of_norms(
@@ -90,8 +90,8 @@ class Jacobian:
         """From squared norms that were read while the cotangents streamed by, but for those of small rows, which were
         kept. No other product is left."""
         J = cls(losses, parameters, Blocks({}, None), Explanation([]))
-        in_order = {name: p.shape for name, p in parameters.by_name.items() if name in small}
-        J._packed = Pack.of({name: small[name] for name in in_order}, in_order)  # sums round as in other calls
+        shapes = {name: p.shape for name, p in parameters.by_name.items() if name in small}
+        J._packed = Pack.of({name: small[name] for name in shapes}, shapes)  # in order: sums round as in other calls
         absent = torch.zeros(len(J), dtype=J._dtype, device=losses.device)
         packed = () if J._packed is None else J._packed.shapes
         for name, p in parameters.by_name.items():
@@ -199,7 +199,8 @@ class Jacobian:
     def _parameter_sq_norms(self, names: set[str]) -> dict[str, Tensor]:
         missing = [n for n in self.names if n in names and n not in self._sq_norms]
         if self._packed is not None and any(n in self._packed.shapes for n in missing):
-            self._sq_norms |= self._packed.sq_norms()
+            found = self._packed.sq_norms()
+            self._sq_norms |= {n: in_type(s, products_dtype(self._parameters.by_name[n])) for n, s in found.items()}
             missing = [n for n in missing if n not in self._sq_norms]
         if missing:
             blocks = self._live()

@@ -22,7 +22,6 @@ from __future__ import annotations
 import mmap
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from math import prod
@@ -33,7 +32,7 @@ from torch import Tensor
 LEAST_BYTES = 32 * 2**20  # above the largest block that glibc keeps
 HUGE_PAGE = 2 * 2**20
 SCRATCH_BYTES = 8 * 2**20  # that stay, a thread
-KNOWN_VIEWS = 64  # of these
+KNOWN_VIEWS = 64  # shapes and dtypes in which that was lent
 HAS_HUGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
 UNUSED_BYTES = 4 * 2**30  # that stay, of all threads
 SLACK = 1.25  # how many times as much as is asked for may be used
@@ -69,18 +68,21 @@ class _Scratch(threading.local):
     is_lent = False
 
     def __init__(self) -> None:
-        self.views: OrderedDict[tuple, Tensor] = OrderedDict()  # of the piece, by shape and dtype, last made at the end
+        self.views: dict[tuple, Tensor] = {}  # of the piece, by shape and dtype
 
 
 _scratch = _Scratch()
 
 
 class scratch:
-    """A tensor to be written whole and read within the block, and not beyond it."""
+    """A tensor to be written whole and read within the block, and not beyond it.
+
+    A small plain one on the CPU lies in the thread's piece, unless that is lent already.
+    """
 
     def __init__(self, shape: Sequence[int], like: Tensor) -> None:
         self._shape, self._like = tuple(shape), like
-        self._is_lent = False
+        self._has_piece = False
 
     def __enter__(self) -> Tensor:
         shape, like = self._shape, self._like
@@ -88,14 +90,14 @@ class scratch:
             return empty(shape, like)
         view = _scratch.views.get((shape, like.dtype))
         if view is None:
-            if prod(shape) * like.element_size() > SCRATCH_BYTES:
+            if prod(shape) * like.dtype.itemsize > SCRATCH_BYTES:
                 return empty(shape, like)
             view = _view(shape, like.dtype)
-        _scratch.is_lent = self._is_lent = True
+        _scratch.is_lent = self._has_piece = True
         return view
 
     def __exit__(self, *_: object) -> None:
-        if self._is_lent:
+        if self._has_piece:
             _scratch.is_lent = False
 
 
@@ -104,10 +106,18 @@ def _view(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if _scratch.piece is None:
             _scratch.piece = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
         found = _scratch.piece[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
-    _scratch.views[shape, dtype] = found
-    if len(_scratch.views) > KNOWN_VIEWS:
-        _scratch.views.popitem(last=False)
+    if _is_plain_view(found, _scratch.piece):
+        _scratch.views[shape, dtype] = found
+        if len(_scratch.views) > KNOWN_VIEWS:
+            _scratch.views.pop(next(iter(_scratch.views)))
     return found
+
+
+def _is_plain_view(t: Tensor, whole: Tensor) -> bool:
+    """False for what modes and transforms around the call made of it, which must not outlive them."""
+    with suppress(RuntimeError):  # it has no address
+        return type(t) is Tensor and t.data_ptr() == whole.data_ptr()
+    return False
 
 
 def _is_mapped(n_bytes: int, like: Tensor) -> bool:

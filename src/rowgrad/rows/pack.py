@@ -32,7 +32,7 @@ class Pack:
 
     @classmethod
     def of(cls, rows: Mapping[str, Dense], shapes: Mapping[str, torch.Size]) -> Pack | None:
-        """Of those of one kind; None where they are too few to matter.
+        """Of those of the kind that most are of; None where these are too few to matter.
 
         rows: small ones, by parameter; shapes: of the parameters.
         """

@@ -302,7 +302,7 @@ class _Proof:
         return Ownership(frontier, layouts, places, proof, by_node, watch, held, alone, nobody)
 
     def _leaves_below(self, nodes: Iterable[int]) -> frozenset[int]:
-        """Those of the parameters asked for."""
+        """Of the parameters asked for, those at or below some nodes."""
         below = set(nodes)
         for node in self.tape.nodes:
             if node.index in below:

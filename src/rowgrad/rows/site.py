@@ -169,19 +169,20 @@ def reduce_broadcast(
         outer = z_shape[layout.dim] // (n * layout.inner)
         sizes: list[tuple[int, bool]] = []  # of all dimensions, and whether it is summed
         for dim, size in enumerate(z_shape):
-            sizes += (
-                [(outer, True), (n, False), (layout.inner, True)] if dim == layout.dim else [(size, padded[dim] == 1)]
-            )
+            if dim == layout.dim:
+                sizes += [(outer, True), (n, False), (layout.inner, True)]
+            else:
+                sizes.append((size, padded[dim] == 1))
         sizes = [(size, is_summed) for size, is_summed in sizes if size != 1 or not is_summed]
         split, summed = tuple([size for size, _ in sizes]), [d for d, (_, is_summed) in enumerate(sizes) if is_summed]
-        place = sum(padded[d] != 1 for d in range(layout.dim))  # of the examples among what is left
+        dim_left = sum(padded[d] != 1 for d in range(layout.dim))  # of the examples, once the others are summed
         whole = (n, *shape)
 
         def reduce(t: Tensor) -> Tensor:
             t = reshaped(t, split)
             if summed:
                 t = t.sum(summed)
-            return reshaped(t.movedim(place, 0) if place else t, whole)
+            return reshaped(t.movedim(dim_left, 0) if dim_left else t, whole)
 
         return reduce
     positions = [d for d, size in enumerate(padded) if size == 1]
