@@ -252,23 +252,13 @@ class Structure:
         self.key = key
         self.kinds = [f.kind for f in facts]
         self.slots = [f.slots for f in facts]
-        self._facts = [(f.cls, f.kind, f.slots, f.attributes, f.metadata) for f in facts]
-        self._steps = [
-            (
-                f.cls,
-                f.slots,
-                f.read,
-                f.attributes,
-                f.metadata,
-                None if f.cls.__name__ == f.kind else f.kind,  # a class that is called as the kind has no other
-                f.kind == ACCUMULATE,
-            )
-            for f in facts
-        ]
+        # a class that is called as the kind is of no other
+        self._steps: list[tuple[Any, ...]] = [(*f, f.kind == ACCUMULATE, f.cls.__name__ == f.kind) for f in facts]
         self.runs_python = any(_may_run_python(f.cls, f.kind) for f in facts)
 
     def is_of(self, facts: Sequence[_Facts]) -> bool:
-        return self._facts == [(f.cls, f.kind, f.slots, f.attributes, f.metadata) for f in facts]
+        known = [(cls, kind, slots, attributes, meta) for cls, kind, slots, _, attributes, meta, *_ in self._steps]
+        return known == [(f.cls, f.kind, f.slots, f.attributes, f.metadata) for f in facts]
 
     def found_in(self, root: Any) -> tuple[list[Any], list[Tensor | None]] | None:
         """The nodes of a graph and the variables of its leaves, by index; None if its structure is another."""
@@ -276,7 +266,7 @@ class Structure:
         fns: list[Any] = [None] * n
         variables: list[Tensor | None] = [None] * n
         fns[0] = root
-        for i, (cls, slots, read, attributes, metadata, kind, is_leaf) in enumerate(self._steps):
+        for i, (cls, kind, slots, read, attributes, metadata, is_leaf, is_told) in enumerate(self._steps):
             fn = fns[i]
             if type(fn) is not cls:
                 return None
@@ -286,7 +276,7 @@ class Structure:
                     return None
                 continue
             targets = fn.next_functions
-            if len(targets) != len(slots) or (kind is not None and fn.name() != kind):
+            if len(targets) != len(slots) or not (is_told or fn.name() == kind):
                 return None
             for (target, nr), slot in zip(targets, slots, strict=True):
                 if target is None or slot is None:

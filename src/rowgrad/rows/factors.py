@@ -262,8 +262,8 @@ class Outer:
         turned = (self.right, self.left, shape, not self.cotangent_left)
         return Outer(*turned, self.positions, self.cotangent_gram, formed, self._cancels)
 
-    def chunks(self, bytes_per_example: int, step_bytes: int = 0) -> Iterator[slice]:
-        step = max(1, (step_bytes or CHUNK_BYTES) // max(1, bytes_per_example))
+    def chunks(self, bytes_per_example: int, at_once: int = 0) -> Iterator[slice]:
+        step = max(1, (at_once or CHUNK_BYTES) // max(1, bytes_per_example))
         return (slice(i, i + step) for i in range(0, self.n_examples, step))
 
     def form(self) -> Tensor:
