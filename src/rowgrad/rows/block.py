@@ -27,6 +27,7 @@ from rowgrad.rows.factors import (
     in_type,
     let_go,
     reshaped,
+    wide_dtype,
 )
 from rowgrad.rows.pairs import gram, inner
 from rowgrad.rows.placement import Place
@@ -185,7 +186,7 @@ class Block:
     @classmethod
     def of(cls, parameter: Tensor, uses: list[tuple[Form, Place]], n_examples: int) -> Block:
         regions = _regions(uses)
-        block = cls(parameter.shape, regions, n_examples, products_dtype(parameter), parameter.device)
+        block = cls(parameter.shape, regions, n_examples, wide_dtype(parameter.dtype), parameter.device)
         if len(regions) > 1 and _overlap([region.place for region in regions]):
             place = Place.whole(uses[0][1].leaf, parameter.shape)
             return replace(block, regions=[Region([Dense(block.dense())], place)])
@@ -285,11 +286,6 @@ class Block:
         """The block with `transform` applied to the cotangents of every use."""
         changed = [Region([f.with_cotangents(transform) for f in r.forms], r.place) for r in self.regions]
         return replace(self, regions=changed)
-
-
-def products_dtype(parameter: Tensor) -> torch.dtype:
-    """Of what is asked of the rows of a parameter."""
-    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _regions(uses: list[tuple[Form, Place]]) -> list[Region]:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rowgrad.errors import NoGraphError, NotAVectorError, OpaqueGraphError, ParameterError, RowgradWarning
 from rowgrad.parameters import Parameters, Params, named
-from rowgrad.rows.block import Block, products_dtype
+from rowgrad.rows.block import Block
 from rowgrad.rows.explain import Entry, Explanation
-from rowgrad.rows.factors import Dense, Form, Multiples, in_type
+from rowgrad.rows.factors import Dense, Form, Multiples, in_type, wide_dtype
 from rowgrad.rows.frontier import Use
 from rowgrad.rows.general import GeneralPath
 from rowgrad.rows.matrix import Jacobian
@@ -658,7 +658,7 @@ class _Arrivals:
         if is_small(form):
             self._small[name] = form
             return True
-        self._sq_norms[name] = in_type(form.sq_norms(), products_dtype(self._reading.parameters.by_name[name]))
+        self._sq_norms[name] = in_type(form.sq_norms(), wide_dtype(self._reading.parameters.by_name[name].dtype))
         return False
 
     def _close(self, leaf: int, parts: list[tuple[Form, Place]]) -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import gcd, prod
 from typing import Protocol
 
@@ -53,6 +54,12 @@ def count(n: int) -> str:
         if n >= size:
             return f"{n / size:.3g}{unit}"
     return str(n)
+
+
+@cache
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of what is asked of the rows of a parameter."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def wide(t: Tensor) -> Tensor:
@@ -488,19 +495,28 @@ def _grams(side: Tensor) -> Tensor:
     return torch.bmm(side, side.mT)
 
 
+def _gram_in_parts(side: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """Two parts of the Gram matrices of (n, T, a): early positions with early ones, (n, half, half), and all positions
+    with late ones, (n, T, T - half). What is left out, late with early, mirrors the early with late.
+
+    Many rows and few columns cost less than few rows and many columns.
+    """
+    turned = side.mT
+    early = torch.bmm(side.narrow(1, 0, half), turned.narrow(2, 0, half))
+    return early, torch.bmm(side, turned.narrow(2, half, side.shape[1] - half))
+
+
 def _products_of_grams(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """For (n, G, T, a) and (n, G, T, b) the sum of the entries of both Gram matrices' product, and its bound, (n,)."""
     n_groups, half = left.shape[1], left.shape[2] // 2
     if half < SMALLEST_HALF:
         return _summed(_grams(left).mul_(_grams(right)), n_groups)
     left, right = left.flatten(0, 1), right.flatten(0, 1)
-    early, late = slice(None, half), slice(half, None)  # early with late is late with early
-    blocks = [
-        torch.bmm(left[:, rows], left[:, columns].mT).mul_(torch.bmm(right[:, rows], right[:, columns].mT))
-        for rows, columns in ((early, early), (late, slice(None)))
-    ]
-    found = blocks[0].sum((1, 2)) + blocks[1].sum((1, 2)) + blocks[1][..., early].sum((1, 2))
-    sq_lengths = torch.cat([blocks[0].diagonal(0, 1, 2), blocks[1].diagonal(half, 1, 2)], 1)
+    (early, late), of_right = _gram_in_parts(left, half), _gram_in_parts(right, half)
+    early.mul_(of_right[0])
+    late.mul_(of_right[1])
+    found = early.sum((1, 2)) + late.sum((1, 2)) + late.narrow(1, 0, half).sum((1, 2))  # early with late twice
+    sq_lengths = torch.cat([early.diagonal(0, 1, 2), late.diagonal(-half, 1, 2)], 1)
     return _over_groups(found, n_groups), _over_groups(_bound(sq_lengths), n_groups)
 
 

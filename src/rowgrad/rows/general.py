@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import CHUNK_BYTES, Form
+from rowgrad.rows.factors import CHUNK_BYTES, Form, wide_dtype
 from rowgrad.rows.ownership import Edge, Layout, mask
 from rowgrad.tape import Node, Tape, may_run_python
 
@@ -123,9 +123,7 @@ class GeneralPath:
         node = self.tape.nodes[target[0]]
         unit = torch.ones(node.shape(target[1]), dtype=node.dtype(target[1]), device=node.device(target[1]))
         leaf_of = {name: leaf for leaf, name in self.names.items()}
-        return {
-            leaf_of[name]: g.to(torch.promote_types(g.dtype, torch.float32)) for name, g in self._sweep({target: unit})
-        }
+        return {leaf_of[name]: g.to(wide_dtype(g.dtype)) for name, g in self._sweep({target: unit})}
 
     def row(self, position: int) -> dict[str, Tensor]:
         """Gradient of one example's loss that passes these uses, by parameter name; absent where there is none."""
@@ -148,7 +146,7 @@ class GeneralPath:
         return {name: self._unscaled(g) for name, g in self._sweep(inbox)}
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
-        return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / self.scale
+        return gradient.to(wide_dtype(gradient.dtype)) / self.scale
 
     def _post(self, inbox: dict[Edge, Tensor], target: Edge, gradient: Tensor) -> None:
         node = self.tape.nodes[target[0]]

@@ -16,9 +16,9 @@ from rowgrad.errors import (
 )
 from rowgrad.parameters import Parameters
 from rowgrad.rows import memory
-from rowgrad.rows.block import products_dtype, sum_of
+from rowgrad.rows.block import sum_of
 from rowgrad.rows.explain import Explanation
-from rowgrad.rows.factors import Dense, in_type
+from rowgrad.rows.factors import Dense, in_type, wide_dtype
 from rowgrad.rows.index import positions, shown
 from rowgrad.rows.loss import weighted_rows
 from rowgrad.rows.pack import Blocks, Pack
@@ -99,7 +99,7 @@ class Jacobian:
                 continue
             found = sq_norms.get(name)
             if found is None:
-                found = in_type(small[name].sq_norms(), products_dtype(p)) if name in small else absent
+                found = in_type(small[name].sq_norms(), wide_dtype(p.dtype)) if name in small else absent
             J._sq_norms[name] = found
         return J
 
@@ -200,7 +200,7 @@ class Jacobian:
         missing = [n for n in self.names if n in names and n not in self._sq_norms]
         if self._packed is not None and any(n in self._packed.shapes for n in missing):
             found = self._packed.sq_norms()
-            self._sq_norms |= {n: in_type(s, products_dtype(self._parameters.by_name[n])) for n, s in found.items()}
+            self._sq_norms |= {n: in_type(s, wide_dtype(self._parameters.by_name[n].dtype)) for n, s in found.items()}
             missing = [n for n in missing if n not in self._sq_norms]
         if missing:
             blocks = self._live()
@@ -227,7 +227,7 @@ class Jacobian:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return torch.promote_types(self._losses.dtype, torch.float32)
+        return wide_dtype(self._losses.dtype)
 
     # -- linear products ----------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rowgrad.rows.factors import Dense, step_bytes, wide
+from rowgrad.rows.factors import Dense, reshaped, step_bytes, wide
 from rowgrad.rows.ownership import Axis, Entries
 from rowgrad.rows.site import Cotangents, Recipe, Site, reduce_broadcast
 from rowgrad.tape import Node
@@ -34,10 +34,10 @@ def _scale(
     reduce = reduce_broadcast(site, site.node.shape(), torch.Size(parameter))
     if reduce is None:
         return None
-    shape = (-1, *site.target_shape)
+    shape = (site.n_examples, *site.target_shape)
 
     def build(cotangents: Cotangents, *values: Tensor) -> Dense:
-        return Dense(reduce(normalized(*values).mul_(wide(_first(cotangents)))).reshape(shape))
+        return Dense(reshaped(reduce(normalized(*values).mul_(wide(_first(cotangents)))), shape))
 
     return Recipe(build, "scale", saved)
 
@@ -46,8 +46,8 @@ def _shift(site: Site, parameter: Sequence[int]) -> Recipe | None:
     reduce = reduce_broadcast(site, site.node.shape(), torch.Size(parameter))
     if reduce is None:
         return None
-    shape = (-1, *site.target_shape)
-    return Recipe(lambda cotangents: Dense(reduce(wide(_first(cotangents))).reshape(shape)), "shift", saved=())
+    shape = (site.n_examples, *site.target_shape)
+    return Recipe(lambda cotangents: Dense(reshaped(reduce(wide(_first(cotangents))), shape)), "shift", saved=())
 
 
 def _standardized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -156,9 +156,9 @@ def repeated(site: Site) -> Recipe | None:
     reduce = reduce_broadcast(site, split, once, layout)
     if reduce is None:
         return None
-    shape = (-1, *site.target_shape)
+    shape = (site.n_examples, *site.target_shape)
 
     def build(cotangents: Cotangents) -> Dense:
-        return Dense(reduce(wide(_first(cotangents)).reshape(split)).reshape(shape))
+        return Dense(reshaped(reduce(wide(_first(cotangents)).reshape(split)), shape))
 
     return Recipe(build, "sum", saved=())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rowgrad.parameters import Params
 from rowgrad.rows.build import condensed_jacobian
+from rowgrad.rows.factors import wide_dtype
 from rowgrad.rows.matrix import Jacobian
 
 logger = logging.getLogger("rowgrad")
@@ -234,7 +235,7 @@ def per_example(token_losses: Tensor, mask: Tensor | None = None, reduction: str
             raise ValueError(
                 f"mask of shape {tuple(mask.shape)} does not broadcast to the losses' {tuple(token_losses.shape)}"
             ) from error
-    wide = torch.promote_types(flat.dtype, torch.float32)  # sums of many positions leave half precision
+    wide = wide_dtype(flat.dtype)  # sums of many positions leave half precision
     total = torch.where(weights != 0, flat * weights, 0.0).sum(1, dtype=wide)
     if reduction == "mean":
         total = total / weights.sum(1, dtype=wide).clamp(min=torch.finfo(wide).tiny) * (weights != 0).any(1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rowgrad.rows.block import Block
-from rowgrad.rows.factors import Dense, Form, energies
+from rowgrad.rows.factors import Dense, Form, energies, reshaped
 from rowgrad.rows.general import GeneralPath
 
 SMALL = 2**14  # numbers in all rows of a parameter, above which to bring them together costs more than it saves
@@ -51,8 +51,9 @@ class Pack:
 
     def weighted_sum(self, c: Tensor) -> dict[str, Tensor]:
         """By name. They are handed out, and so share no memory."""
-        parts = self.rows.weighted_sum(c).split([shape.numel() for shape in self.shapes.values()])
-        return {n: part.clone().view(shape) for (n, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        parts = torch.split_with_sizes_copy(self.rows.weighted_sum(c), sizes)
+        return {n: reshaped(part, shape) for (n, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def dot(self, direction: Mapping[str, Tensor]) -> Tensor:
         return self.rows.dot(torch.cat([direction[name].detach().reshape(-1) for name in self.shapes]))
