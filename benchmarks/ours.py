@@ -24,7 +24,7 @@ def _make(task: Task, output: str, goal: Goal) -> Step:
         "clipped": clipped,
         "gram": lambda: rg.jacobian(task.losses(), model).gram(),
         "dot": lambda: rg.jacobian(task.losses(), model).dot(direction),
-        "rows": lambda: rg.jacobian(task.losses(), model).dense(as_dict=True),
+        "rows": lambda: rg.grad_rows(task.losses(), model),
     }[output]
 
 

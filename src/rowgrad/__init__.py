@@ -14,7 +14,7 @@ from rowgrad.forward.along import jvp
 from rowgrad.graph.flow import Flow
 from rowgrad.graph.graph import Graph
 from rowgrad.graph.scopes import trace
-from rowgrad.rows.build import grad_norms, jacobian
+from rowgrad.rows.build import grad_norms, grad_rows, jacobian
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.objective import clip_weights, clipped_loss, per_example
 from rowgrad.rows.rules import RULES
@@ -52,6 +52,7 @@ __all__ = [
     "critical_point",
     "diagnose",
     "grad_norms",
+    "grad_rows",
     "hvp",
     "jacobian",
     "jvp",

@@ -59,6 +59,7 @@ def assert_laws(
         assert_products(condensed_jacobian(losses, params, retain_graph=True), rows, rtol)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rg.RowgradWarning)
+        assert_rows_close(rg.grad_rows(losses, params, retain_graph=True), rows, rtol)
         assert_products(rg.jacobian(losses, params, rules={}, retain_graph=True), rows, rtol)
     return J
 

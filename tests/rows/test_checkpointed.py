@@ -71,7 +71,7 @@ def clip(losses: Tensor, model: nn.Module) -> None:
     rg.clipped_loss(losses, model, 0.5).backward()
 
 
-@pytest.mark.parametrize("ask", [rg.grad_norms, rg.jacobian, clip])
+@pytest.mark.parametrize("ask", [rg.grad_norms, rg.grad_rows, rg.jacobian, clip])
 def test_a_region_is_recomputed_once_for_its_values_and_once_by_the_pass(
     ask: Callable[..., object], model: Watched
 ) -> None:
@@ -82,12 +82,15 @@ def test_a_region_is_recomputed_once_for_its_values_and_once_by_the_pass(
     assert model.runs == [2] * REGIONS
 
 
-def test_norms_hold_few_regions_at_once(model: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ask", [rg.grad_norms, rg.grad_rows])
+def test_what_streams_holds_few_regions_at_once(
+    ask: Callable[..., object], model: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tape, "WAITING_BYTES", 0)
-    rg.grad_norms(model(x()), model)
+    ask(model(x()), model)
     losses = model(x())
     model.most_held = 0
-    rg.grad_norms(losses, model)
+    ask(losses, model)
     assert 1 <= model.most_held <= 2
 
 

@@ -80,6 +80,30 @@ def test_rows_may_be_written_to(model_and_losses: tuple[nn.Module, Tensor], aske
     torch.testing.assert_close(total, rows.sum(0))
 
 
+def test_rows_written_as_the_pass_comes_by_share_memory_with_nothing(
+    model_and_losses: tuple[nn.Module, Tensor],
+) -> None:
+    """Neither with each other nor with what the pass handed on, which a hook still holds."""
+    model, losses = model_and_losses
+    expected = rg.jacobian(losses, model, retain_graph=True).dense(as_dict=True)
+    rows = rg.grad_rows(losses, model, retain_graph=True)
+    for name, t in rows.items():
+        torch.testing.assert_close(t, expected[name])
+        t.zero_()
+    for name, t in rg.grad_rows(losses, model, retain_graph=True).items():
+        torch.testing.assert_close(t, expected[name])
+
+
+def test_rows_of_a_shift_are_not_the_gradient_that_a_hook_holds() -> None:
+    layer, held = nn.Linear(6, 5).double(), []
+    out = layer(torch.randn(B, 6, dtype=torch.float64))
+    out.register_hook(lambda g: held.append(g))
+    rows = rg.grad_rows(out.pow(3).sum(1), layer)
+    torch.testing.assert_close(rows["bias"], held[0])
+    rows["bias"].zero_()
+    assert bool(held[0].any())
+
+
 def test_rows_of_one_parameter_written_to_leave_those_of_another(
     model_and_losses: tuple[nn.Module, Tensor],
 ) -> None:

@@ -179,6 +179,19 @@ def test_streamed_norms_equal_those_of_the_jacobian(name: str) -> None:
             assert_scaled_close(found, flat({p: rows[p]}).norm(dim=1), norms, case.rtol)
 
 
+@every_case
+def test_rows_written_as_the_pass_comes_by_equal_the_reference(name: str) -> None:
+    case, setup, rows, _ = made(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rg.RowgradWarning)
+        found = rg.grad_rows(setup.losses(), setup.model)
+        assert {p: (r.shape, r.dtype) for p, r in found.items()} == {
+            p: (r.shape, r.dtype) for p, r in rg.jacobian(setup.losses(), setup.model).dense(as_dict=True).items()
+        }
+    assert list(found) == list(rows)
+    assert_rows_close(found, rows, case.rtol)
+
+
 # -- products ----------------------------------------------------------------------------------------------------------
 
 

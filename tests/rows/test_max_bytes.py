@@ -139,7 +139,9 @@ def test_cross_terms_are_formed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("max_bytes", [-1, 1.5, math.inf, "1 GiB", True])
-@pytest.mark.parametrize("entry", [rg.jacobian, rg.grad_norms, lambda *a, **k: rg.clipped_loss(*a, 1.0, **k)])
+@pytest.mark.parametrize(
+    "entry", [rg.jacobian, rg.grad_norms, rg.grad_rows, lambda *a, **k: rg.clipped_loss(*a, 1.0, **k)]
+)
 def test_a_bound_that_is_none_is_refused(entry, max_bytes) -> None:
     model = nn.Linear(2, 1)
     with pytest.raises(ValueError, match=r"max_bytes=.*expected a whole number of bytes"):

@@ -106,6 +106,8 @@ def _check_other_ways(
     tally.close((general.dense() - A).norm(dim=1), zero, norms, program, "general path")
     streamed = rg.grad_norms(losses, named, retain_graph=True)
     tally.close(streamed.square(), norms.square(), norms.square(), program, "grad_norms")
+    written = rg.grad_rows(losses, named, retain_graph=True)
+    tally.close((flat(written) - A).norm(dim=1), zero, norms, program, "grad_rows")
     proved = rg.jacobian(losses, named, verify="always")
     proved.loss(1.0).backward()
     total = torch.cat(

@@ -32,6 +32,7 @@ from rowgrad.errors import (
 ENTRIES: dict[str, Callable[..., Any]] = {
     "jacobian": rg.jacobian,
     "grad_norms": rg.grad_norms,
+    "grad_rows": rg.grad_rows,
     "clipped_loss": lambda losses, params, **options: rg.clipped_loss(losses, params, 1.0, **options),
 }
 each_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)

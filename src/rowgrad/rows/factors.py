@@ -465,6 +465,11 @@ def let_go(form: Form) -> None:
         form._formed = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def given_away(form: Form) -> Tensor:
+    """As `handed_out`, of a form that nobody asks again."""
+    return form.values if isinstance(form, Dense) and form.is_own else handed_out(form)
+
+
 def handed_out(form: Form) -> Tensor:
     """(B, *shape): rows written out for somebody who may write to them. Formed rows that were kept are so no longer."""
     rows = form.dense()
@@ -476,9 +481,12 @@ def handed_out(form: Form) -> Tensor:
 
 def _written_out(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """left^T right for each example and group, written to (n, G, a, b)."""
-    left = left.transpose(-1, -2)
+    left = left.mT
     if left.shape[-1] == 1:  # a product over one position is slower as one
         return torch.mul(left, right, out=out)
+    if left.shape[1] == 1:
+        torch.bmm(left.squeeze(1), right.squeeze(1), out=out.squeeze(1))
+        return out
     return torch.matmul(left, right, out=out)
 
 
