@@ -18,8 +18,8 @@ from benchmarks.probe import Setting, build
 from benchmarks.task import OURS, PLAIN, Goal, Step
 from benchmarks.workloads import WORKLOADS
 
-MOST_ROUNDS, FEWEST_ROUNDS = 15, 2
-CLOSE, CLOSE_ROUNDS = 1.5, 9  # times as slow as ours, by the first estimate; rounds that such a rival takes at least
+MOST_ROUNDS, FEWEST_ROUNDS = 21, 2
+CLOSE = 1.5  # times as slow as ours, by the first estimate: such a rival takes part in all rounds
 SLOW = 1.0  # seconds; quicker steps are warmed up and taken twice a round, of which the second counts
 HOST_CALLS = 50
 
@@ -50,7 +50,7 @@ def _time_methods(
     rounds = {name: rounds_for(seconds, 4 * share if name == OURS else share) for name, seconds in estimates.items()}
     for name, seconds in estimates.items():
         if name == OURS or seconds < CLOSE * estimates.get(OURS, 0):
-            rounds[name] = max(rounds[name], CLOSE_ROUNDS)
+            rounds[name] = MOST_ROUNDS
     cold = [name for name, seconds in estimates.items() if seconds > SLOW]
     quick = [name for name in built if name not in cold]
     return side_by_side(built, rounds, cold, quick)

@@ -52,7 +52,7 @@ class Pack:
     def weighted_sum(self, c: Tensor) -> dict[str, Tensor]:
         """By name. They are handed out, and so share no memory."""
         sizes = [shape.numel() for shape in self.shapes.values()]
-        parts = torch.split_with_sizes_copy(self.rows.weighted_sum(c), sizes)
+        parts: tuple[Tensor, ...] = torch.split_with_sizes_copy(self.rows.weighted_sum(c), sizes)  # pyright: ignore[reportAssignmentType]
         return {n: reshaped(part, shape) for (n, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def dot(self, direction: Mapping[str, Tensor]) -> Tensor:
