@@ -145,7 +145,19 @@ def lookup_in_two_precisions() -> Graph:
     return energy(F.embedding(ids, W).double()) + energy(F.embedding(ids, W.double()) @ W.double().T), {"W": W}
 
 
+def turned_kernel() -> Graph:
+    W = weight(4, 3, 2, 2)
+    return energy(F.conv2d(data(5, 4, 6, 6), W.transpose(0, 1))), {"W": W}
+
+
+def turned_table() -> Graph:
+    W = weight(3, 6)
+    return energy(F.embedding(torch.randint(6, (5, 4)), W.T)), {"W": W}
+
+
 GRAPHS: dict[str, Callable[[], Graph]] = {
+    "kernel with its channels exchanged": turned_kernel,
+    "lookup in a turned table": turned_table,
     "a dimension exchanged with itself": lambda: turned_onto_itself((0, 0)),
     "the same, counted from the end": lambda: turned_onto_itself((-1, 1)),
     **{f"cubic stack, {dims} exchanged": lambda d=dims: stack_turned(d) for dims in [(0, 2), (0, 1), (1, -1), (2, -1)]},
