@@ -8,6 +8,13 @@ Note [a node called by itself]
     real input keeps its imaginary part, the dtype may be wider than the input's. The engine repairs all three between
     nodes, and so does `Tape.local_gradients`. Calling a node runs no hook and frees nothing. `AccumulateGrad` must
     never be called: it would write `.grad`.
+
+Note [a gradient that is written to]
+    The engine gives one tensor to all who are to have it. Where one of them writes to it in place (a hook, the backward
+    of a custom Function), the others read what was written if their turn comes later, or if they keep it. What a pass
+    hands over, and what is kept of it, is compared with its version at the time. That misses readers whose turn had
+    not come, and the lowest nodes, which no hook sees. So a node that runs Python code is watched itself: it is refused
+    if it writes to memory that anybody else holds at that moment. One that is alone with its gradient may write.
 """
 
 from __future__ import annotations
@@ -35,7 +42,10 @@ TRIED_STRUCTURES = 4  # used last: a graph is compared with them before it is re
 WAITING_BYTES = 2**20  # of cotangents, and what is recomputed for them, that a pass collects before it hands them over
 COPY_SLICES = "torch::autograd::CopySlices"
 INDEX = "IndexBackward0"
+ALONE = 2  # who holds a tensor that is for one node alone: the engine, and the hook that looks
 _PYTHON_NODE = torch.autograd.function.BackwardCFunction
+_n_holders: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)
+_n_tensors: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 @dataclass(slots=True, eq=False)
@@ -346,6 +356,7 @@ class Watch(NamedTuple):
     passed: tuple[int, ...]  # nodes that the pass executes
     ends: tuple[tuple[int, int], ...]  # edges at which it ends
     lowest: tuple[tuple[int, int], ...]  # the nodes of the ends, with their number of outputs
+    python: tuple[int, ...]  # nodes that the pass executes, wanted or not, whose backward is Python code
 
 
 class Tape:
@@ -392,7 +403,7 @@ class Tape:
             _recall([(self.root_slot[1], found), *(r for r in _recent if r[1] is not found)])
         return self._structure
 
-    @property
+    @cached_property
     def runs_python(self) -> bool:
         """Whether a node's backward is Python code, which may do anything, or a write to a view, which may hold it."""
         if self._structure is not None:
@@ -445,18 +456,23 @@ class Tape:
         if not edges:
             return []
         wanted = tuple([GradientEdge(self.nodes[i].fn, nr) for i, nr in edges])
+        outputs = (self.output if root is None else root,)
         with engine_errors():
-            return list(_pass((self.output if root is None else root,), (seed,), wanted, retain_graph))
+            if not self.runs_python:
+                return list(_pass(outputs, (seed,), wanted, retain_graph))
+            with torch.inference_mode(False):  # in which tensors have no versions
+                return list(_pass(outputs, (seed.clone(),), wanted, retain_graph))  # a node may write to it
 
     def watch(self, edges: Sequence[tuple[int, int]]) -> Watch:
         """How to see the cotangents of these edges in one pass, for `stream`."""
         wanted = sorted({i for i, _ in edges})
-        lowest = self._lowest(wanted)
+        executed = self._above_some(wanted)
         return Watch(
             tuple(edges),
-            tuple([i for i in wanted if i not in lowest]),
-            tuple([e for e in edges if e[0] in lowest]),
-            tuple([(i, self.nodes[i].n_outputs) for i in sorted(lowest)]),
+            tuple([i for i in wanted if executed[i]]),
+            tuple([e for e in edges if not executed[e[0]]]),
+            tuple([(i, self.nodes[i].n_outputs) for i in wanted if not executed[i]]),
+            tuple([n.index for n in self.nodes if executed[n.index] and n.is_python]),
         )
 
     def stream(
@@ -471,7 +487,7 @@ class Tape:
         """As `cotangents`, but hands over each node's cotangents soon after they come and keeps none of them.
 
         Nodes with wanted nodes below them are executed by the pass, so a hook before them sees their cotangents; the
-        lowest ones are not, and their cotangents are the pass's result.
+        lowest ones are not, and their cotangents are the pass's result. See Note [a gradient that is written to].
 
         Args:
             watch: of this graph, or of another with the same signature.
@@ -482,9 +498,12 @@ class Tape:
         waiting = _Waiting(arrived, passing)
         handles = []
         try:
-            if watch.passed:
+            if watch.passed or watch.python:
                 root, node = _above(self.output)
                 handles.append(node.register_prehook(waiting.begin))
+                for i in watch.python:
+                    handles.append(self.nodes[i].fn.register_prehook(partial(waiting.enter, i)))
+                    handles.append(self.nodes[i].fn.register_hook(partial(waiting.leave, i)))
                 for i in watch.passed:
                     handles.append(self.nodes[i].fn.register_prehook(partial(waiting.take, i)))
             cotangents = self.cotangents(watch.ends, seed, retain_graph=retain_graph, root=root)
@@ -496,15 +515,13 @@ class Tape:
         for i, n_outputs in watch.lowest:
             arrived(i, [found.get((i, nr)) for nr in range(n_outputs)])
 
-    def _lowest(self, wanted: Sequence[int]) -> set[int]:
-        """Those of the wanted nodes below which there is no other."""
-        members, below, lowest = set(wanted), [False] * len(self.nodes), set()
+    def _above_some(self, wanted: Sequence[int]) -> list[bool]:
+        """Of each node, whether one of the wanted ones is below it."""
+        members, above, reach = set(wanted), [False] * len(self.nodes), [False] * len(self.nodes)
         for node in reversed(self.nodes):
-            under = any(t is not None and below[t[0]] for t in node.slots)
-            if node.index in members and not under:
-                lowest.add(node.index)
-            below[node.index] = under or node.index in members
-        return lowest
+            above[node.index] = any(t is not None and reach[t[0]] for t in node.slots)
+            reach[node.index] = above[node.index] or node.index in members
+        return above
 
     def local_gradients(
         self, node: Node, cotangents: Sequence[Tensor | None], *, differentiable: bool = False
@@ -538,8 +555,9 @@ class Tape:
         return result + [None] * (len(node.slots) - len(result))
 
     def _call_python(self, node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """With copies, to which it may write: other nodes may be called with the same tensors."""
         filled = [
-            torch.zeros(node.shape(nr), dtype=node.dtype(nr), device=node.device(nr)) if c is None else c
+            torch.zeros(node.shape(nr), dtype=node.dtype(nr), device=node.device(nr)) if c is None else c.clone()
             for nr, c in enumerate(cotangents)
         ]
         result = node.fn.apply(*filled)
@@ -583,6 +601,7 @@ class _Waiting:
         self._pass = _NO_PASS
         self._waiting: list[tuple[int, Sequence[Tensor | None], list[int]]] = []
         self._n_bytes = 0
+        self._entered: dict[int, list[int | None]] = {}
 
     def begin(self, _: object) -> None:
         self._pass = _running()
@@ -607,6 +626,19 @@ class _Waiting:
         if self._n_bytes > WAITING_BYTES:
             self.hand_over()
 
+    def enter(self, node: int, cotangents: Sequence[Tensor | None]) -> None:
+        """A hook before a node that runs Python code: notes the versions of what is not for it alone."""
+        if _running() == self._pass:
+            self._entered[node] = [version(z) if _held_by_others(z) else None for z in cotangents]
+
+    def leave(self, node: int, _: object, cotangents: Sequence[Tensor | None]) -> None:
+        """A hook after it."""
+        if _running() != self._pass:
+            return
+        for z, noted in zip(cotangents, self._entered.pop(node), strict=True):
+            if noted is not None and version(z) != noted:
+                raise written_to()
+
     def hand_over(self) -> None:
         waiting, self._waiting, self._n_bytes = self._waiting, [], 0
         waiting.reverse()
@@ -620,6 +652,21 @@ class _Waiting:
 def version(t: Tensor | None) -> int:
     """Larger once a tensor, or one that shares its memory, was written to."""
     return 0 if t is None or t.is_inference() else t._version
+
+
+def _held_by_others(z: Tensor | None) -> bool:
+    """Whether others than a node have the memory of a gradient that a hook before it is shown, or it cannot be told.
+
+    Who holds the same Python object is not counted.
+    """
+    if z is None:
+        return False
+    if _n_holders is None or _n_tensors is None or type(z) is not Tensor or z.layout is not torch.strided:
+        return True
+    base = z._base  # a view holds it, and it counts among the tensors of the memory
+    if _n_holders(z) > ALONE or (base is not None and _n_holders(base) > ALONE):
+        return True
+    return _n_tensors(z.untyped_storage()._cdata) > ALONE + (base is not None)
 
 
 def written_to() -> OpaqueGraphError:

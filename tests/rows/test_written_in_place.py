@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tests.reference import assert_rows_close, rows_by_grad
+import torch.nn.functional as F
+from tests.reference import assert_rows_close, rows_by_grad, trainable
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import rowgrad as rg
 from rowgrad import tape
@@ -25,6 +29,22 @@ class Doubled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
         return upstream.mul_(2)
+
+
+class DoubledAnew(torch.autograd.Function):
+    """The same derivative, and no write."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return upstream * 2
+
+
+def anew(h: Tensor) -> Tensor:
+    return DoubledAnew.apply(h)  # type: ignore[no-any-return]
 
 
 def by_function(h: Tensor) -> Tensor:
@@ -95,3 +115,253 @@ def test_sums_that_the_engine_takes_in_place_are_no_such_case(
         norms = rg.grad_norms(losses, params, retain_graph=True)
         torch.testing.assert_close(norms, sum(r.flatten(1).square().sum(1) for r in expected.values()).sqrt())
         assert_rows_close(rg.jacobian(losses, params).dense(as_dict=True), expected)
+
+
+Write = Callable[[Tensor], Tensor]
+
+
+class Bias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(D))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.bias
+
+
+class Embedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, D)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.table(torch.arange(B * T).view(B, T) % 9)
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(T, T, 3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.conv(h)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(D, D),
+    "bias": Bias,
+    "embedding": Embedding,
+    "convolution": Convolution,
+    "layer norm": lambda: nn.LayerNorm(D),
+}
+
+
+def layer_first(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+    v = a(data)
+    return write(b(data)) + v
+
+
+def layer_last(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+    u = write(b(data))
+    return u + a(data)
+
+
+def layer_on_the_left(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+    u = write(b(data))
+    return a(data) + u
+
+
+def function_on_the_right(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+    v = a(data)
+    return v + write(b(data))
+
+
+def deeper(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+    h = b(data)
+    return torch.tanh(layer_last(a, b, h, write)) + h
+
+
+def within_views(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+    u = write(b(data)).flatten(1)
+    return u + a(data).flatten(1)
+
+
+def with_its_turn_to_come(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+    """No layer is given what is written to: the gradient of tanh is a new tensor, and wrong."""
+    v = a(data).tanh()
+    return write(b(data)) + v
+
+
+SHARED = [
+    layer_first,
+    layer_last,
+    layer_on_the_left,
+    function_on_the_right,
+    deeper,
+    within_views,
+    with_its_turn_to_come,
+]
+
+
+def with_its_turn_over(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+    u = write(b(data))
+    return u + a(data).tanh()
+
+
+def in_a_row(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+    return write(a(b(data).tanh())).tanh()
+
+
+def beside_a_way_around(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+    h = b(data)
+    return h + write(a(h.tanh())).tanh()
+
+
+def below_a_view(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+    return write(a(b(data).tanh())).flatten(1).tanh()
+
+
+def where_examples_meet(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+    h = write(a(b(data).tanh())).transpose(1, 2)
+    return F.batch_norm(h, None, None, training=True)
+
+
+def on_the_way_to_a_weight(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+    """What a node called by itself is given, another is given, too."""
+    first, second = (next(m.parameters()) for m in (a, b))
+    weight = first.tanh() + write(second.tanh())
+    return data @ weight if weight.ndim == 2 else data * weight
+
+
+ALONE = [with_its_turn_over, in_a_row, beside_a_way_around, below_a_view, where_examples_meet]
+
+Graph = Callable[[nn.Module, nn.Module, Tensor, Write], Tensor]
+
+
+def two(kind: str) -> nn.ModuleList:
+    """The lowest layer of a branch, and a linear one."""
+    torch.manual_seed(0)
+    return nn.ModuleList([LAYERS[kind](), nn.Linear(D, D)]).double()
+
+
+def losses_of(graph: Graph, model: nn.ModuleList, data: Tensor, write: Write) -> Tensor:
+    return graph(model[0], model[1], data, write).square().flatten(1).sum(1)
+
+
+def answer(question: str, losses: Tensor, model: nn.Module) -> Tensor:
+    found = QUESTIONS[question](losses, model)
+    if isinstance(found, Tensor):
+        return found.reshape(B, -1)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable(model).values()]
+    clipped = torch.cat([g.flatten() for g in gradients])
+    model.zero_grad()
+    return clipped[None]
+
+
+def expected(question: str, losses: Tensor, model: nn.Module) -> Tensor:
+    rows = torch.cat([r.flatten(1) for r in rows_by_grad(losses, trainable(model)).values()], 1)
+    norms = rows.norm(dim=1, keepdim=True)
+    clipped = (rows * (0.5 / norms).clamp(max=1)).mean(0, keepdim=True)
+    return {"norms": norms, "rows": rows, "clipped": clipped}[question]
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("graph", SHARED)
+def test_a_write_to_what_others_hold_is_refused(graph: Graph, kind: str, question: str) -> None:
+    model, data = two(kind), x()
+    for _ in range(2):
+        with pytest.raises(OpaqueGraphError, match=r"written to in the middle of the pass.*return a new tensor"):
+            answer(question, losses_of(graph, model, data, by_function), model)
+    assert_rows_close(
+        answer(question, losses_of(graph, model, data, anew), model),
+        expected(question, losses_of(graph, model, data, anew), model),
+    )
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.errors.RowgradWarning")
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("graph", ALONE)
+@pytest.mark.parametrize("write", [by_function, anew])
+def test_a_write_to_what_nobody_else_holds_is_exact(write: Write, graph: Graph, kind: str, question: str) -> None:
+    model, data = two(kind), x()
+    truth = expected(question, losses_of(graph, model, data, anew), model)
+    for _ in range(2):
+        assert_rows_close(answer(question, losses_of(graph, model, data, write), model), truth)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("kind", ["linear", "bias"])
+def test_a_node_called_by_itself_may_write(kind: str, question: str) -> None:
+    model, data = two(kind), x()
+    if kind == "bias":
+        model[1] = Bias().double()
+    truth = expected(question, losses_of(on_the_way_to_a_weight, model, data, anew), model)
+    for _ in range(2):
+        found = answer(question, losses_of(on_the_way_to_a_weight, model, data, by_function), model)
+        assert_rows_close(found, truth)
+
+
+@pytest.mark.parametrize("graph", SHARED)
+def test_a_write_is_refused_in_inference_mode(graph: Graph) -> None:
+    model, data = two("linear"), x()
+    for _ in range(2):
+        losses, unwritten = (losses_of(graph, model, data, write) for write in (by_function, anew))
+        truth = expected("rows", losses_of(graph, model, data, anew), model)
+        with torch.inference_mode():
+            with pytest.raises(OpaqueGraphError, match="written to in the middle of the pass"):
+                rg.jacobian(losses, model)
+            assert_rows_close(rg.jacobian(unwritten, model).dense(), truth)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_write_to_the_seed_is_refused(question: str, model: nn.ModuleList) -> None:
+    for _ in range(2):
+        with pytest.raises(OpaqueGraphError, match="written to in the middle of the pass"):
+            answer(question, by_function(model[0](x()).square().sum((1, 2))), model)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_write_to_a_view_of_a_value_hands_on_copies(question: str) -> None:
+    def half_replaced(a: nn.Module, b: nn.Module, data: Tensor, write: Write) -> Tensor:
+        h = a(data).clone()
+        h[..., :2] = write(b(data)[..., :2])
+        return h + a(data)
+
+    model, data = two("linear"), x()
+    truth = expected(question, losses_of(half_replaced, model, data, anew), model)
+    for _ in range(2):
+        assert_rows_close(answer(question, losses_of(half_replaced, model, data, by_function), model), truth)
+
+
+@pytest.mark.parametrize("graph", SHARED)
+def test_functions_that_write_nothing_are_exact_in_checkpointed_regions_and_again(graph: Graph) -> None:
+    model, data = two("linear"), x()
+
+    def region(h: Tensor) -> Tensor:
+        return graph(model[0], model[1], h, anew)
+
+    for _ in range(2):
+        losses = checkpoint(region, data, use_reentrant=False).square().flatten(1).sum(1)  # type: ignore[attr-defined]
+        truth = expected("rows", losses_of(graph, model, data, anew), model)
+        assert_rows_close(rg.grad_norms(losses, model, retain_graph=True)[:, None], truth.norm(dim=1, keepdim=True))
+        J = rg.jacobian(losses, model, retain_graph=True)
+        assert_rows_close(J.dense(), truth)
+        losses.sum().backward()
+        summed = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        assert_rows_close(summed[None], truth.sum(0, keepdim=True))
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("write", [by_function, anew])
+def test_what_is_watched_is_not_kept(write: Write) -> None:
+    model, data = two("linear"), x()
+    gradients: list[weakref.ref[Tensor]] = []
+    h = with_its_turn_over(model[0], model[1], data, write)
+    h.register_hook(lambda z: gradients.append(weakref.ref(z)))
+    losses = h.square().flatten(1).sum(1)
+    rg.grad_norms(losses, model, retain_graph=True)
+    gc.collect()
+    assert gradients
+    assert not [z for z in gradients if z() is not None]
