@@ -10,18 +10,17 @@ Note [a node called by itself]
     never be called: it would write `.grad`.
 
 Note [a gradient that is written to]
-    The engine gives one tensor to all who are to have it. Where one of them writes to it in place (a hook, the backward
-    of a custom Function), the others read what was written if their turn comes later, or if they keep it. What a pass
-    hands over, and what is kept of it, is compared with its version at the time. That misses readers whose turn had
-    not come, and the lowest nodes, which no hook sees. So a node that runs Python code is watched itself: it is refused
-    if it writes to memory that anybody else holds at that moment. One that is alone with its gradient may write.
+    The engine gives one tensor to all who are to have it. Where the backward of a custom Function writes to it in
+    place, the others read what was written, if their turn comes later or if they keep it: other layers, and what a pass
+    hands over. Who else holds it cannot be told for certain, so Functions are given copies. Hooks cannot be kept apart
+    in this way: what is handed over, and what is kept of it, is compared with its version at the time.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import attrgetter
@@ -42,10 +41,8 @@ TRIED_STRUCTURES = 4  # used last: a graph is compared with them before it is re
 WAITING_BYTES = 2**20  # of cotangents, and what is recomputed for them, that a pass collects before it hands them over
 COPY_SLICES = "torch::autograd::CopySlices"
 INDEX = "IndexBackward0"
-ALONE = 2  # who holds a tensor that is for one node alone: the engine, and the hook that looks
 _PYTHON_NODE = torch.autograd.function.BackwardCFunction
-_n_holders: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)
-_n_tensors: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+_NOTHING = nullcontext()
 
 
 @dataclass(slots=True, eq=False)
@@ -356,7 +353,6 @@ class Watch(NamedTuple):
     passed: tuple[int, ...]  # nodes that the pass executes
     ends: tuple[tuple[int, int], ...]  # edges at which it ends
     lowest: tuple[tuple[int, int], ...]  # the nodes of the ends, with their number of outputs
-    python: tuple[int, ...]  # nodes that the pass executes, wanted or not, whose backward is Python code
 
 
 class Tape:
@@ -403,12 +399,16 @@ class Tape:
             _recall([(self.root_slot[1], found), *(r for r in _recent if r[1] is not found)])
         return self._structure
 
-    @cached_property
+    @property
     def runs_python(self) -> bool:
         """Whether a node's backward is Python code, which may do anything, or a write to a view, which may hold it."""
         if self._structure is not None:
             return self._structure.runs_python
         return any(map(may_run_python, self.nodes))
+
+    def _gradients_apart(self) -> AbstractContextManager[None]:
+        """See Note [a gradient that is written to]."""
+        return _apart([n.fn for n in self.nodes if n.is_python]) if self.runs_python else _NOTHING
 
     def refuse_hidden(self) -> None:
         """
@@ -456,23 +456,18 @@ class Tape:
         if not edges:
             return []
         wanted = tuple([GradientEdge(self.nodes[i].fn, nr) for i, nr in edges])
-        outputs = (self.output if root is None else root,)
-        with engine_errors():
-            if not self.runs_python:
-                return list(_pass(outputs, (seed,), wanted, retain_graph))
-            with torch.inference_mode(False):  # in which tensors have no versions
-                return list(_pass(outputs, (seed.clone(),), wanted, retain_graph))  # a node may write to it
+        with engine_errors(), self._gradients_apart():
+            return list(_pass((self.output if root is None else root,), (seed,), wanted, retain_graph))
 
     def watch(self, edges: Sequence[tuple[int, int]]) -> Watch:
         """How to see the cotangents of these edges in one pass, for `stream`."""
         wanted = sorted({i for i, _ in edges})
-        executed = self._above_some(wanted)
+        lowest = self._lowest(wanted)
         return Watch(
             tuple(edges),
-            tuple([i for i in wanted if executed[i]]),
-            tuple([e for e in edges if not executed[e[0]]]),
-            tuple([(i, self.nodes[i].n_outputs) for i in wanted if not executed[i]]),
-            tuple([n.index for n in self.nodes if executed[n.index] and n.is_python]),
+            tuple([i for i in wanted if i not in lowest]),
+            tuple([e for e in edges if e[0] in lowest]),
+            tuple([(i, self.nodes[i].n_outputs) for i in sorted(lowest)]),
         )
 
     def stream(
@@ -487,7 +482,7 @@ class Tape:
         """As `cotangents`, but hands over each node's cotangents soon after they come and keeps none of them.
 
         Nodes with wanted nodes below them are executed by the pass, so a hook before them sees their cotangents; the
-        lowest ones are not, and their cotangents are the pass's result. See Note [a gradient that is written to].
+        lowest ones are not, and their cotangents are the pass's result.
 
         Args:
             watch: of this graph, or of another with the same signature.
@@ -498,12 +493,9 @@ class Tape:
         waiting = _Waiting(arrived, passing)
         handles = []
         try:
-            if watch.passed or watch.python:
+            if watch.passed:
                 root, node = _above(self.output)
                 handles.append(node.register_prehook(waiting.begin))
-                for i in watch.python:
-                    handles.append(self.nodes[i].fn.register_prehook(partial(waiting.enter, i)))
-                    handles.append(self.nodes[i].fn.register_hook(partial(waiting.leave, i)))
                 for i in watch.passed:
                     handles.append(self.nodes[i].fn.register_prehook(partial(waiting.take, i)))
             cotangents = self.cotangents(watch.ends, seed, retain_graph=retain_graph, root=root)
@@ -515,13 +507,15 @@ class Tape:
         for i, n_outputs in watch.lowest:
             arrived(i, [found.get((i, nr)) for nr in range(n_outputs)])
 
-    def _above_some(self, wanted: Sequence[int]) -> list[bool]:
-        """Of each node, whether one of the wanted ones is below it."""
-        members, above, reach = set(wanted), [False] * len(self.nodes), [False] * len(self.nodes)
+    def _lowest(self, wanted: Sequence[int]) -> set[int]:
+        """Those of the wanted nodes below which there is no other."""
+        members, below, lowest = set(wanted), [False] * len(self.nodes), set()
         for node in reversed(self.nodes):
-            above[node.index] = any(t is not None and reach[t[0]] for t in node.slots)
-            reach[node.index] = above[node.index] or node.index in members
-        return above
+            under = any(t is not None and below[t[0]] for t in node.slots)
+            if node.index in members and not under:
+                lowest.add(node.index)
+            below[node.index] = under or node.index in members
+        return lowest
 
     def local_gradients(
         self, node: Node, cotangents: Sequence[Tensor | None], *, differentiable: bool = False
@@ -601,7 +595,6 @@ class _Waiting:
         self._pass = _NO_PASS
         self._waiting: list[tuple[int, Sequence[Tensor | None], list[int]]] = []
         self._n_bytes = 0
-        self._entered: dict[int, list[int | None]] = {}
 
     def begin(self, _: object) -> None:
         self._pass = _running()
@@ -626,19 +619,6 @@ class _Waiting:
         if self._n_bytes > WAITING_BYTES:
             self.hand_over()
 
-    def enter(self, node: int, cotangents: Sequence[Tensor | None]) -> None:
-        """A hook before a node that runs Python code: notes the versions of what is not for it alone."""
-        if _running() == self._pass:
-            self._entered[node] = [version(z) if _held_by_others(z) else None for z in cotangents]
-
-    def leave(self, node: int, _: object, cotangents: Sequence[Tensor | None]) -> None:
-        """A hook after it."""
-        if _running() != self._pass:
-            return
-        for z, noted in zip(cotangents, self._entered.pop(node), strict=True):
-            if noted is not None and version(z) != noted:
-                raise written_to()
-
     def hand_over(self) -> None:
         waiting, self._waiting, self._n_bytes = self._waiting, [], 0
         waiting.reverse()
@@ -654,19 +634,19 @@ def version(t: Tensor | None) -> int:
     return 0 if t is None or t.is_inference() else t._version
 
 
-def _held_by_others(z: Tensor | None) -> bool:
-    """Whether others than a node have the memory of a gradient that a hook before it is shown, or it cannot be told.
+@contextmanager
+def _apart(nodes: Iterable[Any]) -> Iterator[None]:
+    """These nodes are given copies."""
+    handles = [node.register_prehook(_copied) for node in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
-    Who holds the same Python object is not counted.
-    """
-    if z is None:
-        return False
-    if _n_holders is None or _n_tensors is None or type(z) is not Tensor or z.layout is not torch.strided:
-        return True
-    base = z._base  # a view holds it, and it counts among the tensors of the memory
-    if _n_holders(z) > ALONE or (base is not None and _n_holders(base) > ALONE):
-        return True
-    return _n_tensors(z.untyped_storage()._cdata) > ALONE + (base is not None)
+
+def _copied(cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple([None if z is None else z.clone() for z in cotangents])
 
 
 def written_to() -> OpaqueGraphError:

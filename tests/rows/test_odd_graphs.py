@@ -155,7 +155,22 @@ def turned_table() -> Graph:
     return energy(F.embedding(torch.randint(6, (5, 4)), W.T)), {"W": W}
 
 
+def table_in_a_sum() -> Graph:
+    """The rows of a sum go to both of its parts; of one a table's rows are added to them."""
+    a, b = weight(7, 3), weight(7, 3)
+    scaled = (data(5, 7, 3) * (a + b)).tanh().sum((1, 2))
+    return F.embedding(torch.randint(7, (5, 4)), a).square().sum((1, 2)) + scaled, {"a": a, "b": b}
+
+
+def table_that_scales() -> Graph:
+    a = weight(7, 3)
+    h = F.embedding(torch.randint(7, (5, 4)), a).sum(1, keepdim=True)
+    return (h * (data(5, 7, 3) * a)).tanh().sum((1, 2)), {"a": a}
+
+
 GRAPHS: dict[str, Callable[[], Graph]] = {
+    "a looked-up table in a sum": table_in_a_sum,
+    "a looked-up table that scales": table_that_scales,
     "kernel with its channels exchanged": turned_kernel,
     "lookup in a turned table": turned_table,
     "a dimension exchanged with itself": lambda: turned_onto_itself((0, 0)),

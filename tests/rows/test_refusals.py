@@ -28,6 +28,7 @@ from rowgrad.errors import (
     RowgradError,
     StaleJacobianError,
 )
+from rowgrad.rows import reading
 
 ENTRIES: dict[str, Callable[..., Any]] = {
     "jacobian": rg.jacobian,
@@ -105,6 +106,12 @@ def test_losses_from_inference_mode(entry: Callable, model: nn.Module, x: Tensor
 
 
 @each_entry
+def test_losses_without_values(entry: Callable, model: nn.Module, x: Tensor) -> None:
+    with pytest.raises(NoGraphError, match="device meta"):
+        entry(losses_of(model.to("meta"), x.to("meta")), model)
+
+
+@each_entry
 def test_a_freed_graph(entry: Callable, model: nn.Module, x: Tensor) -> None:
     losses = losses_of(model, x)
     losses.sum().backward()
@@ -126,6 +133,16 @@ def test_a_graph_that_is_kept_can_be_read_again(model: nn.Module, x: Tensor) -> 
     rg.grad_norms(losses, model, retain_graph=True)
     assert torch.equal(rg.jacobian(losses, model, retain_graph=True).dense(), first)
     losses.sum().backward()
+
+
+@each_entry
+def test_a_warning_points_to_the_line_that_asked(entry: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_warned", set())
+    p = torch.randn(3, requires_grad=True)
+    losses = (torch.randn(5, 3) * p).cumsum(0).square().sum(1)
+    with pytest.warns(rg.RowgradWarning, match="no rule") as caught:
+        entry(losses, [p])
+    assert {w.filename for w in caught} == {__file__}
 
 
 # -- parameters --------------------------------------------------------------------------------------------------------

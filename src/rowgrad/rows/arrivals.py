@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from rowgrad.rows.block import Block
-from rowgrad.rows.factors import Dense, Form, given_away, in_type, reshaped, wide_dtype
+from rowgrad.rows.factors import Dense, Form, handed_out, in_type, reshaped, wide_dtype
 from rowgrad.rows.frontier import Use
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.pack import is_small, small_form
@@ -125,7 +125,7 @@ class WrittenOut(Arrivals[dict[str, Tensor]]):
         parameter, n = self._parameters[name], self._reading.n_examples
         form, place = settle(form, place)
         if place.covers(parameter.numel()):
-            self._rows[name] = reshaped(given_away(form), (n, *parameter.shape))
+            self._rows[name] = reshaped(handed_out(form), (n, *parameter.shape))
         else:
             self._take_block(name, Block.of(parameter, [(form, place)], n))
         return False

@@ -241,6 +241,8 @@ def check_vector(losses: Tensor) -> None:
 def check_losses(losses: Tensor) -> None:
     """Refuse what is not a vector of losses with a graph."""
     check_vector(losses)
+    if losses.is_meta:
+        raise NoGraphError("losses are on the device meta and have no values; compute them on a device that has")
     if losses.is_inference():
         raise NoGraphError("losses were computed in inference mode and have no graph; run the forward pass outside it")
     if losses.grad_fn is None:

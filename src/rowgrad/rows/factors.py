@@ -465,11 +465,6 @@ def let_go(form: Form) -> None:
         form._formed = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def given_away(form: Form) -> Tensor:
-    """As `handed_out`, of a form that nobody asks again."""
-    return form.values if isinstance(form, Dense) and form.is_own else handed_out(form)
-
-
 def handed_out(form: Form) -> Tensor:
     """(B, *shape): rows written out for somebody who may write to them. Formed rows that were kept are so no longer."""
     rows = form.dense()

@@ -37,7 +37,7 @@ def _scale(
     shape = (site.n_examples, *site.target_shape)
 
     def build(cotangents: Cotangents, *values: Tensor) -> Dense:
-        return Dense(reshaped(reduce(normalized(*values).mul_(wide(_first(cotangents)))), shape), is_own=True)
+        return Dense(reshaped(reduce(normalized(*values).mul_(wide(_first(cotangents)))), shape))
 
     return Recipe(build, "scale", saved)
 

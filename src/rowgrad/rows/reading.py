@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -255,7 +256,9 @@ class Reading:
         _warned.add(key)
         name, kind = slow[0]
         more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
-        warnings.warn(f"{name} at {kind}{more}: {why} See Jacobian.explain()", RowgradWarning, stacklevel=5)
+        warnings.warn(
+            f"{name} at {kind}{more}: {why} See Jacobian.explain()", RowgradWarning, stacklevel=_level_of_caller()
+        )
 
     def _underflow(self) -> str:
         halves = any(n.dtype() == torch.float16 for n in self.tape.nodes if not n.is_leaf and n.is_traced(0))
@@ -337,3 +340,11 @@ class Reading:
                     if target is not None:
                         below[node.index] |= below[target[0]]
         return below
+
+
+def _level_of_caller() -> int:
+    """Of the first call from outside the package, for a warning where this is asked."""
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "rowgrad":
+        level, frame = level + 1, frame.f_back
+    return level

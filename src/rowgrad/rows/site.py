@@ -135,7 +135,7 @@ def factor(site: Site) -> Recipe | None:
         return None
 
     def build(cotangents: Cotangents, other: Tensor) -> Form:
-        return Dense(reduce(wide(only(cotangents)) * wide(other)), is_own=True)
+        return Dense(reduce(wide(only(cotangents)) * wide(other)))
 
     return Recipe(build, "product", saved=("self" if site.slot else "other",))
 
@@ -150,9 +150,8 @@ def summand(site: Site, scale: str | None = None, sign: int = 1) -> Recipe | Non
     factor = sign * (scalar(site.node.attribute(scale)) if scale else 1)
 
     def build(cotangents: Cotangents) -> Form:
-        z = only(cotangents)
-        found = reduce(wide(_as_target(z, is_complex)))
-        return Dense(found, is_own=found.numel() < z.numel()) if factor == 1 else Dense(factor * found, is_own=True)
+        found = reduce(wide(_as_target(only(cotangents), is_complex)))
+        return Dense(found if factor == 1 else factor * found)
 
     return Recipe(build, "sum", saved=())
 
