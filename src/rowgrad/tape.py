@@ -12,8 +12,9 @@ Note [a node called by itself]
 Note [a gradient that is written to]
     The engine gives one tensor to all who are to have it. Where the backward of a custom Function writes to it in
     place, the others read what was written, if their turn comes later or if they keep it: other layers, and what a pass
-    hands over. Who else holds it cannot be told for certain, so Functions are given copies. Hooks cannot be kept apart
-    in this way: what is handed over, and what is kept of it, is compared with its version at the time.
+    hands over. Who else holds it cannot be told for certain, so Functions are given copies. What they return is copied,
+    too: it may be memory that they write to again when they are called the next time. Hooks cannot be kept apart in
+    this way: what is handed over, and what is kept of it, is compared with its version at the time.
 """
 
 from __future__ import annotations
@@ -555,7 +556,7 @@ class Tape:
             for nr, c in enumerate(cotangents)
         ]
         result = node.fn.apply(*filled)
-        result = list(result) if isinstance(result, (tuple, list)) else [result]
+        result = list(_copied(result if isinstance(result, (tuple, list)) else [result]))
         needs = list(node.fn.needs_input_grad)
         if len(result) == len(node.slots):
             return result
@@ -636,8 +637,11 @@ def version(t: Tensor | None) -> int:
 
 @contextmanager
 def _apart(nodes: Iterable[Any]) -> Iterator[None]:
-    """These nodes are given copies."""
-    handles = [node.register_prehook(_copied) for node in nodes]
+    """Of what these nodes are given and of what they return there are copies."""
+    handles = []
+    for node in nodes:
+        handles.append(node.register_prehook(_copied))
+        handles.append(node.register_hook(lambda found, _: _copied(found)))
     try:
         yield
     finally:

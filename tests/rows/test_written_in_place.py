@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -276,7 +277,7 @@ def losses_of(graph: Graph, model: nn.ModuleList, data: Tensor, write: Write) ->
 def answer(question: str, losses: Tensor, model: nn.Module) -> Tensor:
     found = QUESTIONS[question](losses, model)
     if isinstance(found, Tensor):
-        return found.reshape(B, -1)
+        return found.reshape(len(found), -1)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable(model).values()]
     clipped = torch.cat([g.flatten() for g in gradients])
     model.zero_grad()
@@ -389,3 +390,40 @@ def test_what_is_watched_is_not_kept(write: Write) -> None:
     gc.collect()
     assert gradients
     assert not [z for z in gradients if z() is not None]
+
+
+class Reused(torch.autograd.Function):
+    """Doubles into memory that is written to again at every call."""
+
+    memory: Tensor
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        Reused.memory.data.copy_(upstream * 2)
+        return Reused.memory
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.errors.RowgradWarning")
+@pytest.mark.parametrize("n", [1, B])
+@each_question
+@pytest.mark.parametrize("graph", [in_a_row, with_its_turn_over, deeper, on_the_way_to_a_weight])
+def test_a_function_may_return_what_it_returned_before(graph: Graph, question: str, n: int) -> None:
+    model, data = two("linear"), x()[:n]
+
+    def twice(write: Write) -> Tensor:
+        return losses_of(lambda a, b, h, w: w(graph(a, b, w(h @ b.weight), w)), model, data, write)
+
+    if graph is on_the_way_to_a_weight:
+        Reused.memory = torch.empty(D, D, dtype=torch.float64)
+        losses = partial(losses_of, graph, model, data)
+    else:
+        Reused.memory = torch.empty(n, T, D, dtype=torch.float64)
+        losses = twice
+    truth = expected(question, losses(anew), model)
+    for _ in range(2):
+        found = answer(question, losses(lambda h: Reused.apply(h)), model)
+        assert_rows_close(found.reshape(truth.shape), truth)
