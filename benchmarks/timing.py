@@ -47,10 +47,11 @@ def _time_methods(
     processes.keep_freed_blocks()
     built = {method: build(workload, method, output, goal, setting.tiny) for method in [PLAIN, *estimates]}
     share = budget / len(built)
-    rounds = {name: rounds_for(seconds, 4 * share if name == OURS else share) for name, seconds in estimates.items()}
-    for name, seconds in estimates.items():
-        if name == OURS or seconds < CLOSE * estimates.get(OURS, 0):
-            rounds[name] = MOST_ROUNDS
+    close = CLOSE * estimates.get(OURS, 0)
+    rounds = {
+        name: MOST_ROUNDS if name == OURS or seconds < close else rounds_for(seconds, share)
+        for name, seconds in estimates.items()
+    }
     cold = [name for name, seconds in estimates.items() if seconds > SLOW]
     quick = [name for name in built if name not in cold]
     return side_by_side(built, rounds, cold, quick)

@@ -637,7 +637,7 @@ def version(t: Tensor | None) -> int:
 
 @contextmanager
 def _apart(nodes: Iterable[Any]) -> Iterator[None]:
-    """Of what these nodes are given and of what they return there are copies."""
+    """These nodes are given copies, and what they return is copied."""
     handles = []
     for node in nodes:
         handles.append(node.register_prehook(_copied))

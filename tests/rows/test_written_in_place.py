@@ -23,22 +23,20 @@ from rowgrad.errors import OpaqueGraphError
 B, T, D = 5, 7, 6
 
 
-class Doubled(torch.autograd.Function):
+class Copied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.clone()
 
+
+class Doubled(Copied):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
         return upstream.mul_(2)
 
 
-class DoubledUnseen(torch.autograd.Function):
+class DoubledUnseen(Copied):
     """Writes in a way of which no version tells."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
@@ -46,12 +44,8 @@ class DoubledUnseen(torch.autograd.Function):
         return upstream
 
 
-class DoubledAnew(torch.autograd.Function):
+class DoubledAnew(Copied):
     """The same derivative, and no write."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
@@ -380,7 +374,7 @@ def test_it_may_in_a_checkpointed_region_which_answers_again(write: Write, graph
 
 
 @pytest.mark.parametrize("write", [by_function, anew])
-def test_what_is_watched_is_not_kept(write: Write) -> None:
+def test_what_a_function_is_given_is_not_kept(write: Write) -> None:
     model, data = two("linear"), x()
     gradients: list[weakref.ref[Tensor]] = []
     h = with_its_turn_over(model[0], model[1], data, write)
@@ -392,14 +386,10 @@ def test_what_is_watched_is_not_kept(write: Write) -> None:
     assert not [z for z in gradients if z() is not None]
 
 
-class Reused(torch.autograd.Function):
+class Reused(Copied):
     """Doubles into memory that is written to again at every call."""
 
     memory: Tensor
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from rowgrad.rows.block import Block
-from rowgrad.rows.factors import Dense, Form, handed_out, in_type, reshaped, wide_dtype
+from rowgrad.rows.factors import Dense, Form, in_type, wide_dtype
 from rowgrad.rows.frontier import Use
 from rowgrad.rows.matrix import Jacobian
 from rowgrad.rows.pack import is_small, small_form
@@ -63,8 +63,11 @@ class Arrivals(ABC, Generic[_T]):
         return True
 
     def _close(self, leaf: int) -> None:
-        name, parts = self._reading.leaves[leaf], self._parts.pop(leaf, [])
-        self._take_block(name, Block.of(self._parameters[name], parts, self._reading.n_examples))
+        name = self._reading.leaves[leaf]
+        self._take_block(name, self._block(name, self._parts.pop(leaf, [])))
+
+    def _block(self, name: str, parts: list[tuple[Form, Place]]) -> Block:
+        return Block.of(self._parameters[name], parts, self._reading.n_examples)
 
     def finished(self) -> _T:
         """The answers, once all has arrived."""
@@ -122,19 +125,13 @@ class WrittenOut(Arrivals[dict[str, Tensor]]):
         self._rows: dict[str, Tensor] = {}
 
     def _take_alone(self, name: str, form: Form, place: Place) -> bool:
-        parameter, n = self._parameters[name], self._reading.n_examples
-        form, place = settle(form, place)
-        if place.covers(parameter.numel()):
-            self._rows[name] = reshaped(handed_out(form), (n, *parameter.shape))
-        else:
-            self._take_block(name, Block.of(parameter, [(form, place)], n))
+        self._take_block(name, self._block(name, [settle(form, place)]))
         return False
 
     def _take_block(self, name: str, block: Block) -> None:
         self._rows[name] = block.dense()
 
     def _answers(self) -> dict[str, Tensor]:
-        for name, parameter in self._parameters.items():
-            if name not in self._rows:  # no loss hangs on it
-                self._rows[name] = Block.of(parameter, [], self._reading.n_examples).dense()
+        for name in self._parameters.keys() - self._rows.keys():  # no loss hangs on them
+            self._take_block(name, self._block(name, []))
         return {name: self._rows[name] for name in self._parameters}
