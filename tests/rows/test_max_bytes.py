@@ -27,7 +27,7 @@ def model() -> nn.Sequential:
 
 @pytest.fixture(autouse=True)
 def formed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patches.Convolved, "prefers_gram", False)
+    monkeypatch.setattr(patches.Convolved, "_gram_cost", math.inf)
     monkeypatch.setattr(Outer, "prefers_gram", False)
 
 

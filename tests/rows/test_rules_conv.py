@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -56,12 +57,12 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def _by_gram(patch: Patch) -> None:
-    patch.setattr(Convolved, "prefers_gram", True)
+    patch.setattr(Convolved, "_gram_cost", 0)
     patch.setattr(patches, "CANCELLATION", 0.0)
 
 
 def _formed_of_patches(patch: Patch) -> None:
-    patch.setattr(Convolved, "prefers_gram", False)
+    patch.setattr(Convolved, "_gram_cost", math.inf)
 
 
 def _formed(patch: Patch) -> None:
@@ -281,7 +282,7 @@ def test_rows_are_written_out_early_where_they_take_no_more_than_cotangents(
     losses = energy(layer(x))
     (form,) = condensed_jacobian(losses, layer, retain_graph=True)._blocks.by_name["weight"].regions[0].forms
     assert type(form) is kind
-    monkeypatch.setattr(Convolved, "prefers_gram", True)
+    monkeypatch.setattr(Convolved, "_gram_cost", 0)
     (form,) = condensed_jacobian(losses, layer)._blocks.by_name["weight"].regions[0].forms
     assert isinstance(form, Convolved)
 

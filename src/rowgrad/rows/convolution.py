@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from rowgrad.rows.factors import Form, Outer, wide
-from rowgrad.rows.patches import Convolved, Sliding
+from rowgrad.rows.patches import Convolved
 from rowgrad.rows.site import Cotangents, Recipe, Site, only
+from rowgrad.rows.sliding import Sliding
 
 
 def convolution_weight(site: Site) -> Recipe | None:

@@ -19,81 +19,31 @@ Note [images without patches]
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import ceil, prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rowgrad.rows import memory
 from rowgrad.rows.factors import CANCELLATION, CHUNK_BYTES, KEEP_BYTES, Dense, Outer, count, energies, step_bytes
 from rowgrad.rows.pairs import GRAM, gram, product_of_lent
+from rowgrad.rows.sliding import Pixels, Sliding
 
 CACHE_BYTES = 4 * 2**20  # temporaries of one step on a CPU, so that they stay near it
-FOLDED_BYTES = 2 * 2**20  # rows formed by one backward of a weight; of twice as many it may take three times as long
-# Measured on a CPU, in multiply-adds of a formed row: one of the Gram route, one added entry of a shifted Gram matrix,
-# and one entry of a formed row besides its multiply-adds.
-GRAM_WEIGHT = 3
-SHIFT_WEIGHT = 48
+FOLDED_BYTES = 5 * 2**19  # rows formed by one backward of a weight; of twice as many it may take three times as long
+# Measured on a CPU, in multiply-adds of a formed row: one of the Gram route, one added entry of a Gram matrix, one
+# entry of a formed row besides its multiply-adds, and a multiply-add of the sum of rows.
+GRAM_WEIGHT = 1.25
+ADDED_WEIGHT = 24
 ENTRY_WEIGHT = 50
+SUM_WEIGHT = 0.85
 FEW_POSITIONS = 64  # up to which rows are products with patches, written where they belong, unlike folded ones
 FEW_CHANNELS = 4  # on either side, up to which patches are faster than folding: kernels are slow there
 KEPT_POSITIONS = 128  # multiply-adds of an entry of the sum, from which an entry kept and read again is cheaper
 CHANNELS = 32  # formed together; convolution kernels are slow at numbers that fill no vectors
-
-
-@dataclass(frozen=True)
-class Sliding:
-    """How the kernel moves over y."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def reach(self, positions: Sequence[int]) -> tuple[int, ...]:
-        """Entries of padded y that are met, along each dimension."""
-        moves = zip(positions, self.kernel, self.stride, self.dilation, strict=True)
-        return tuple((n - 1) * s + d * (k - 1) + 1 for n, k, s, d in moves)
-
-    def padded(self, y: Tensor, positions: Sequence[int]) -> Tensor:
-        """y padded, and cut where the kernel does not reach."""
-        n = len(self.kernel)
-        ends = zip(self.padding, self.reach(positions), y.shape[-n:], strict=True)
-        sizes = [(before, reach - size - before) for before, reach, size in ends]
-        return F.pad(y, [p for pair in reversed(sizes) for p in pair])
-
-    def fills(self, y: Tensor, positions: Sequence[int]) -> bool:
-        """Whether a convolution of y has exactly these positions; a transposed one may leave a rest."""
-        return self._natural(y) == tuple(positions)
-
-    def _natural(self, y: Tensor) -> tuple[int, ...]:
-        n = len(self.kernel)
-        moves = zip(y.shape[-n:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in moves)
-
-    def phases(self) -> dict[tuple[int, ...], list[tuple[int, ...]]]:
-        """Phase of the stride -> the shifts, in strides, at which places of the kernel meet it."""
-        found: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        for place in itertools.product(*map(range, self.kernel)):
-            reach = [k * d for k, d in zip(place, self.dilation, strict=True)]
-            phase = tuple(r % s for r, s in zip(reach, self.stride, strict=True))
-            shift = tuple(r // s for r, s in zip(reach, self.stride, strict=True))
-            found.setdefault(phase, []).append(shift)
-        return found
-
-    def extents(self, positions: Sequence[int]) -> dict[tuple[int, ...], tuple[int, ...]]:
-        """Phase of the stride -> its entries in padded y, along each dimension."""
-        reach = self.reach(positions)
-        return {
-            phase: tuple((r - p + s - 1) // s for r, p, s in zip(reach, phase, self.stride, strict=True))
-            for phase in self.phases()
-        }
 
 
 @dataclass
@@ -131,74 +81,100 @@ class Convolved:
     def formed_bytes(self) -> int:
         return self.n_examples * self.shape.numel() * self.x.element_size()
 
+    @property
+    def _phases(self) -> list[tuple[Pixels, ...]]:
+        return self.sliding.phases(self._positions, self.y.shape[3:])
+
     def _gram_count(self) -> int:
         """Multiply-adds of the Gram route for one example."""
         _, groups, t, a, _ = self.sizes
-        pixels = sum((self.x.shape[1] * prod(extent)) ** 2 for extent in self.sliding.extents(self._positions).values())
+        pixels = sum((self.x.shape[1] * prod(along.n for along in phase)) ** 2 for phase in self._phases)
         return groups * (t * t * a + pixels * self.shape[1])
+
+    def _added_count(self) -> int:
+        """Entries of Gram matrices that the Gram route adds up for one example."""
+        found, n_positions = 0, self._positions
+        for phase in self._phases:
+            sides = [along.n for along in phase]
+            for d, along in enumerate(phase):
+                sides[d] = n_positions[d]
+                found += len(along.offsets) * prod(sides) ** 2
+        return self.sliding.groups * self.x.shape[1] ** 2 * found
+
+    @property
+    def _gram_cost(self) -> float:
+        return GRAM_WEIGHT * self._gram_count() + ADDED_WEIGHT * self._added_count()
+
+    @property
+    def _forming_cost(self) -> float:
+        return (self.sizes[2] + ENTRY_WEIGHT) * self.shape.numel()
 
     @property
     def prefers_gram(self) -> bool:
-        _, groups, t, _, _ = self.sizes
-        shifted = groups * prod(self.sliding.kernel) * t * t
-        by_gram = GRAM_WEIGHT * self._gram_count() + SHIFT_WEIGHT * shifted
-        return by_gram < (t + ENTRY_WEIGHT) * self.shape.numel()
+        """For the norms alone."""
+        return self._gram_cost < self._forming_cost
 
-    def _pieces(self, bytes_per_example: int, step_bytes: int | None = None) -> Iterator[slice]:
-        if step_bytes is None:
-            step_bytes = CACHE_BYTES if self.x.device.type == "cpu" else CHUNK_BYTES
+    def _pieces(self, bytes_per_example: int) -> Iterator[slice]:
+        step_bytes = CACHE_BYTES if self.x.device.type == "cpu" else CHUNK_BYTES
         step = max(1, step_bytes // max(1, bytes_per_example))
         return (slice(i, i + step) for i in range(0, self.n_examples, step))
+
+    def _folded_pieces(self) -> Iterator[slice]:
+        """About equal ones that the threads can share evenly."""
+        n, threads = self.n_examples, torch.get_num_threads()
+        most = max(1, FOLDED_BYTES // max(1, self.shape.numel() * self.x.element_size()))
+        n_pieces = max(1, ceil(n / most))
+        step = max(1, ceil(n / n_pieces / threads) * threads)
+        return (slice(i, i + step) for i in range(0, n, step))
 
     # -- norms --------------------------------------------------------------------------------------------------------
 
     def sq_norms(self, keep: bool = False) -> Tensor:
-        if self._formed is None and self.prefers_gram:
+        if self._formed is not None or (keep and self._is_worth_keeping):
+            return energies(self.form())
+        if self.prefers_gram:
             found, bound = self._sq_norms_by_gram()
             if not bool((found < CANCELLATION * bound).any()):
                 return found
-        if self._formed is not None or (keep and self._is_worth_keeping):
-            return energies(self.form())
         found = self.x.new_empty(self.n_examples)
-        for s in self._pieces(self.shape.numel() * self.x.element_size(), FOLDED_BYTES if self._folds else None):
-            if self._folds:
+        if self._folds:
+            for s in self._folded_pieces():
                 found[s] = energies(self._folded(self.x[s], self.y[s]))
-            else:
-                with _written_out(replace(self, x=self.x[s], y=self.y[s])) as rows:
-                    found[s] = energies(rows)
+            return found
+        for s in self._pieces(self.shape.numel() * self.x.element_size()):
+            with _written_out(replace(self, x=self.x[s], y=self.y[s])) as rows:
+                found[s] = energies(rows)
         return found
 
     def _sq_norms_by_gram(self) -> tuple[Tensor, Tensor]:
         """Squared norms, and the bound they would have if no two positions canceled."""
         b, groups, t, _, _ = self.sizes
         found, bound = self.x.new_empty(b), self.x.new_empty(b)
-        largest = max(prod(extent) for extent in self.sliding.extents(self._positions).values())
+        largest = max((prod(along.n for along in phase) for phase in self._phases), default=0)
         per_example = groups * ((self.x.shape[1] * largest) ** 2 + 2 * t * t) * self.x.element_size()
         for s in self._pieces(per_example):
             left = self._split(self.x[s]).flatten(3)
             gram_left = left.mT @ left
-            gram_right = self._patch_gram(self.sliding.padded(self.y[s], self._positions))
+            gram_right = self._patch_gram(self.y[s])
             diagonals = gram_left.diagonal(dim1=-2, dim2=-1), gram_right.diagonal(dim1=-2, dim2=-1)
             bound[s] = (diagonals[0] * diagonals[1]).sqrt().sum(2).square().sum(1)
             found[s] = gram_left.mul_(gram_right).sum((1, 2, 3))
         return found, bound
 
     def _patch_gram(self, y: Tensor) -> Tensor:
-        """(n, groups, T, T) from padded y (n, images, channels, *extent)."""
+        """(n, groups, T, T) from y (n, images, channels, *extent)."""
         n, images = y.shape[:2]
-        sides = (images, *self._positions)
-        total = y.new_zeros(n, self.sliding.groups, *sides, *sides)
-        y = self._split(y)
-        for phase, shifts in self.sliding.phases().items():
-            part = y[(..., *(slice(p, None, s) for p, s in zip(phase, self.sliding.stride, strict=True)))]
+        groups, t = self.sizes[1:3]
+        y, total = self._split(y), None
+        for phase in self._phases:
+            part = y[(..., *(along.of_all for along in phase))]
             extent = part.shape[4:]
             flat = part.flatten(3)  # (n, groups, b, images * pixels)
-            pixels = (flat.mT @ flat).reshape(n, -1, images, *extent, images, *extent)
-            for shift in shifts:
-                window = [slice(k, k + size) for k, size in zip(shift, self._positions, strict=True)]
-                total += pixels[(slice(None), slice(None), slice(None), *window, slice(None), *window)]
-        t = prod(sides)
-        return total.reshape(n, -1, t, t)
+            found = (flat.mT @ flat).reshape(n, groups, images, *extent, images, *extent)
+            for d, (along, n_positions) in enumerate(zip(phase, self._positions, strict=True)):
+                found = _met(found, along, n_positions, 3 + d, 4 + d + len(phase))
+            total = found if total is None else total.add_(found)
+        return y.new_zeros(n, groups, t, t) if total is None else total.reshape(n, groups, t, t)
 
     def _split(self, t: Tensor) -> Tensor:
         """(n, images, channels, ...) to (n, groups, channels of the group, images, ...)."""
@@ -206,8 +182,12 @@ class Convolved:
 
     @property
     def _is_worth_keeping(self) -> bool:
-        """Whether a sum of kept rows is cheaper than the backward of the weight that gives it without them."""
-        return self.formed_bytes <= KEEP_BYTES and (not self._folds or self.sizes[2] >= KEPT_POSITIONS)
+        """Whether norms and a sum are cheaper by rows that are formed and kept than without, where the sum is one more
+        backward of the weight."""
+        t = self.sizes[2]
+        if self.formed_bytes > KEEP_BYTES or (self._folds and t < KEPT_POSITIONS):
+            return False
+        return self._forming_cost < self._gram_cost + SUM_WEIGHT * t * self.shape.numel()
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -231,12 +211,16 @@ class Convolved:
         """The rows, written to (B, *shape)."""
         _, groups, t, a, b = self.sizes
         if self._folds and t > FEW_POSITIONS:
-            for s in self._pieces(self.shape.numel() * found.element_size(), FOLDED_BYTES):
+            for s in self._folded_pieces():
                 found[s] = self._folded(self.x[s], self.y[s])
             return found
         for s in self._pieces(groups * t * b * found.element_size()):
-            left = self._split(self.x[s]).flatten(3)
-            torch.matmul(left, self._patches(self.y[s]).mT, out=found[s].view(len(left), groups, a, b))
+            left, right = self._split(self.x[s]).flatten(3), self._patches(self.y[s])
+            rows = found[s].view(len(left), groups, a, b)
+            if a <= b:
+                torch.matmul(left, right.mT, out=rows)
+            else:  # a product with more columns than rows is faster
+                rows.copy_((right @ left.mT).mT)
         return found
 
     def _folded(self, x: Tensor, y: Tensor) -> Tensor:
@@ -336,7 +320,7 @@ class Convolved:
     def condensed(self) -> Convolved | Dense:
         cotangents = self.x if self.cotangent_left else self.y
         takes_more = self.n_examples * self.shape.numel() > cotangents.numel()
-        if takes_more or self.prefers_gram or not self._is_worth_keeping:
+        if takes_more or not self._is_worth_keeping:
             return self
         return Dense(self.form())
 
@@ -352,6 +336,28 @@ class Convolved:
         if self.prefers_gram:
             return f"T={t} by Gram of pixels, {count(n * self._gram_count())} multiply-adds"
         return f"T={t} formed, {count(n * t * self.shape.numel())} multiply-adds"
+
+
+def _met(pixels: Tensor, along: Pixels, n_positions: int, left: int, right: int) -> Tensor:
+    """Of products of pixels, along the dimensions `left` and `right`, those of positions: the sum over the places of
+    the kernel, each of which moves both sides. The products may be written to."""
+
+    def part(t: Tensor, first: int, n: int) -> Tensor:
+        return t.narrow(left, first, n).narrow(right, first, n)
+
+    offsets = sorted(along.offsets, key=lambda offset: along.met(offset, n_positions) != (0, n_positions))
+    windows = [(*along.met(offset, n_positions), offset) for offset in offsets]
+    if windows[0][:2] == (0, n_positions):
+        found = part(pixels, windows[0][2], n_positions)
+        found = found.clone(memory_format=torch.contiguous_format) if len(windows) > 1 else found
+        windows = windows[1:]
+    else:
+        shape = [n_positions if d in (left, right) else n for d, n in enumerate(pixels.shape)]
+        found = pixels.new_zeros(shape)
+    for first, n, offset in windows:
+        if n:
+            part(found, first, n).add_(part(pixels, first + offset, n))
+    return found
 
 
 def _gram(f: Convolved, g: Convolved) -> Tensor:
