@@ -170,6 +170,12 @@ def test_products_of_many_long_rows_are_not_taken_in_parts() -> None:
     assert largest.bytes == rows.nbytes
 
 
+@pytest.mark.parametrize(("n", "length"), [(31, pairs.LONG_ROW), (67, pairs.LONG_ROW + 3), (130, 2048), (515, 1024)])
+def test_a_product_with_itself_has_both_triangles(n: int, length: int) -> None:
+    rows = torch.randn(n, length, dtype=torch.float64)
+    torch.testing.assert_close(product(rows, rows), rows @ rows.T, rtol=1e-12, atol=1e-10)
+
+
 def test_products_that_are_large_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(8, 3)
     with remembering():

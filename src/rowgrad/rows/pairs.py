@@ -34,7 +34,11 @@ PAIR_WEIGHT = 16  # measured on a CPU: a product of two looked-up rows, against 
 LONG_ROW = 2**14  # numbers, from which a product with few rows is a matter of reading them
 PARTS = 16
 REMEMBERED = 3  # products: of a layer's weight, and of the bias that follows it
-SMALLEST_BLOCK = 128  # rows of a symmetric product; products of fewer are slow enough to lose what they leave out
+# Rows that half a symmetric product needs, long ones and others, and numbers of all: smaller products are slow enough
+# to lose what they leave out.
+FEWEST_LONG_ROWS = 16
+FEWEST_ROWS = 128
+FEWEST_NUMBERS = 2**18
 
 
 def inner(f: Form, g: Form) -> Tensor:
@@ -91,9 +95,23 @@ def _in_one_dtype(f: Form, g: Form) -> tuple[Form, Form]:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left right^T, for left (n, p) and right (m, p)."""
-    if left is not right:
-        return _in_parts(left, right)
-    return _symmetric(len(left), lambda rows, columns: _in_parts(left[rows], left[columns]), left)
+    return _with_itself(left) if left is right else _in_parts(left, right)
+
+
+def _with_itself(rows: Tensor) -> Tensor:
+    """rows rows^T from the products of all rows with the later half, and of the earlier half with itself.
+
+    Many rows and few columns cost less than few rows and many columns.
+    """
+    n, length = rows.shape
+    half = n // 2
+    if half < (FEWEST_LONG_ROWS if length >= LONG_ROW else FEWEST_ROWS) or rows.numel() < FEWEST_NUMBERS:
+        return _in_parts(rows, rows)
+    found = rows.new_empty(n, n)
+    late = _in_parts(rows, rows[half:])
+    found[:, half:], found[half:, :half] = late, late[:half].T
+    found[:half, :half] = _with_itself(rows[:half])
+    return found
 
 
 def _in_parts(left: Tensor, right: Tensor) -> Tensor:
@@ -147,17 +165,6 @@ def of_itself(rows: Tensor) -> Tensor:
         if len(products) > REMEMBERED:
             products.popitem(last=False)
     return products[key][1]
-
-
-def _symmetric(n: int, product: Callable[[slice, slice], Tensor], like: Tensor) -> Tensor:
-    """(n, n) from its lower block triangle; `product(rows, columns)` is one block row of it."""
-    step = max(SMALLEST_BLOCK, -(-n // 2))
-    found = like.new_empty(n, n)
-    for start in range(0, n, step):
-        part = product(slice(start, start + step), slice(0, start + step))
-        found[start : start + step, : start + step] = part
-        found[:start, start : start + step] = part[:, :start].T
-    return found
 
 
 def _same_split(f: Form, g: Form) -> bool:

@@ -361,20 +361,20 @@ def _met(pixels: Tensor, along: Pixels, n_positions: int, left: int, right: int)
 
 
 def _gram(f: Convolved, g: Convolved) -> Tensor:
-    """From rows formed for a few channels of x at a time, unless the positions are so few that they are cheaper."""
+    """From formed rows, all at once where they are few, or for some channels of x at a time; or by positions."""
     b, groups, t, a, d = f.sizes
     other, _, s, _, _ = g.sizes
     by_positions = b * t * other * s * (a + d)
     by_rows = (b * t + (0 if g is f else other * s) + b * other) * a * d
-    if groups == 1 and max(t, s) <= FEW_POSITIONS and f.shape == g.shape and f._formed is None and g._formed is None:
-        left = f.outer()
-        return gram(left, left if g is f else g.outer())
     if groups > 1 or f.shape != g.shape or f._formed is not None or by_positions < by_rows:
         left = f.plain()
         return gram(left, left if g is f else g.plain())
+    n_bytes = max(b, other) * a * d * f.x.element_size()
+    if n_bytes > CHUNK_BYTES and max(t, s) <= FEW_POSITIONS:
+        left = f.outer()
+        return gram(left, left if g is f else g.outer())
+    step = a if n_bytes <= CHUNK_BYTES else max(1, a * step_bytes(f.x) // n_bytes // CHANNELS) * CHANNELS
     found = f.x.new_zeros(b, other)
-    step = step_bytes(f.x) // (max(b, other) * d * f.x.element_size())
-    step = max(1, step // CHANNELS) * CHANNELS
     for i in range(0, a, step):
         part = slice(i, i + step)
         found += product_of_lent(_written_out(f.channels(part)), None if g is f else _written_out(g.channels(part)))
