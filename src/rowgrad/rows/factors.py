@@ -559,22 +559,18 @@ class Rows:
         owner = torch.arange(self.n_examples, device=self.ids.device).unsqueeze(1)
         return (owner * self.shape[0] + self.ids).reshape(-1)
 
-    def coalesced(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(owner (n,), id (n,), rows (n, d)) with repeated ids of an example added up."""
-        keys, inverse = torch.unique(self._keys(), return_inverse=True)
-        merged = self.rows.new_zeros(len(keys), self.rows.shape[2])
-        merged.index_add_(0, inverse, self.rows.reshape(-1, self.rows.shape[2]))
-        return keys // self.shape[0], keys % self.shape[0], merged
-
     def sq_norms(self, keep: bool = False) -> Tensor:
         """Rows at different ids are orthogonal: only examples that repeat an id need theirs added up first."""
         ids = self.ids.sort(1)[0]
         repeats = (ids[:, 1:] == ids[:, :-1]).any(1).nonzero().squeeze(1)
         found = energies(self.rows)
-        if len(repeats):
-            repeating = self if len(repeats) == len(ids) else self.select(repeats)
-            owner, _, rows = repeating.coalesced()
-            found[repeats] = rows.new_zeros(len(repeats)).index_add_(0, owner, energies(rows))
+        if n := len(repeats):
+            t, d = self.rows.shape[1:]
+            place = torch.searchsorted(ids[repeats], self.ids[repeats])  # of equal ids the first
+            place += torch.arange(0, n * t, t, device=ids.device).unsqueeze(1)
+            rows = self.rows[repeats].view(n * t, d)
+            merged = torch.zeros_like(rows).index_add_(0, place.view(-1), rows)
+            found[repeats] = energies(merged.view(n, t, d))
         return found
 
     def weighted_sum(self, c: Tensor) -> Tensor:
