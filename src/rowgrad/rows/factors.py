@@ -566,9 +566,10 @@ class Rows:
         found = energies(self.rows)
         if n := len(repeats):
             t, d = self.rows.shape[1:]
-            place = torch.searchsorted(ids[repeats], self.ids[repeats])  # of equal ids the first
+            ids, own = ids[repeats].contiguous(), self.ids[repeats].contiguous()
+            place = torch.searchsorted(ids, own)  # of equal ids the first
             place += torch.arange(0, n * t, t, device=ids.device).unsqueeze(1)
-            rows = self.rows[repeats].view(n * t, d)
+            rows = self.rows[repeats].reshape(n * t, d)
             merged = torch.zeros_like(rows).index_add_(0, place.view(-1), rows)
             found[repeats] = energies(merged.view(n, t, d))
         return found

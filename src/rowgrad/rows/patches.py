@@ -82,8 +82,8 @@ class Convolved:
         return self.n_examples * self.shape.numel() * self.x.element_size()
 
     @property
-    def _phases(self) -> list[tuple[Pixels, ...]]:
-        return self.sliding.phases(self._positions, self.y.shape[3:])
+    def _phases(self) -> tuple[tuple[Pixels, ...], ...]:
+        return self.sliding.phases(self._positions, tuple(self.y.shape[3:]))
 
     def _gram_count(self) -> int:
         """Multiply-adds of the Gram route for one example."""

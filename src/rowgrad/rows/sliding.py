@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,13 +61,14 @@ class Sliding:
         moves = zip(y.shape[-n:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
         return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in moves)
 
-    def phases(self, positions: Sequence[int], extent: Sequence[int]) -> list[tuple[Pixels, ...]]:
+    @lru_cache(maxsize=256)  # noqa: B019 (it holds numbers alone)
+    def phases(self, positions: tuple[int, ...], extent: tuple[int, ...]) -> tuple[tuple[Pixels, ...], ...]:
         """The parts of y, an image of this extent, whose pixels places of the kernel meet together; by dimension.
 
         With a stride, a place meets only the pixels of one phase.
         """
         moves = zip(positions, extent, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return list(itertools.product(*itertools.starmap(_phases, moves)))
+        return tuple(itertools.product(*itertools.starmap(_phases, moves)))
 
 
 def _phases(n_positions: int, extent: int, kernel: int, stride: int, padding: int, dilation: int) -> Iterator[Pixels]:
