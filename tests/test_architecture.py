@@ -26,20 +26,22 @@ SOURCE = ROOT / "src"
 # fmt: off
 MAY_IMPORT = {
     "errors":           set(),
-    "tape":             {"errors"},
+    "answers":          {"errors"},
+    "tape":             {"errors", "answers"},
     "parameters":       {"errors"},
     "rows.memory":      set(),
     "rows.factors":     {"errors", "rows.memory"},
     "rows.explain":     {"errors"},
     "rows.ownership":   {"errors", "tape"},
     "rows.pairs":       {"errors", "rows.factors", "rows.memory"},
-    "rows.patches":     {"errors", "rows.factors", "rows.memory", "rows.pairs"},
+    "rows.sliding":     set(),
+    "rows.patches":     {"errors", "rows.factors", "rows.memory", "rows.pairs", "rows.sliding"},
     "rows.hadamard":    {"errors", "rows.factors", "rows.memory", "rows.pairs", "rows.patches"},
     "rows.placement":   {"errors", "tape", "rows.factors", "rows.hadamard"},
     "rows.listed":      {"errors", "tape", "rows.ownership"},
     "rows.structure":   {"errors", "tape", "rows.ownership", "rows.listed"},
     "rows.frontier":    {"errors", "tape", "rows.ownership", "rows.placement"},
-    "rows":             {"errors", "tape", "parameters"},
+    "rows":             {"errors", "answers", "tape", "parameters"},
     "rounding":         {"tape"},
     "forward":          {"errors", "tape", "parameters", "repeat", "rounding", "rows"},
     "repeat":           {"errors"},
@@ -68,6 +70,7 @@ BUILT_FROM_RULES = {
 }
 APPLICATION = {"cli", "report", "__main__"}  # what a user runs; no part of the library imports it
 LIBRARY = {
+    "answers",
     "tape",
     "rounding",
     "files",

@@ -15,6 +15,11 @@ Note [a gradient that is written to]
     hands over. Who else holds it cannot be told for certain, so Functions are given copies. What they return is copied,
     too: it may be memory that they write to again when they are called the next time. Hooks cannot be kept apart in
     this way: what is handed over, and what is kept of it, is compared with its version at the time.
+
+Note [one answer]
+    Graphs with custom Functions are passed through several times, to prove whose each entry is and to find the rows.
+    A Function that changes what it works with gives other numbers each time. So its answers to the seed of the first
+    pass, which is that of the last one, too, are compared.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils import checkpoint
 
+from rowgrad.answers import agree, answered_otherwise, fingerprint
 from rowgrad.errors import FreedGraphError, GraphError, OpaqueGraphError
 
 _T = TypeVar("_T")
@@ -375,6 +381,8 @@ class Tape:
             self.nodes = list(map(Node, order, range(len(order)), kinds, slots, variables))
             self.root_slot = (0, output.output_nr)
         self._shared: dict[Any, Any] = {}
+        self._asked: Tensor | None = None  # the first pass's seed
+        self._answers: dict[int, list[Tensor | None]] = {}  # to it, of nodes that run code of a user's
         self.leaves = {id(node.variable): node.index for node in self.nodes if node.is_leaf}
 
     def __len__(self) -> int:
@@ -407,9 +415,14 @@ class Tape:
             return self._structure.runs_python
         return any(map(may_run_python, self.nodes))
 
-    def _gradients_apart(self) -> AbstractContextManager[None]:
-        """See Note [a gradient that is written to]."""
-        return _apart([n.fn for n in self.nodes if n.is_python]) if self.runs_python else _NOTHING
+    def _functions_apart(self, seed: Tensor) -> AbstractContextManager[None]:
+        """See Note [a gradient that is written to], Note [one answer]."""
+        if not self.runs_python:
+            return _NOTHING
+        if self._asked is None:
+            self._asked = seed
+        answers = self._answers if seed is self._asked else None
+        return _apart([n for n in self.nodes if n.is_python], answers)
 
     def refuse_hidden(self) -> None:
         """
@@ -457,7 +470,7 @@ class Tape:
         if not edges:
             return []
         wanted = tuple([GradientEdge(self.nodes[i].fn, nr) for i, nr in edges])
-        with engine_errors(), self._gradients_apart():
+        with engine_errors(), self._functions_apart(seed):
             return list(_pass((self.output if root is None else root,), (seed,), wanted, retain_graph))
 
     def watch(self, edges: Sequence[tuple[int, int]]) -> Watch:
@@ -636,17 +649,28 @@ def version(t: Tensor | None) -> int:
 
 
 @contextmanager
-def _apart(nodes: Iterable[Any]) -> Iterator[None]:
-    """These nodes are given copies, and what they return is copied."""
+def _apart(nodes: Iterable[Node], answers: dict[int, list[Tensor | None]] | None) -> Iterator[None]:
+    """These nodes are given copies, and what they return is copied, and compared with what they answered before."""
     handles = []
     for node in nodes:
-        handles.append(node.register_prehook(_copied))
-        handles.append(node.register_hook(lambda found, _: _copied(found)))
+        handles.append(node.fn.register_prehook(_copied))
+        handles.append(node.fn.register_hook(partial(_answered, node, answers)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _answered(
+    node: Node, answers: dict[int, list[Tensor | None]] | None, found: Sequence[Tensor | None], _: object
+) -> tuple[Tensor | None, ...]:
+    if answers is not None:
+        now = list(map(fingerprint, found))
+        before = answers.setdefault(node.index, now)
+        if not agree(before, now, node.dtype()):
+            raise answered_otherwise(repr(node))
+    return _copied(found)
 
 
 def _copied(cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -287,6 +287,28 @@ def test_rows_are_written_out_early_where_they_take_no_more_than_cotangents(
     assert isinstance(form, Convolved)
 
 
+@pytest.mark.parametrize(("channels", "side", "prefers_gram", "keeps"), [
+    (64, 8, True, False),  # few positions: a sum without rows is cheaper than rows
+    (128, 12, True, False),
+    (128, 16, True, True),  # by Gram matrices, unless a sum is asked for next
+    (16, 16, False, True),
+    (2, 16, False, True),  # products with patches
+])  # fmt: skip
+def test_norms_form_rows_that_they_do_not_need_where_the_sum_does(
+    channels: int, side: int, prefers_gram: bool, keeps: bool
+) -> None:
+    layer, x = nn.Conv2d(channels, channels, 3, padding=1), torch.randn(4, channels, side, side)
+    losses = energy(layer(x))
+    for keep in (False, True):
+        J = rg.jacobian(losses, layer, retain_graph=True)
+        (form,) = J._blocks.by_name["weight"].regions[0].forms
+        assert isinstance(form, Convolved)
+        assert form.prefers_gram == prefers_gram
+        found = form.sq_norms(keep=keep)
+        assert (form._formed is not None) == (keep and keeps)
+        torch.testing.assert_close(found, form.dense().flatten(1).square().sum(1), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize(("channels", "groups", "folds"), [
     ((5, 6), 1, True), ((4, 6), 1, False), ((6, 4), 1, False), ((4, 4), 4, True),
 ])  # fmt: skip

@@ -417,3 +417,62 @@ def test_a_function_may_return_what_it_returned_before(graph: Graph, question: s
     for _ in range(2):
         found = answer(question, losses(lambda h: Reused.apply(h)), model)
         assert_rows_close(found.reshape(truth.shape), truth)
+
+
+class Counting(Copied):
+    """Its derivative is what it keeps, which it changes at every call."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.factor = torch.full_like(x, 2.0)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        found = upstream * ctx.factor
+        ctx.factor *= 3
+        return found
+
+
+class Random(Copied):
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return upstream * torch.rand_like(upstream)
+
+
+class CountingProduct(torch.autograd.Function):
+    """The lowest node of its branch, which no proof passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.x = x.clone()
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
+        found = upstream.flatten(0, 1).T @ ctx.x.flatten(0, 1)
+        ctx.x.mul_(2)
+        return None, found
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.errors.RowgradWarning")
+@each_question
+@pytest.mark.parametrize("function", [Counting, Random])
+@pytest.mark.parametrize("graph", [in_a_row, with_its_turn_over, deeper, on_the_way_to_a_weight])
+def test_a_function_that_answers_otherwise_each_time_is_refused(
+    graph: Graph, function: type[Copied], question: str
+) -> None:
+    model, data = two("linear"), x()
+    losses = losses_of(graph, model, data, lambda h: function.apply(h))  # type: ignore[no-any-return]
+    with pytest.raises(OpaqueGraphError, match=rf"{function.__name__}Backward#.* answers differently each time"):
+        answer(question, losses, model)
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.errors.RowgradWarning")
+@pytest.mark.parametrize("n", [1, B])
+@each_question
+def test_so_is_one_that_holds_a_parameter(question: str, n: int) -> None:
+    model = nn.Linear(D, D, bias=False).double()
+    losses = CountingProduct.apply(x()[:n], model.weight).square().flatten(1).sum(1)
+    with pytest.raises(OpaqueGraphError, match=r"CountingProductBackward#.* answers differently each time"):
+        answer(question, losses, model)
