@@ -8,7 +8,7 @@ BENCH_PIP = .venv-bench/bin/python -m pip install --disable-pip-version-check --
 BENCH_INSTALLED = .venv-bench/.installed
 BENCH = .venv-bench/bin/python -m
 
-.PHONY: help demo test test-long check bench bench-growth format clean
+.PHONY: help demo test test-long check bench bench-growth bench-floors format clean
 
 help:
 	@echo "make demo        find 10% planted label errors in the digits; writes demo-report/report.html"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench       measure against every rival (about 50 minutes on a quiet machine; a rerun goes on where"
 	@echo "                 it was stopped); QUICK=1 tries it on one small model; ARGS=\"--only cnn --fresh\" chooses"
 	@echo "make bench-growth   how steps grow with sizes (under 10 minutes)"
+	@echo "make bench-floors   what a step costs at least, and where the rest of ours goes (a few minutes)"
 	@echo "make format      repair what the linter and the formatter can"
 	@echo "make clean       remove .venv, caches and the demo's report"
 
@@ -67,6 +68,10 @@ bench-growth: $(BENCH_INSTALLED)
 	$(BENCH) benchmarks.sweep $(ARGS)
 	$(BENCH) benchmarks.growth $(ARGS)
 	$(BENCH) benchmarks.paths $(ARGS)
+	$(BENCH) benchmarks.page
+
+bench-floors: $(BENCH_INSTALLED)
+	$(BENCH) benchmarks.floors $(ARGS)
 	$(BENCH) benchmarks.page
 
 format: $(INSTALLED)

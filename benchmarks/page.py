@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from benchmarks import growth, paths, results, sweep
+from benchmarks import floors, growth, paths, results, sweep
 from benchmarks.charts import Dot, Series, dots_by_row, lines
 from benchmarks.ours import FIRST, FORWARD
 from benchmarks.reference import TINY_TOLERANCE, TOLERANCE
@@ -255,7 +255,11 @@ def _range(values: list[float]) -> str:
 
 
 def render(
-    cpu: Mapping[str, Any], grown: Mapping[str, Any], swept: Mapping[str, Any], walked: Mapping[str, Any]
+    cpu: Mapping[str, Any],
+    grown: Mapping[str, Any],
+    swept: Mapping[str, Any],
+    walked: Mapping[str, Any],
+    least: Mapping[str, Any],
 ) -> str:
     """The page; each part may be empty."""
     environment = Environment(
@@ -291,6 +295,9 @@ def render(
         verdicts=verdicts(swept),
         naive_examples=swept.get("naive_examples"),
         paths=path_parts(walked),
+        floors=[(w["title"], list(floors.lines(key, w["steps"]))) for key, w in least.get("workloads", {}).items()],
+        floors_head=floors.HEAD,
+        floors_about=least.get("about", {}),
     )
 
 
@@ -303,7 +310,7 @@ def main() -> None:
     folder = arguments.folder
     out = arguments.out or folder / "page.html"
     cpu = results.read(arguments.cpu or folder / "cpu.json")
-    page = render(cpu, *(results.read(folder / f"{name}.json") for name in ("growth", "sweep", "paths")))
+    page = render(cpu, *(results.read(folder / f"{name}.json") for name in ("growth", "sweep", "paths", "floors")))
     out.write_text(page, encoding="utf-8")
     print(out)
 

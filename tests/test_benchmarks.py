@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import counting, page, paths, readme, results, sweep
+from benchmarks import counting, floors, page, paths, readme, results, sweep
 from benchmarks.methods import METHODS
 from benchmarks.ours import FIRST, FORWARD
+from benchmarks.probe import Setting
 from benchmarks.reference import TINY_TOLERANCE, TOLERANCE, Reference, make_reference
 from benchmarks.task import OURS, OUTPUTS, PLAIN, Goal
 from benchmarks.timing import rounds_for, side_by_side, summary
@@ -120,8 +121,39 @@ def test_the_ratio_is_taken_within_a_round() -> None:
 
 def test_products_are_counted() -> None:
     a, b = torch.randn(3, 4), torch.randn(4, 5)
-    assert counting.count(lambda: a @ b) == (60, 0)
-    assert counting.count(lambda: (a + a).T) == (0, 12)
+    assert counting.count(lambda: a @ b) == (60, 0, 4 * (12 + 20 + 15))
+    assert counting.count(lambda: (a + a).T) == (0, 12, 4 * 3 * 12)
+
+
+def test_products_of_fused_kernels_are_counted() -> None:
+    n, t, d, h = 2, 5, 3, 4
+    lstm, x = torch.nn.LSTM(d, h, batch_first=True), torch.randn(n, t, d)
+    forward = n * t * (4 * h * d + 4 * h * h)
+    assert counting.count(lambda: lstm(x)).products == forward
+    assert counting.count(lambda: lstm(x)[0].sum().backward()).products == 3 * forward
+    q, k, v = (torch.randn(n, 1, t, d, requires_grad=True) for _ in range(3))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert counting.count(lambda: attention(q, k, v)).products == 2 * n * t * t * d
+    assert counting.count(lambda: attention(q, k, v).sum().backward()).products == 7 * n * t * t * d
+
+
+@pytest.mark.parametrize("key", ["mlp-32", "gpt-64"])
+def test_floors_of_a_tiny_workload(key: str) -> None:
+    steps = floors.measure(key, Setting(threads=1, tiny=True))
+    plain, least = steps[PLAIN], steps[floors.DATA_PASS]
+    assert plain["ratio"][0] == 1.0
+    assert least["products"] < plain["products"] <= steps["clipped"]["products"]
+    assert all(sum(m["kinds"].values()) > 0 for m in steps.values())
+    shown = floors.table(key, steps).splitlines()
+    assert len(shown) == 2 + len(steps)
+    assert {line.count("|") for line in shown} == {len(floors.HEAD) + 1}
+
+
+def test_norms_of_examples_of_one_position_need_no_more_products() -> None:
+    """They are read off the factors: what is counted is the forward and the data pass."""
+    steps = floors.steps_of("mlp-32", tiny=True)
+    counted = {name: counting.count(steps[name][1]) for name in ("norms", floors.DATA_PASS) for _ in range(2)}
+    assert counted["norms"].products == counted[floors.DATA_PASS].products
 
 
 def test_section_5_at_one_small_point() -> None:
@@ -202,7 +234,10 @@ def test_the_page_shows_everything() -> None:
     axis = [{"value": v, "seconds": seconds if v < 4 else {}, "reason": "" if v < 4 else "too slow"} for v in (1, 2, 4)]
     grown = {"axes": {"b": axis}, "base": {"b": 1, "t": 2, "width": 3, "depth": 4, "vocabulary": 5}}
     walked = {"graphs": {name: [made_up_point(depth) for depth in (1, 2, 4, 300)] for name in paths.FAMILIES}}
-    text = page.render(made_up(), grown, swept, walked)
+    kinds = dict.fromkeys(floors.KINDS, 0.25)
+    step = {"seconds": [1.0] * 3, "ratio": [1.0] * 3, "products": 3_000_000, "bytes": 5_000_000, "kinds": kinds}
+    least = {"workloads": {"cnn": {"title": "least", "steps": {PLAIN: step, "norms": step | {"ratio": [1.06] * 3}}}}}
+    text = page.render(made_up(), grown, swept, walked, least)
     for shown in (
         "made up too",
         "Opacus hooks",
@@ -214,6 +249,8 @@ def test_the_page_shows_everything() -> None:
         "jvp <b>0.7</b>",
         "eq. 3 costs 2.0 times as much",
         "2.0e+90",
+        "<h3>least</h3>",
+        '<td class="n">1.06</td><td class="n">1.05</td><td class="n">3</td>',
     ):
         assert shown in text, shown
     charts = [part.split("</svg>")[0] for part in text.split("<svg")[1:]]
@@ -221,7 +258,7 @@ def test_the_page_shows_everything() -> None:
     for chart in charts:
         ET.fromstring(f"<svg{chart}</svg>")
     assert "http://" not in text
-    assert page.render({}, {}, {}, {})
+    assert page.render({}, {}, {}, {}, {})
 
 
 def test_a_statement_is_confirmed_only_by_figures() -> None:
