@@ -101,7 +101,7 @@ def _by_kind(model: torch.nn.Module, step: Step) -> dict[str, float]:
         for _ in range(PROFILED):
             model.zero_grad(set_to_none=True)
             step()
-    spent = dict.fromkeys(KINDS[:2], 0.0)
+    spent: dict[str, float] = dict.fromkeys(KINDS[:2], 0.0)
     for event in profiler.key_averages():
         if event.key.startswith("aten::"):
             spent[KINDS[event.key not in PRODUCTS]] += event.self_cpu_time_total / PROFILED / 1e6
