@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from math import ceil
 from operator import itemgetter
 from typing import Any
 
@@ -17,9 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rowgrad.forward.numbers import Dual
 
-# Where a product is faster with its weight on the left. Of few rows the values are left as they are: wide layers have
-# many entries before the kinks that follow, one of which, rounded otherwise, might lie beyond in the pass that checks.
-FEW_ROWS, FEW_OUTPUTS = range(9, 33), range(17)
+# Rows of the data for which a product is faster with its weight on the left. The values are left as they are: wide
+# layers have many entries before the kinks that follow, one of which, rounded otherwise, might lie beyond in the pass
+# that checks.
+FEW_ROWS = range(9, 33)
+FEW_OUTPUTS = range(17)  # for which products are slow that do not fill vectors
+VECTOR = 16  # numbers
 NEAR = 2**20  # numbers that stay near the processor
 
 NOTHING = None, None  # the value and the tangent of an argument that is not given
@@ -39,11 +43,13 @@ def linear(input: Dual, weight: Dual, bias: Dual | None = None) -> Any:  # noqa:
     (h, dh), (W, dW), (b, db) = input, weight, bias or NOTHING
     if dh is None and dW is None:
         return NotImplemented
-    few_outputs = W.ndim == 2 and len(W) in FEW_OUTPUTS
-    if (few_outputs or h.shape[:-1].numel() in FEW_ROWS) and W.ndim == 2 and (b is None or b.ndim < 2):
-        shape, (ht, dht) = (*h.shape[:-1], len(W)), input.each(lambda t: _as_matrix(t).t())
-        z = _transposed(W @ ht, b).view(shape) if few_outputs else F.linear(h, W, b)
-        return Dual(z, _transposed(_sum_of_products((dW, ht), (W, dht)), db).view(shape))
+    if W.ndim == 2 and (b is None or b.ndim < 2):
+        if h.shape[:-1].numel() in FEW_ROWS:
+            ht, dht = input.each(lambda t: _as_matrix(t).t())
+            dz = _transposed(_sum_of_products((dW, ht), (W, dht)), db)
+            return Dual(F.linear(h, W, b), dz.view(*h.shape[:-1], len(W)))
+        if len(W) in FEW_OUTPUTS:
+            return _to_few_outputs(input, weight, bias)
     z = F.linear(h, W, b)
     if dW is None:
         assert dh is not None
@@ -54,6 +60,26 @@ def linear(input: Dual, weight: Dual, bias: Dual | None = None) -> Any:  # noqa:
     elif dh is not None:
         dz = _as_matrix(dz).addmm_(_as_matrix(dh), W.t()).view(z.shape)
     return Dual(z, dz)
+
+
+def _to_few_outputs(input: Dual, weight: Dual, bias: Dual | None) -> Dual:  # noqa: A002
+    """By products with the lines of W and dW one below the other, and as many more as fill the processor's vectors."""
+    (h, dh), (W, dW), (b, db) = input.each(_as_matrix), weight, bias or NOTHING
+    n, shape = len(W), (*input.value.shape[:-1], len(W))
+    lines = torch.cat([W, *([] if dW is None else [dW]), W.new_zeros(VECTOR, W.shape[1])])
+    both = h @ _filled(lines, len(lines) - VECTOR).t()
+    z, dz = both[:, :n], None if dW is None else both[:, n : 2 * n]
+    if dh is not None:
+        through = (dh @ _filled(lines, n).t())[:, :n]
+        dz = through if dz is None else dz.add_(through)
+    assert dz is not None
+    z, dz = (t.contiguous() if plus is None else t + plus for t, plus in ((z, b), (dz, db)))
+    return Dual(z.view(shape), dz.view(shape))
+
+
+def _filled(lines: Tensor, n: int) -> Tensor:
+    """The first lines, at least n."""
+    return lines[: ceil(n / VECTOR) * VECTOR]
 
 
 def _as_matrix(t: Tensor) -> Tensor:

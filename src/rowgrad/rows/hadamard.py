@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rowgrad.rows import memory
 from rowgrad.rows.factors import KEEP_BYTES, Dense, Form, Outer, Rows, energies, formed, step_bytes
-from rowgrad.rows.pairs import GRAM, INNER, formed_part, gram, product_of_lent
+from rowgrad.rows.pairs import GRAM, INNER, formed_part, gram, lines_at_once, product_of_lent
 from rowgrad.rows.patches import Convolved
 
 
@@ -171,7 +171,7 @@ def _gram(f: Hadamard, g: Hadamard) -> Tensor:
         return gram(left, left if g is f else g.plain())
     a, b = one.sizes[3:]
     n_largest = max(f.n_examples, g.n_examples)
-    step = max(1, step_bytes(f.factor) // (n_largest * b * f.factor.element_size()))
+    step = lines_at_once(n_largest, b, f.factor)
     found = f.factor.new_zeros(f.n_examples, g.n_examples)
     for i in range(0, a, step):
         found += product_of_lent(_part(f, one, i, step), None if g is f else _part(g, other, i, step))

@@ -229,18 +229,30 @@ def _gram_outer_outer(f: Outer, g: Outer) -> Tensor:
         left = f.form().reshape(b, -1)
         return product(left, left if g is f else g.form().reshape(other, -1))
     found = f.left.new_zeros(b, other)
-    step = max(1, step_bytes(f.left) // (max(b, other) * groups * d * f.left.element_size()))
-    for i in range(0, a, step):
-        found += product_of_lent(formed_part(f, i, step), None if g is f else formed_part(g, i, step))
+    of_right, length = a < d, min(a, d)
+    step = lines_at_once(max(b, other), groups * length, f.left)
+    for i in range(0, max(a, d), step):
+        part = formed_part(f, i, step, of_right)
+        found += product_of_lent(part, None if g is f else formed_part(g, i, step, of_right))
     return found
 
 
+def lines_at_once(n: int, length: int, like: Tensor) -> int:
+    """How many lines of each row's matrix, of n rows, are written out together.
+
+    An odd number, for where rows are a power of two apart in memory, there are few places for them in a cache.
+    """
+    step = step_bytes(like) // max(1, n * length * like.element_size())
+    return max(1, step - 1 + step % 2)
+
+
 @contextmanager
-def formed_part(f: Outer, start: int, step: int) -> Iterator[Tensor]:
-    """Some rows of each row's matrix, written out: (B, G * step * d)."""
-    left = f.left[..., start : start + step].mT
-    with memory.scratch((*left.shape[:-1], f.sizes[4]), left) as formed:
-        yield torch.matmul(left, f.right, out=formed).reshape(f.n_examples, -1)
+def formed_part(f: Outer, start: int, step: int, of_right: bool = False) -> Iterator[Tensor]:
+    """Some lines of each row's matrix, written out: (B, G * step * d), or columns, (B, G * step * a)."""
+    side, other = (f.right, f.left) if of_right else (f.left, f.right)
+    side = side[..., start : start + step].mT
+    with memory.scratch((*side.shape[:-1], other.shape[3]), side) as formed:
+        yield torch.matmul(side, other, out=formed).reshape(f.n_examples, -1)
 
 
 def _gram_of_vectors(f: Outer, g: Outer) -> Tensor:
