@@ -63,23 +63,18 @@ def linear(input: Dual, weight: Dual, bias: Dual | None = None) -> Any:  # noqa:
 
 
 def _to_few_outputs(input: Dual, weight: Dual, bias: Dual | None) -> Dual:  # noqa: A002
-    """By products with the lines of W and dW one below the other, and as many more as fill the processor's vectors."""
+    """By products with W and dW one below the other: h with both at once, dh with as many lines as fill vectors."""
     (h, dh), (W, dW), (b, db) = input.each(_as_matrix), weight, bias or NOTHING
     n, shape = len(W), (*input.value.shape[:-1], len(W))
-    lines = torch.cat([W, *([] if dW is None else [dW]), W.new_zeros(VECTOR, W.shape[1])])
-    both = h @ _filled(lines, len(lines) - VECTOR).t()
-    z, dz = both[:, :n], None if dW is None else both[:, n : 2 * n]
+    lines = W if dW is None else torch.cat([W, dW])
+    both = h @ lines.t()
+    z, dz = both[:, :n], None if dW is None else both[:, n:]
     if dh is not None:
-        through = (dh @ _filled(lines, n).t())[:, :n]
+        through = (dh @ lines[: ceil(n / VECTOR) * VECTOR].t())[:, :n]
         dz = through if dz is None else dz.add_(through)
     assert dz is not None
     z, dz = (t.contiguous() if plus is None else t + plus for t, plus in ((z, b), (dz, db)))
     return Dual(z.view(shape), dz.view(shape))
-
-
-def _filled(lines: Tensor, n: int) -> Tensor:
-    """The first lines, at least n."""
-    return lines[: ceil(n / VECTOR) * VECTOR]
 
 
 def _as_matrix(t: Tensor) -> Tensor:
