@@ -66,8 +66,15 @@ def _attention_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) 
     return prod(q.shape[:-1]) * k.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
-# The CPU's fused kernels, of which PyTorch counts nothing.
+def _convolution_backward(z: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> int:
+    *_, transposed, _, _, wanted = rest
+    moved = x if transposed else z
+    return moved.shape[0] * prod(moved.shape[2:]) * weight.numel() * sum(wanted[:2])
+
+
+# The CPU's fused kernels, of which PyTorch counts nothing, and one of which it forgets the groups.
 FUSED: dict[Any, Callable[..., int]] = {
+    aten.convolution_backward: _convolution_backward,
     aten.mkldnn_rnn_layer: _lstm,
     aten.mkldnn_rnn_layer_backward: _lstm_backward,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,

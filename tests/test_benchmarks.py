@@ -137,6 +137,15 @@ def test_products_of_fused_kernels_are_counted() -> None:
     assert counting.count(lambda: attention(q, k, v).sum().backward()).products == 7 * n * t * t * d
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", [torch.nn.Conv1d, torch.nn.ConvTranspose1d])
+def test_products_of_convolutions_are_counted_by_group(kind: type[torch.nn.Conv1d], groups: int) -> None:
+    layer, x = kind(4, 6, 3, groups=groups, padding=1), torch.randn(2, 4, 5, requires_grad=True)
+    forward = 2 * 5 * 4 * 6 * 3 // groups
+    assert counting.count(lambda: layer(x)).products == forward
+    assert counting.count(lambda: layer(x).sum().backward()).products == 3 * forward
+
+
 @pytest.mark.parametrize("key", ["mlp-32", "gpt-64"])
 def test_floors_of_a_tiny_workload(key: str) -> None:
     steps = floors.measure(key, Setting(threads=1, tiny=True))
