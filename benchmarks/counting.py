@@ -36,7 +36,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        packet = func.overloadpacket
+        packet = OF_IN_PLACE.get(func.overloadpacket, func.overloadpacket)
         if func.is_view or packet in NO_WORK:
             return result
         tensors = [t for t in tree_leaves((args, result)) if isinstance(t, Tensor)]
@@ -80,6 +80,9 @@ FUSED: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+OF_IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
 
 
 def count(step: Callable[[], Any]) -> Counted:

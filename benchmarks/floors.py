@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks import processes, results
 from benchmarks.arguments import whole_number
-from benchmarks.counting import FUSED, count
+from benchmarks.counting import FUSED, OF_IN_PLACE, count
 from benchmarks.ours import FORWARD
 from benchmarks.probe import Setting, build
 from benchmarks.reference import make_reference
@@ -40,7 +40,7 @@ STEPS = {"norms": OURS, "clipped": OURS, "gram": OURS, "dot": OURS, JVP: FORWARD
 PROFILED = 10  # steps
 TIME_LIMIT = 600
 KINDS = ("products", "other operations", "rest")
-PRODUCTS = {f"aten::{packet.__name__}" for packet in (*flop_registry, *FUSED)} | {
+PRODUCTS = {f"aten::{packet.__name__}" for packet in (*flop_registry, *FUSED, *OF_IN_PLACE)} | {
     "aten::mkldnn_convolution", "aten::mkldnn_convolution_backward", "aten::mv", "aten::addmv", "aten::dot",
 }  # fmt: skip
 # Ratios to the plain step that norms, clipped gradients, Gram matrices and dot products aim at.

@@ -123,6 +123,7 @@ def test_products_are_counted() -> None:
     a, b = torch.randn(3, 4), torch.randn(4, 5)
     assert counting.count(lambda: a @ b) == (60, 0, 4 * (12 + 20 + 15))
     assert counting.count(lambda: (a + a).T) == (0, 12, 4 * 3 * 12)
+    assert counting.count(lambda: torch.zeros(3, 5).addmm_(a, b)).products == 60
 
 
 def test_products_of_fused_kernels_are_counted() -> None:
