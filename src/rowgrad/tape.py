@@ -42,6 +42,9 @@ from rowgrad.answers import agree, answered_otherwise, fingerprint
 from rowgrad.errors import FreedGraphError, GraphError, OpaqueGraphError
 
 _T = TypeVar("_T")
+_Answers = dict[
+    int, tuple[list[Tensor | None], list[Tensor | None]]
+]  # by node: fingerprints of the question and answer
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 KNOWN_NODES = 2**17  # of all structures that are kept, about 1 kB each: several hundred lengths of a text's batch
 TRIED_STRUCTURES = 4  # used last: a graph is compared with them before it is read node by node
@@ -382,7 +385,7 @@ class Tape:
             self.root_slot = (0, output.output_nr)
         self._shared: dict[Any, Any] = {}
         self._asked: Tensor | None = None  # the first pass's seed
-        self._answers: dict[int, list[Tensor | None]] = {}  # to it, of nodes that run code of a user's
+        self._answers: _Answers = {}  # to it, of nodes that run code of a user's
         self.leaves = {id(node.variable): node.index for node in self.nodes if node.is_leaf}
 
     def __len__(self) -> int:
@@ -649,7 +652,7 @@ def version(t: Tensor | None) -> int:
 
 
 @contextmanager
-def _apart(nodes: Iterable[Node], answers: dict[int, list[Tensor | None]] | None) -> Iterator[None]:
+def _apart(nodes: Iterable[Node], answers: _Answers | None) -> Iterator[None]:
     """These nodes are given copies, and what they return is copied, and compared with what they answered before."""
     handles = []
     for node in nodes:
@@ -663,12 +666,13 @@ def _apart(nodes: Iterable[Node], answers: dict[int, list[Tensor | None]] | None
 
 
 def _answered(
-    node: Node, answers: dict[int, list[Tensor | None]] | None, found: Sequence[Tensor | None], _: object
+    node: Node, answers: _Answers | None, found: Sequence[Tensor | None], given: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
+    """A hook after a node. What a hook above gives it otherwise each time is not its own doing."""
     if answers is not None:
-        now = list(map(fingerprint, found))
-        before = answers.setdefault(node.index, now)
-        if not agree(before, now, node.dtype()):
+        asked, now = list(map(fingerprint, given)), list(map(fingerprint, found))
+        asked_before, before = answers.setdefault(node.index, (asked, now))
+        if agree(asked_before, asked) and not agree(before, now):
             raise answered_otherwise(repr(node))
     return _copied(found)
 

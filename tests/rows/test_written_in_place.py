@@ -440,6 +440,14 @@ class Random(Copied):
         return upstream * torch.rand_like(upstream)
 
 
+class Shuffled(Copied):
+    """The same numbers, elsewhere each time."""
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return upstream[..., torch.randperm(upstream.shape[-1])]
+
+
 class CountingProduct(torch.autograd.Function):
     """The lowest node of its branch, which no proof passes."""
 
@@ -457,7 +465,7 @@ class CountingProduct(torch.autograd.Function):
 
 @pytest.mark.filterwarnings("ignore::rowgrad.errors.RowgradWarning")
 @each_question
-@pytest.mark.parametrize("function", [Counting, Random])
+@pytest.mark.parametrize("function", [Counting, Random, Shuffled])
 @pytest.mark.parametrize("graph", [in_a_row, with_its_turn_over, deeper, on_the_way_to_a_weight])
 def test_a_function_that_answers_otherwise_each_time_is_refused(
     graph: Graph, function: type[Copied], question: str
@@ -476,3 +484,11 @@ def test_so_is_one_that_holds_a_parameter(question: str, n: int) -> None:
     losses = CountingProduct.apply(x()[:n], model.weight).square().flatten(1).sum(1)
     with pytest.raises(OpaqueGraphError, match=r"CountingProductBackward#.* answers differently each time"):
         answer(question, losses, model)
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.errors.RowgradWarning")
+def test_a_function_is_not_blamed_for_a_hook_that_draws() -> None:
+    model = two("linear")[0]
+    h = anew(model(x())) * 1
+    h.register_hook(lambda z: z * (1 + torch.rand_like(z)))
+    assert rg.grad_norms(h.square().flatten(1).sum(1), model).isfinite().all()
