@@ -134,7 +134,7 @@ class GeneralPath:
         found = self._row(position)
         if position == 0 and (functions := self._functions()):
             for name, gradient in self._row(position).items():
-                if not agree([fingerprint(found[name])], [fingerprint(gradient)]):
+                if not agree([fingerprint(found.get(name))], [fingerprint(gradient)]):
                     raise answered_otherwise(" or ".join(map(repr, functions)))
         return found
 
