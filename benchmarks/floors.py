@@ -36,7 +36,7 @@ from rowgrad.tape import Tape
 
 DATA_PASS = "forward and data pass"  # what every answer needs
 JVP = "jvp"
-STEPS = {"norms": OURS, "clipped": OURS, "gram": OURS, "dot": OURS, JVP: FORWARD}  # with their methods
+STEPS = {output: (OURS, output) for output in ("norms", "clipped", "gram", "dot")} | {JVP: (FORWARD, "dot")}
 PROFILED = 10  # steps
 TIME_LIMIT = 600
 KINDS = ("products", "other operations", "rest")
@@ -73,8 +73,7 @@ def steps_of(workload: str, tiny: bool = False) -> dict[str, tuple[torch.nn.Modu
     goal = make_reference(WORKLOADS[workload].task(tiny=tiny)).goal
     task = WORKLOADS[workload].task(tiny=tiny)
     found = {PLAIN: build(workload, PLAIN, "", goal, tiny), DATA_PASS: (task.model, lambda: data_pass(task))}
-    outputs = {name: "dot" if name == JVP else name for name in STEPS}
-    return found | {name: build(workload, method, outputs[name], goal, tiny) for name, method in STEPS.items()}
+    return found | {name: build(workload, *how, goal, tiny) for name, how in STEPS.items()}
 
 
 def measure(workload: str, setting: Setting) -> dict[str, Measured]:
@@ -109,17 +108,18 @@ def _by_kind(model: torch.nn.Module, step: Step) -> dict[str, float]:
 
 
 def lines(key: str, steps: Mapping[str, Measured]) -> Iterable[list[str]]:
-    """For each step of a workload but the plain one: its figures beside the plain step's."""
+    """For each step of a workload its figures, beside the plain step's."""
     plain = steps[PLAIN]
     whole = plain["seconds"][0]
-    aims = dict(zip(list(OUTPUTS)[:4], AIMS.get(key, ()), strict=False))
+    aims = dict(zip(("norms", "clipped", "gram", "dot"), AIMS.get(key, ()), strict=False))
     for name, m in steps.items():
         shares = [m["kinds"][kind] / whole for kind in KINDS]
+        aim = aims.get(STEPS[name][1]) if name in STEPS else None
         yield [
             OUTPUTS.get(name, name),
             f"{1000 * m['seconds'][0]:.1f}",
             f"{m['ratio'][0]:.2f}",
-            f"{aims['dot' if name == JVP else name]:g}" if ("dot" if name == JVP else name) in aims else "",
+            "" if aim is None else f"{aim:g}",
             number(m["products"] / 1e6),
             f"{m['products'] / plain['products']:.2f}",
             number(m["bytes"] / 1e6),

@@ -19,7 +19,7 @@ Note [a gradient that is written to]
 Note [one answer]
     Graphs with custom Functions are passed through several times, to prove whose each entry is and to find the rows.
     A Function that changes what it works with gives other numbers each time. So its answers to the seed of the first
-    pass, which is that of the last one, too, are compared.
+    pass, which is asked again after the proof and by the last pass, are compared.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ from rowgrad.answers import agree, answered_otherwise, fingerprint
 from rowgrad.errors import FreedGraphError, GraphError, OpaqueGraphError
 
 _T = TypeVar("_T")
-_Answers = dict[
-    int, tuple[list[Tensor | None], list[Tensor | None]]
-]  # by node: fingerprints of the question and answer
+# By node, fingerprints of what it was given and of what it answered.
+_Answers = dict[int, tuple[list[Tensor | None], list[Tensor | None]]]
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 KNOWN_NODES = 2**17  # of all structures that are kept, about 1 kB each: several hundred lengths of a text's batch
 TRIED_STRUCTURES = 4  # used last: a graph is compared with them before it is read node by node

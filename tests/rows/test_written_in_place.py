@@ -448,6 +448,15 @@ class Shuffled(Copied):
         return upstream[..., torch.randperm(upstream.shape[-1])]
 
 
+class OtherAtFirst(Copied):
+    calls = 0
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        OtherAtFirst.calls += 1
+        return upstream * (3 if OtherAtFirst.calls == 1 else 1)
+
+
 class CountingProduct(torch.autograd.Function):
     """The lowest node of its branch, which no proof passes."""
 
@@ -473,6 +482,37 @@ def test_a_function_that_answers_otherwise_each_time_is_refused(
     model, data = two("linear"), x()
     losses = losses_of(graph, model, data, lambda h: function.apply(h))  # type: ignore[no-any-return]
     with pytest.raises(OpaqueGraphError, match=rf"{function.__name__}Backward#.* answers differently each time"):
+        answer(question, losses, model)
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.errors.RowgradWarning")
+@pytest.mark.parametrize("verify", ["cached", "always"])
+def test_also_where_only_the_first_answer_is_another(verify: str) -> None:
+    OtherAtFirst.calls = 0
+    model = two("linear")[0]
+    losses = OtherAtFirst.apply(model(x())).square().flatten(1).sum(1)
+    with pytest.raises(OpaqueGraphError, match="answers differently each time"):
+        rg.jacobian(losses, model, verify=verify)
+
+
+class LateProduct(CountingProduct):
+    """Right until it was asked for most rows."""
+
+    calls = 0
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
+        LateProduct.calls += 1
+        return None, upstream.flatten(0, 1).T @ ctx.x.flatten(0, 1) * max(1, LateProduct.calls - B + 2)
+
+
+@pytest.mark.filterwarnings("ignore::rowgrad.errors.RowgradWarning")
+@each_question
+def test_also_where_only_late_answers_are_others(question: str) -> None:
+    LateProduct.calls = 0
+    model = nn.Linear(D, D, bias=False).double()
+    losses = LateProduct.apply(x(), model.weight).square().flatten(1).sum(1)
+    with pytest.raises(OpaqueGraphError, match=r"LateProductBackward#.* answers differently each time"):
         answer(question, losses, model)
 
 

@@ -7,7 +7,7 @@ other use the node's cotangents are masked to the example and the node is called
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class GeneralPath:
     masked: dict[int, tuple[list[int], list[Tensor | None]]]  # node -> (slots, cotangents)
     names: dict[int, str]  # leaf -> parameter name
     scale: float  # the loss scale, to be divided out
+    _first: dict[str, Tensor | None] | None = field(default=None, init=False, repr=False)  # row, its fingerprints
 
     def select(self, index: list[int]) -> GeneralPath:
         return replace(self, examples=[self.examples[i] for i in index])
@@ -129,12 +130,15 @@ class GeneralPath:
     def row(self, position: int) -> dict[str, Tensor]:
         """Gradient of one example's loss that passes these uses, by parameter name; absent where there is none.
 
-        The first is asked for twice of code of a user's, which may answer once only.
+        After the last one code of a user's is asked for the first again: see Note [one answer] of the tape.
         """
         found = self._row(position)
-        if position == 0 and (functions := self._functions()):
-            for name, gradient in self._row(position).items():
-                if not agree([fingerprint(found.get(name))], [fingerprint(gradient)]):
+        if functions := self._functions():
+            if position == 0:
+                self._first = _fingerprints(found)
+            if position == len(self.examples) - 1 and self._first is not None:
+                again = _fingerprints(self._row(0))
+                if not agree(self._first.values(), [again.get(name) for name in self._first]):
                     raise answered_otherwise(" or ".join(map(repr, functions)))
         return found
 
@@ -186,3 +190,7 @@ class GeneralPath:
             for target, gradient in zip(node.slots, self.tape.local_gradients(node, cotangents), strict=True):
                 if target is not None and gradient is not None and self.needed[target[0]]:
                     self._post(inbox, target, gradient)
+
+
+def _fingerprints(row: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    return {name: fingerprint(gradient) for name, gradient in row.items()}

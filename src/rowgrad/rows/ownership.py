@@ -305,6 +305,8 @@ class Prover:
                     found[edge] = layout
                     if attempt.rounded:
                         self.rounded.add(edge)
+        if self.tape.runs_python:
+            self._cotangents(block, self.seed)  # again, see Note [one answer] of the tape
 
     def _cotangents(self, edges: Sequence[Edge], seed: Tensor) -> list[Tensor]:
         return [self._filled(e, z) for e, z in zip(edges, self.tape.cotangents(edges, seed), strict=True)]
