@@ -111,7 +111,7 @@ def lines(key: str, steps: Mapping[str, Measured]) -> Iterable[list[str]]:
     """For each step of a workload its figures, beside the plain step's."""
     plain = steps[PLAIN]
     whole = plain["seconds"][0]
-    aims = dict(zip(("norms", "clipped", "gram", "dot"), AIMS.get(key, ()), strict=False))
+    aims: dict[str, float] = dict(zip(("norms", "clipped", "gram", "dot"), AIMS.get(key, ()), strict=False))
     for name, m in steps.items():
         shares = [m["kinds"][kind] / whole for kind in KINDS]
         aim = aims.get(STEPS[name][1]) if name in STEPS else None
